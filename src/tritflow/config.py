@@ -1,0 +1,201 @@
+"""Frozen, versioned settings. They travel inside checkpoints and results, so a field is never renamed silently.
+
+Each class round-trips through plain JSON with `to_dict` / `from_dict`; unknown keys and newer versions are
+refused by name instead of being dropped, because a setting that is ignored is a wrong model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args, get_origin
+
+FORMAT_VERSION = 1
+
+Mode = Literal["w2a16", "w2a8"]
+Backend = Literal["auto", "reference", "cpu", "triton", "hopper"]
+Packing = Literal["2bit", "base3"]
+ActivationDtype = Literal["int8", "float8_e4m3fn"]
+Ternarizer = Literal["absmean", "mse"]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, out of range or from a newer version. The message names it and what is allowed."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`; did you mean 'x'?` for a misspelt word, or an empty string when nothing is close."""
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+class _Config:
+    """JSON round trip and validation shared by every config class (a mixin for frozen dataclasses)."""
+
+    def __post_init__(self) -> None:
+        hints = _literal_fields(type(self))
+        for name, allowed in hints.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                options = [str(a) for a in allowed]
+                raise ConfigError(
+                    f"{type(self).__name__}.{name}: '{value}' is not one of {', '.join(options)}"
+                    f"{nearest(str(value), options)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; tuples become lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `ConfigError` on unknown keys and newer versions."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(data) - set(fields))
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no setting '{unknown[0]}'{nearest(unknown[0], list(fields))}"
+            )
+        version = data.get("version", FORMAT_VERSION)
+        if "version" in fields and (not isinstance(version, int) or version > FORMAT_VERSION or version < 1):
+            raise ConfigError(
+                f"{cls.__name__}: version {version!r} is not supported by this tritflow, which reads 1 to "
+                f"{FORMAT_VERSION}; upgrade tritflow"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON: the name of this config in meta.json."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _literal_fields(cls: type) -> dict[str, tuple[Any, ...]]:
+    import typing
+
+    hints = typing.get_type_hints(cls)
+    return {name: get_args(h) for name, h in hints.items() if get_origin(h) is Literal}
+
+
+@dataclass(frozen=True)
+class TernaryConfig(_Config):
+    """How a checkpoint's linears are stored and run. Written into the checkpoint's config.json.
+
+    A linear is ternary when its module name matches one of `targets` and none of `skip`
+    (`fnmatch` patterns over names such as `transformer_blocks.0.attn.to_q`).
+
+    Attributes:
+        mode: `w2a16` computes in the activations' dtype, `w2a8` quantizes activations to 8 bits per token.
+        activation_dtype: the 8-bit type of `w2a8`.
+        backend: which kernels run; `auto` takes the fastest that this device has.
+        packing: how `weight` lies on disk: two bits a trit, or five trits a byte (expanded on loading).
+        column_scale: whether an `input_scale` of length `in_features` is stored beside the row scale.
+        targets: which modules are ternary.
+        skip: exceptions from `targets`, kept dense.
+    """
+
+    version: int = FORMAT_VERSION
+    mode: Mode = "w2a16"
+    activation_dtype: ActivationDtype = "int8"
+    backend: Backend = "auto"
+    packing: Packing = "2bit"
+    column_scale: bool = False
+    targets: tuple[str, ...] = ("transformer_blocks.*", "single_transformer_blocks.*")
+    skip: tuple[str, ...] = ()
+
+    def matches(self, name: str) -> bool:
+        """Whether the linear called `name` is ternary under this config."""
+        from fnmatch import fnmatchcase
+
+        return any(fnmatchcase(name, p) for p in self.targets) and not any(
+            fnmatchcase(name, p) for p in self.skip
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig(_Config):
+    """Which trajectories of the teacher are recorded. No image is ever read: prompts and noise only.
+
+    Attributes:
+        num_prompts: how many prompts of the calibration set are used (0: all).
+        num_inference_steps: sampler steps a trajectory.
+        guidance_scales: drawn per trajectory, for guidance-embedded models.
+        seed: of the noise and of the choice of prompts.
+        batch_size: trajectories recorded at once.
+        height: of the pictures in pixels (0: the model folder's own default).
+        width: of the pictures in pixels (0: the model folder's own default).
+        max_sequence_length: text tokens (0: the model folder's own default).
+        timestep_jitter: shifts each trajectory's sigmas by up to this share of a step, so that all times are seen.
+    """
+
+    version: int = FORMAT_VERSION
+    num_prompts: int = 0
+    num_inference_steps: int = 28
+    guidance_scales: tuple[float, ...] = (3.5,)
+    seed: int = 0
+    batch_size: int = 16
+    height: int = 0
+    width: int = 0
+    max_sequence_length: int = 0
+    timestep_jitter: float = 1.0
+
+
+@dataclass(frozen=True)
+class DistillationConfig(_Config):
+    """Velocity distillation of a ternary student on the teacher's recorded trajectories.
+
+    Attributes:
+        steps: optimiser steps (0: no distillation).
+        batch_size: (x_t, v) pairs a step, drawn over all trajectories.
+        learning_rate: peak of the cosine schedule for latent weights.
+        scale_learning_rate: peak for the log row scales, column scales and biases.
+        warmup_steps: linear warm-up.
+        weight_decay: of latent weights.
+        grad_clip: global norm.
+        activation_bits: 8 puts fake-quantized activations inside the loop, 16 leaves them alone.
+        train_scales: whether row (and column) scales are tuned.
+        train_biases: whether the linears' biases are tuned.
+        checkpoint_every: steps between resumable checkpoints.
+        seed: of the batch order.
+    """
+
+    version: int = FORMAT_VERSION
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    scale_learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    activation_bits: int = 16
+    train_scales: bool = True
+    train_biases: bool = True
+    checkpoint_every: int = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named experiment: everything `tritflow quantize` needs beside the source and the output.
+
+    Attributes:
+        name: as on the command line.
+        summary: one line for `--help`.
+        ternarizer: how trits and row scales start.
+        compensation: whether GPTQ-style error compensation from calibration activations runs.
+        ternary: storage and targets.
+        calibration: which trajectories (used by compensation and distillation).
+        distillation: velocity distillation (steps = 0 switches it off).
+    """
+
+    name: str
+    summary: str = ""
+    ternarizer: Ternarizer = "mse"
+    compensation: bool = False
+    ternary: TernaryConfig = field(default_factory=TernaryConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
