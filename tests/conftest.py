@@ -1,0 +1,23 @@
+"""Fixtures shared by all rooms: a tiny random FLUX pipeline folder, written once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock FluxPipeline folder with random weights. Shared: tests must not write into it."""
+    from tritflow.testing import tiny_flux_folder
+
+    return tiny_flux_folder(tmp_path_factory.mktemp("tiny") / "flux")
