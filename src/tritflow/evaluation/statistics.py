@@ -1,0 +1,376 @@
+"""Intervals and tests for pictures that share prompts.
+
+Pictures of one prompt rise and fall together, so the prompt is the unit that is resampled (a cluster), never
+the picture. An overall score is the mean of its tags' means, as GenEval defines it; `strata` holds each
+observation's tag and prompts are resampled within their tag. Everything is seeded and vectorised: a bootstrap
+of 4,000 resamples is one multinomial draw and one matrix product a tag.
+
+Shapes: n observations (pictures), C clusters (prompts), B resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 4000
+
+Floats = NDArray[np.float64]
+
+
+class StatisticsError(ValueError):
+    """The observations cannot be compared as asked; the message says what does not match."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end (NaN when one prompt alone gives no interval).
+        high: upper end.
+        n: observations (pictures).
+        clusters: prompts.
+        method: how the interval came about.
+        confidence: two-sided coverage aimed at.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    clusters: int
+    method: str
+    confidence: float = 0.95
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; a number that does not exist (NaN, infinite) becomes null."""
+
+        def number(x: float) -> float | None:
+            return round(float(x), 6) if math.isfinite(x) else None
+
+        return {
+            "value": number(self.value),
+            "low": number(self.low),
+            "high": number(self.high),
+            "n": self.n,
+            "prompts": self.clusters,
+            "method": self.method,
+            "confidence": self.confidence,
+        }
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Exact McNemar test of two paired yes/no series: `only_first` passed in the first alone, `only_second`
+    in the second alone; `p_value` is two-sided and treats pictures as independent."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def _z(confidence: float) -> float:
+    from scipy.stats import norm
+
+    return float(norm.ppf(0.5 + confidence / 2))
+
+
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (E. B. Wilson 1927, JASA 22, p. 209).
+
+    `n` may be an effective sample size and need not be whole. Returns (low, high); n = 0 gives (0, 1).
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    z = _z(confidence)
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(max(p * (1 - p) / n + z * z / (4 * n * n), 0.0))
+    # At p = 0 and p = 1 the end is exact; rounding must not move it.
+    low = 0.0 if successes <= 0 else max(0.0, centre - half)
+    high = 1.0 if successes >= n else min(1.0, centre + half)
+    return low, high
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Per-cluster sums: `sums` [C, m] over m measures, `counts` [C], `stratum` [C], S strata in all."""
+
+    sums: Floats
+    counts: Floats
+    stratum: NDArray[np.int64]
+    strata: int
+
+    @property
+    def clusters(self) -> int:
+        return len(self.counts)
+
+    def estimate(self) -> Floats:
+        """[m]: the mean of the strata's means."""
+        means = [
+            self.sums[self.stratum == s].sum(0) / self.counts[self.stratum == s].sum()
+            for s in range(self.strata)
+        ]
+        return np.mean(means, axis=0)
+
+    def replicates(self, resamples: int, seed: int) -> Floats:
+        """[B, m]: `estimate` over resampled clusters, all measures with the same draws, hence paired.
+
+        Deviations are widened by sqrt(C / (C - 1)) per stratum: a bootstrap of C clusters has the variance
+        of the population formula, which is too small by that factor (Efron & Tibshirani 1993, ch. 5).
+        """
+        rng = np.random.default_rng(seed)
+        total = np.zeros((resamples, self.sums.shape[1]))
+        for s in range(self.strata):
+            rows = self.stratum == s
+            sums, counts = self.sums[rows], self.counts[rows]
+            c = len(counts)
+            draws = rng.multinomial(c, np.full(c, 1.0 / c), size=resamples).astype(np.float64)
+            means = (draws @ sums) / (draws @ counts)[:, None]
+            centre = sums.sum(0) / counts.sum()
+            widen = math.sqrt(c / (c - 1)) if c > 1 else math.nan
+            total += centre + (means - centre) * widen
+        return total / self.strata
+
+
+def _table(columns: Sequence[ArrayLike], clusters: Sequence[str], strata: Sequence[str] | None) -> _Table:
+    values = np.stack([np.asarray(c, dtype=np.float64).ravel() for c in columns], axis=1)
+    if len(values) == 0:
+        raise StatisticsError("there are no observations to average")
+    if len(values) != len(clusters) or (strata is not None and len(strata) != len(values)):
+        raise StatisticsError(
+            f"{len(values)} observations but {len(clusters)} prompt names"
+            + ("" if strata is None else f" and {len(strata)} tags")
+        )
+    if not np.isfinite(values).all():
+        raise StatisticsError("an observation is NaN or infinite; leave such pictures out first")
+    groups = list(strata) if strata is not None else [""] * len(values)
+    names, stratum_of = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    cluster_names, cluster_of = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    c = len(cluster_names)
+    sums = np.zeros((c, values.shape[1]))
+    np.add.at(sums, cluster_of, values)
+    stratum = np.zeros(c, dtype=np.int64)
+    stratum[cluster_of] = stratum_of
+    if (stratum[cluster_of] != stratum_of).any():
+        bad = cluster_names[cluster_of[np.flatnonzero(stratum[cluster_of] != stratum_of)[0]]]
+        raise StatisticsError(f"prompt '{bad}' appears under two tags; ids must be unique")
+    return _Table(sums, np.bincount(cluster_of, minlength=c).astype(np.float64), stratum, len(names))
+
+
+def _percentiles(replicates: Floats, confidence: float) -> tuple[float, float]:
+    if np.isnan(replicates).any():
+        return math.nan, math.nan
+    low, high = np.quantile(replicates, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def clustered_proportion(passed: ArrayLike, clusters: Sequence[str], confidence: float = 0.95) -> Interval:
+    """A pass rate with Wilson's interval at the effective sample size of clustered pictures.
+
+    n_eff = p (1 - p) / v with v the cluster-robust variance of p (ratio estimator), kept between C and n
+    (Korn & Graubard 1998, Survey Methodology 24, with Wilson's interval for Clopper-Pearson's). Unlike a
+    bootstrap it does not collapse to a point when every picture passes.
+    """
+    table = _table([passed], clusters, None)
+    sums, counts = table.sums[:, 0], table.counts
+    n, c = counts.sum(), table.clusters
+    p = sums.sum() / n
+    variance = c / max(c - 1, 1) * float(((sums - p * counts) ** 2).sum()) / n**2
+    if p in (0.0, 1.0) or c == 1:
+        effective = float(c)
+    else:
+        effective = float(n) if variance == 0 else min(max(p * (1 - p) / variance, float(c)), float(n))
+    low, high = wilson(p * effective, effective, confidence)
+    return Interval(float(p), low, high, int(n), c, "Wilson, effective n by prompt", confidence)
+
+
+def clustered_mean(
+    values: ArrayLike,
+    clusters: Sequence[str],
+    strata: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The mean (with `strata`: the mean of the strata's means) with a bootstrap interval over clusters."""
+    table = _table([values], clusters, strata)
+    low, high = _percentiles(table.replicates(resamples, seed)[:, 0], confidence)
+    return Interval(
+        float(table.estimate()[0]),
+        low,
+        high,
+        len(clusters),
+        table.clusters,
+        "bootstrap by prompt",
+        confidence,
+    )
+
+
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: Sequence[str],
+    strata: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """first - second of paired observations, with a bootstrap interval over clusters.
+
+    When no picture differs a bootstrap would claim certainty. Then the interval is the exact bound on how
+    often a prompt could differ although none of C did, 1 - ((1 - confidence) / 2)^(1/C) (scores in [0, 1]).
+    """
+    a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
+    if a.shape != b.shape:
+        raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
+    table = _table([a - b], clusters, strata)
+    if (a == b).all():
+        bound = 1 - ((1 - confidence) / 2) ** (1 / table.clusters)
+        return Interval(
+            0.0, -bound, bound, len(a), table.clusters, "exact bound, no picture differs", confidence
+        )
+    low, high = _percentiles(table.replicates(resamples, seed)[:, 0], confidence)
+    return Interval(
+        float(table.estimate()[0]),
+        low,
+        high,
+        len(a),
+        table.clusters,
+        "paired bootstrap by prompt",
+        confidence,
+    )
+
+
+def score_kept(
+    student: ArrayLike,
+    teacher: ArrayLike,
+    clusters: Sequence[str],
+    strata: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """student / teacher of the (stratified) means, both resampled with the same prompts.
+
+    A teacher that scores 0 has no ratio: value and interval are NaN.
+    """
+    a, b = np.asarray(student, dtype=np.float64).ravel(), np.asarray(teacher, dtype=np.float64).ravel()
+    if a.shape != b.shape:
+        raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
+    table = _table([a, b], clusters, strata)
+    s, t = table.estimate()
+    replicates = table.replicates(resamples, seed)
+    method = "paired bootstrap by prompt"
+    if t <= 0 or (replicates[:, 1] <= 0).any():
+        value = float(s / t) if t > 0 else math.nan
+        return Interval(value, math.nan, math.nan, len(a), table.clusters, method, confidence)
+    low, high = _percentiles(replicates[:, 0] / replicates[:, 1], confidence)
+    return Interval(float(s / t), low, high, len(a), table.clusters, method, confidence)
+
+
+def clustered_median(
+    values: ArrayLike,
+    clusters: Sequence[str],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """The median over pictures with a bootstrap interval over clusters (lower median, as a weighted one)."""
+    x = np.asarray(values, dtype=np.float64).ravel()
+    table = _table([x], clusters, None)
+    order = np.argsort(x, kind="stable")
+    _, cluster_of = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    ranked, cluster_of = x[order], cluster_of[order]
+    c = table.clusters
+    low = high = math.nan
+    if c > 1:
+        rng = np.random.default_rng(seed)
+        medians = np.empty(resamples)
+        chunk = max(1, 4_000_000 // len(x))
+        for start in range(0, resamples, chunk):
+            draws = rng.multinomial(c, np.full(c, 1.0 / c), size=min(chunk, resamples - start))
+            weight = np.cumsum(draws[:, cluster_of], axis=1)
+            at = (weight * 2 < weight[:, -1:]).sum(axis=1)
+            medians[start : start + len(at)] = ranked[at]
+        low, high = _percentiles(medians, confidence)
+    return Interval(float(np.median(x)), low, high, len(x), c, "bootstrap by prompt", confidence)
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
+    """Exact two-sided McNemar test (binomial with p = 1/2 over the discordant pairs)."""
+    from scipy.stats import binomtest
+
+    a, b = np.asarray(first, dtype=bool).ravel(), np.asarray(second, dtype=bool).ravel()
+    if a.shape != b.shape:
+        raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    return McNemar(only_a, only_b, float(p))
+
+
+def standard_error(values: ArrayLike, clusters: Sequence[str], strata: Sequence[str] | None = None) -> float:
+    """Cluster-robust standard error of the (stratified) mean; NaN when a stratum has a single prompt."""
+    table = _table([values], clusters, strata)
+    variance = 0.0
+    for s in range(table.strata):
+        rows = table.stratum == s
+        sums, counts = table.sums[rows, 0], table.counts[rows]
+        c = len(counts)
+        if c < 2:
+            return math.nan
+        mean = sums.sum() / counts.sum()
+        variance += c / (c - 1) * float(((sums - mean * counts) ** 2).sum()) / counts.sum() ** 2
+    return math.sqrt(variance) / table.strata
+
+
+def minimum_detectable_difference(
+    differences: ArrayLike,
+    clusters: Sequence[str],
+    strata: Sequence[str] | None = None,
+    *,
+    power: float = 0.8,
+    confidence: float = 0.95,
+) -> float:
+    """The smallest true difference that this run would have called significant with probability `power`:
+    (z_{1 - alpha/2} + z_{power}) times the standard error of the paired differences."""
+    from scipy.stats import norm
+
+    z = _z(confidence) + float(norm.ppf(power))
+    return z * standard_error(differences, clusters, strata)
+
+
+def seed_noise(values: ArrayLike, clusters: Sequence[str], strata: Sequence[str] | None = None) -> float:
+    """How far two seed sets of one model lie apart: the standard deviation of the difference of two runs over
+    the same prompts, from the spread between one prompt's pictures.
+
+    Var = 2 * mean over strata of sum_c(n_c s_c^2) / N^2, s_c^2 the sample variance inside prompt c. NaN when
+    no prompt has two pictures.
+    """
+    x = np.asarray(values, dtype=np.float64).ravel()
+    table = _table([x, x * x], clusters, strata)
+    variance = 0.0
+    for s in range(table.strata):
+        rows = table.stratum == s
+        sums, counts = table.sums[rows], table.counts[rows]
+        several = counts > 1
+        if not several.any():
+            return math.nan
+        n, first, second = counts[several], sums[several, 0], sums[several, 1]
+        inside = np.maximum(second - first**2 / n, 0.0) / (n - 1)
+        # Prompts with one picture borrow the mean spread of the others.
+        spread = np.full(len(counts), float(inside.mean()))
+        spread[several] = inside
+        variance += float((counts * spread).sum()) / counts.sum() ** 2
+    return math.sqrt(2 * variance) / table.strata
