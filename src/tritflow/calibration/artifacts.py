@@ -1,0 +1,85 @@
+"""Files of an artifact folder: written whole or not at all, with a meta.json that says where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tritflow
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under a temporary name in the same folder, flush it to the disk, then rename."""
+    _replace(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Indented JSON, keys in the order given, atomically."""
+    write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+    """A safetensors file, atomically. `metadata` is any JSON value.
+
+    It is kept as one string, since several keys come out in an order that changes from run to run, and the same
+    content is to give the same bytes.
+    """
+    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = None if metadata is None else {"tritflow": json.dumps(metadata, sort_keys=True)}
+    _replace(path, lambda temporary: save_file(ready, temporary, metadata=header))
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON. Raises `ValueError` with the file's name if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not JSON: it is damaged, remove it to begin again") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def provenance(device: torch.device | str) -> dict[str, Any]:
+    """Versions and device for a meta.json. No time and no host name: the same run gives the same bytes."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "versions": {
+            "tritflow": tritflow.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": f"{device.type}: {name}",
+    }
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
