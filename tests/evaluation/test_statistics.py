@@ -11,9 +11,7 @@ from scipy.stats import binomtest
 from tritflow.evaluation import statistics as st
 
 
-def simulate(
-    rng: np.random.Generator, prompts: int, pictures: int, mean: float
-) -> tuple[np.ndarray, list[str]]:
+def simulate(rng: np.random.Generator, prompts: int, pictures: int, mean: float) -> tuple[np.ndarray, list[str]]:
     """Beta-binomial pictures: prompts differ in how hard they are."""
     hardness = rng.beta(mean * 2, (1 - mean) * 2, size=prompts)
     passed = rng.random((prompts, pictures)) < hardness[:, None]

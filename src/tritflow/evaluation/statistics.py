@@ -115,8 +115,7 @@ class _Table:
     def estimate(self) -> Floats:
         """[m]: the mean of the strata's means."""
         means = [
-            self.sums[self.stratum == s].sum(0) / self.counts[self.stratum == s].sum()
-            for s in range(self.strata)
+            self.sums[self.stratum == s].sum(0) / self.counts[self.stratum == s].sum() for s in range(self.strata)
         ]
         return np.mean(means, axis=0)
 
@@ -236,9 +235,7 @@ def paired_difference(
     table = _table([a - b], clusters, strata)
     if (a == b).all():
         bound = 1 - ((1 - confidence) / 2) ** (1 / table.clusters)
-        return Interval(
-            0.0, -bound, bound, len(a), table.clusters, "exact bound, no picture differs", confidence
-        )
+        return Interval(0.0, -bound, bound, len(a), table.clusters, "exact bound, no picture differs", confidence)
     low, high = _percentiles(table.replicates(resamples, seed)[:, 0], confidence)
     return Interval(
         float(table.estimate()[0]),

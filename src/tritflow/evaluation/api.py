@@ -1,0 +1,163 @@
+"""What a suite is: prompts with stable ids, where its pictures lie, and a verdict on each picture.
+
+A task never draws and never opens a model. Pictures come from an `ImageSet` (`images.py`), which any
+`draw(prompts, seeds)` can fill, so GenEval, T2I-CompBench and the built-in scenes share everything but this
+interface: prompts, folder layout, score.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tritflow.config import nearest
+from tritflow.results import digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tritflow.evaluation.images import ImageSet
+
+Draw = Callable[[list[str], list[int]], "list[Image]"]
+"""`draw(prompts, seeds)`: one picture for each (prompt, seed), the same whatever else is in the batch."""
+
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` in pictures."""
+
+
+class EvaluationError(ValueError):
+    """A suite, its prompts or its pictures are not what was asked for; the message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt of a suite.
+
+    Attributes:
+        id: stable name, unique in the suite; decides the seeds, so it must not depend on what else is drawn.
+        tag: the category it is scored under.
+        text: what the model reads.
+        metadata: plain JSON that the scorer needs (clauses, categories).
+    """
+
+    id: str
+    tag: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A scorer's verdict on one picture.
+
+    Attributes:
+        prompt_id: of the prompt.
+        tag: of the prompt.
+        sample: which picture of the prompt.
+        seed: the picture was drawn from.
+        score: 0 or 1 for yes/no suites, a number in [0, 1] for graded ones.
+        reason: why, in words; empty when it passed.
+    """
+
+    prompt_id: str
+    tag: str
+    sample: int
+    seed: int
+    score: float
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.score >= 0.5
+
+
+class Task(ABC):
+    """A suite of prompts with a scorer.
+
+    Class attributes:
+        name: as on the command line.
+        version: raised whenever prompts, layout or scores change meaning; written into every result.
+        tags: categories in the order of the tables.
+        overall_tags: those whose means are averaged into the overall score.
+        graded: whether scores are graded (False: yes/no).
+        scorers: what scores, by role; a substitute for the suite's own scorer says so in its name.
+        default_samples: pictures a prompt unless asked otherwise.
+    """
+
+    name: str
+    version: int = 1
+    tags: tuple[str, ...]
+    overall_tags: tuple[str, ...]
+    graded: bool = False
+    scorers: dict[str, str] = {}  # noqa: RUF012  (a constant of the class, never written to)
+    default_samples: int = 4
+
+    @abstractmethod
+    def prompts(
+        self, split: str = "test", per_tag: int | None = None, seed: int = 0, tags: Sequence[str] | None = None
+    ) -> list[PromptRecord]:
+        """The suite's prompts, grouped by tag, in a fixed order. `per_tag` None takes the suite's own number.
+
+        Raises `EvaluationError` for an unknown split or tag.
+        """
+
+    @abstractmethod
+    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+        """One judgement a picture, in the set's order."""
+
+    def picture_path(self, record: PromptRecord, index: int, sample: int) -> str:
+        """Where picture `sample` of the `index`-th prompt lies inside the folder (forward slashes).
+
+        Suites with official scorers override it with the layout that those read.
+        """
+        return f"images/{record.id}/{sample:04d}.png"
+
+    def sidecars(self, records: Sequence[PromptRecord]) -> dict[str, bytes]:
+        """Further files that the suite's own scorer wants beside the pictures, by path."""
+        return {}
+
+    def check_tags(self, tags: Sequence[str] | None) -> tuple[str, ...]:
+        """`tags`, or all of them; raises `EvaluationError` for one that the suite does not have."""
+        for tag in tags or ():
+            if tag not in self.tags:
+                raise EvaluationError(
+                    f"{self.name} has no tag '{tag}'{nearest(tag, list(self.tags))} (it has {', '.join(self.tags)})"
+                )
+        return tuple(tags) if tags else self.tags
+
+
+TASKS: dict[str, str] = {"scenes": "tritflow.evaluation.tasks.scenes:ScenesTask"}
+"""Suites by name, imported when asked for."""
+
+
+def get_task(name: str) -> Task:
+    """The suite called `name`. Raises `EvaluationError` with the nearest name when there is none."""
+    if name not in TASKS:
+        raise EvaluationError(
+            f"there is no suite '{name}'{nearest(name, list(TASKS))} (available: {', '.join(TASKS)})"
+        )
+    module, _, attribute = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), attribute)()
+    return task
+
+
+def prompts_hash(records: Sequence[PromptRecord]) -> str:
+    """Name of this very list of prompts: ids, texts, tags, metadata and order."""
+    return digest([r.to_dict() for r in records])
+
+
+def normalised(text: str) -> str:
+    """How prompts are compared: case, outer blanks, runs of blanks and a final full stop do not count."""
+    return " ".join(text.split()).rstrip(".").strip().casefold()
+
+
+def overlap(records: Iterable[PromptRecord], trained_on: Iterable[str]) -> set[str]:
+    """Ids of the prompts whose text was trained on."""
+    seen = {normalised(text) for text in trained_on}
+    return {r.id for r in records if normalised(r.text) in seen}

@@ -1,0 +1,111 @@
+"""The suite of the built-in small FLUX: held-out scenes, read back by a deterministic detector.
+
+Overall is the mean of the six GenEval tags; texture and occlusion are reported beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
+from tritflow.evaluation.images import ImageSet
+from tritflow.results import digest
+from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge
+
+# Below this many pictures starting worker processes costs more than it saves.
+POOL_FROM = 2000
+_CHUNK = 64
+
+
+def to_record(prompt: Prompt) -> PromptRecord:
+    """The prompt under a name made of its content, so that it keeps its seeds in every selection."""
+    content = asdict(prompt)
+    return PromptRecord(
+        id=f"{prompt.tag}-{digest(content, 12)}",
+        tag=prompt.tag,
+        text=prompt.text,
+        metadata={"include": content["include"], "held_out": prompt.held_out},
+    )
+
+
+def to_prompt(record: PromptRecord) -> Prompt:
+    """The inverse of `to_record`, from a folder's prompts.jsonl as well."""
+    try:
+        clauses = tuple(Clause(**c) for c in record.metadata["include"])
+        return Prompt(record.tag, record.text, clauses, record.metadata["held_out"])
+    except (KeyError, TypeError) as e:
+        raise EvaluationError(f"prompt '{record.id}' is not a scene's prompt: {e}") from None
+
+
+def _verdict(prompt: Prompt, pixels: NDArray[np.uint8]) -> tuple[bool, str]:
+    verdict = judge(prompt, detect(pixels))
+    return bool(verdict.passed), str(verdict.reason)
+
+
+def _chunk_verdicts(folder: str, chunk: list[tuple[dict[str, Any], Prompt]]) -> list[tuple[bool, str]]:
+    return [_verdict(prompt, ImageSet.pixels_of(folder, entry)) for entry, prompt in chunk]
+
+
+class ScenesTask(Task):
+    """Held-out scenes of the built-in world."""
+
+    name = "scenes"
+    version = 1
+    tags = tuple(TAGS)
+    overall_tags = tuple(GENEVAL_TAGS)
+    scorers = {"detector": "tritflow.scenes.detector", "rules": "tritflow.scenes.rules"}  # noqa: RUF012
+    default_per_tag = 60
+
+    def prompts(
+        self, split: str = "test", per_tag: int | None = None, seed: int = 0, tags: Sequence[str] | None = None
+    ) -> list[PromptRecord]:
+        """Held-out prompts; `split` is "test" alone, since training captions carry no clauses to judge by."""
+        if split != "test":
+            raise EvaluationError(f"scenes has no split '{split}'; its held-out prompts are 'test'")
+        number = self.default_per_tag if per_tag is None else per_tag
+        if number < 1:
+            raise EvaluationError(f"{number} prompts a tag leave nothing to draw; take at least 1")
+        drawn = evaluation_prompts(number, seed=seed, tags=self.check_tags(tags))
+        records = list({r.id: r for r in map(to_record, drawn)}.values())
+        return sorted(records, key=lambda r: self.tags.index(r.tag))
+
+    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+        prompts = {r.id: to_prompt(r) for r in images.records}
+        work = [(e, prompts[e["prompt_id"]]) for e in images.entries]
+        judgements = []
+        for entry, (passed, reason) in zip(images.entries, self._verdicts(images, work), strict=True):
+            judgements.append(
+                Judgement(
+                    prompt_id=entry["prompt_id"],
+                    tag=entry["tag"],
+                    sample=entry["sample"],
+                    seed=entry["seed"],
+                    score=float(passed),
+                    reason="" if passed else reason,
+                )
+            )
+            if progress is not None:
+                progress(len(judgements), len(work))
+        return judgements
+
+    @staticmethod
+    def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[tuple[bool, str]]:
+        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16)
+        folder = str(images.folder)
+        chunks = [work[i : i + _CHUNK] for i in range(0, len(work), _CHUNK)]
+        if len(work) < POOL_FROM or workers < 2:
+            for chunk in chunks:
+                yield from _chunk_verdicts(folder, chunk)
+            return
+        # spawn: forking a process that holds torch's threads and perhaps a GPU can deadlock.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for verdicts in pool.map(_chunk_verdicts, [folder] * len(chunks), chunks):
+                yield from verdicts
