@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import tritflow
+from tritflow.formats.atomic import write_atomic
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name in the same folder, flush it to the disk, then rename."""
-    _replace(path, lambda temporary: temporary.write_bytes(data))
+    """Write a file atomically, making its folder. Raises `DiskFullError` when no space is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -36,7 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = Non
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = None if metadata is None else {"tritflow": json.dumps(metadata, sort_keys=True)}
-    _replace(path, lambda temporary: save_file(ready, temporary, metadata=header))
+    write_bytes(path, save(ready, header))
 
 
 def read_json(path: Path) -> Any:
@@ -67,19 +67,3 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
         },
         "device": f"{device.type}: {name}",
     }
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,0 +1,54 @@
+"""What every model family states, and what follows from it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class FamilyError(ValueError):
+    """A model is of no known family, or its config or tensors do not fit the family."""
+
+
+class Family(ABC):
+    """One family of transformers: names and shapes only, no model is built.
+
+    Attributes:
+        name: as written in configs and results.
+        transformer_class: the diffusers class.
+        targets: `fnmatch` patterns of the modules that are ternary by default.
+    """
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise `FamilyError` unless `config` (a diffusers config.json) is one of this family's."""
+
+    @abstractmethod
+    def block_order(self, config: Mapping[str, Any]) -> list[str]:
+        """Module names of the blocks in the order in which they run."""
+
+    @abstractmethod
+    def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Every linear inside the blocks: name -> (out_features, in_features), in block order."""
+
+    def check_tensors(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check a checkpoint's tensors against the config before any work starts.
+
+        Args:
+            config: the transformer's config.
+            shapes: tensor name -> shape, diffusers names, as far as the reader knows them.
+
+        Raises:
+            FamilyError: a block linear's weight is missing or has another shape; names the first one.
+        """
+        for name, expected in self.block_linears(config).items():
+            found = shapes.get(f"{name}.weight")
+            if found is None:
+                raise FamilyError(f"the checkpoint has no tensor '{name}.weight', which its config asks for")
+            if tuple(found) != expected:
+                raise FamilyError(f"'{name}.weight' has shape {list(found)}, the config asks for {list(expected)}")
