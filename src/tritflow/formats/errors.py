@@ -1,5 +1,9 @@
-"""The one exception of this room."""
+"""The exceptions of this room."""
 
 
 class CheckpointError(ValueError):
     """Bytes are not what the format says. The message names the file or tensor and what is wrong."""
+
+
+class DiskFullError(CheckpointError, OSError):
+    """The disk ran full while writing. Nothing half-written is left; the same call resumes."""

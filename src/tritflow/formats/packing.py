@@ -135,6 +135,16 @@ def check_2bit(packed: Tensor, in_features: int) -> None:
         _check_2bit(packed[slab], in_features, slab.start)
 
 
+def check_packed(packed: Tensor, in_features: int, packing: Packing) -> None:
+    """Raise `CheckpointError` unless `packed` is exactly what packing some trits would give."""
+    if packing == "2bit":
+        check_2bit(packed, in_features)
+        return
+    _require_packed(packed, in_features, packing)
+    for slab in _slabs(packed.shape[0], in_features):
+        _check_base3(packed[slab], in_features, slab.start)
+
+
 def _check_2bit(part: Tensor, in_features: int, first_row: int) -> None:
     bad = (part >> 1) & ~part & 0x55
     if bool(bad.any()):
@@ -197,17 +207,26 @@ def unpack_base3(packed: Tensor, in_features: int, *, check: bool = True) -> Ten
     table = _base3_table().to(packed.device)
     for slab in _slabs(rows, in_features):
         part = packed[slab]
-        if check and bool((part > 242).any()):
-            bad = part > 242
-            raise CheckpointError(
-                f"row {slab.start + int(bad.any(dim=1).nonzero()[0])} holds the byte {int(part[bad][0])}; "
-                "five trits reach 242 at most: the weight is damaged"
-            )
+        if check:
+            _check_base3(part, in_features, slab.start)
         trits = table.index_select(0, part.reshape(-1).int()).view(part.shape[0], width * TRITS_PER_BYTE)
-        if check and bool(trits[:, in_features:].any()):
-            raise CheckpointError(f"nonzero padding after input feature {in_features}: the weight is damaged")
         out[slab] = trits[:, :in_features]
     return out
+
+
+def _check_base3(part: Tensor, in_features: int, first_row: int) -> None:
+    bad = part > 242
+    if bool(bad.any()):
+        raise CheckpointError(
+            f"row {first_row + int(bad.any(dim=1).nonzero()[0])} holds the byte {int(part[bad][0])}; "
+            "five trits reach 242 at most: the weight is damaged"
+        )
+    tail = in_features % TRITS_PER_BYTE
+    if tail:
+        # All padding digits are 1 (the trit 0), so the last byte without its own digits is a constant.
+        padding = sum(3**i for i in range(tail, TRITS_PER_BYTE)) // 3**tail
+        if bool((torch.div(part[:, -1], 3**tail, rounding_mode="floor") != padding).any()):
+            raise CheckpointError(f"nonzero padding after input feature {in_features}: the weight is damaged")
 
 
 def _base3_table() -> Tensor:
