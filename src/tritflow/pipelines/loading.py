@@ -1,0 +1,349 @@
+"""From a name on the command line to a ready pipeline, with every missing thing said in one line.
+
+A model is named by a folder, by a hub id (`owner/name`), or by `small` / `small-student`, which ship inside the
+package. A folder is either a whole pipeline (model_index.json) or a ternary transformer alone, which takes its
+other components from a base pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritflow.assets import ASSETS, asset_path
+from tritflow.config import TernaryConfig, nearest
+
+PIPELINE_CLASSES = ("FluxPipeline",)
+TRANSFORMER_CLASSES = ("FluxTransformer2DModel",)
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelError(ValueError):
+    """The named model is missing, incomplete, of another family, or stored as a pickle. Says what to do."""
+
+
+class DeviceError(ValueError):
+    """The named device is not there, or not known to this PyTorch."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """How a model wants to be sampled: pixels, sampler steps, embedded guidance, text tokens.
+
+    The defaults are FLUX.1-dev's; a folder overrides them in its `generation.json`.
+    """
+
+    height: int = 1024
+    width: int = 1024
+    num_inference_steps: int = 28
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 512
+
+    @classmethod
+    def read(cls, folder: str | Path) -> GenerationDefaults:
+        """From `folder/generation.json`; FLUX.1-dev's when there is none.
+
+        Raises:
+            ModelError: the file is not an object of known names and positive numbers.
+        """
+        path = Path(folder) / "generation.json"
+        if not path.is_file():
+            return cls()
+        data = _read_json(path)
+        known: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        for key, value in data.items():
+            if key not in known:
+                raise ModelError(f"{path}: unknown setting '{key}'{nearest(key, list(known))}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or value < 0 or (known[key] is int and (value < 1 or value != int(value))):
+                raise ModelError(f"{path}: '{key}' must be a positive number, not {value!r}")
+        return cls(**{key: known[key](value) for key, value in data.items()})
+
+
+def generation_defaults(pipe: Any) -> GenerationDefaults:
+    """The defaults of the folder that `pipe` was loaded from, however it was loaded."""
+    folder = getattr(pipe, "config", {}).get("_name_or_path") or ""
+    return GenerationDefaults.read(folder) if folder and Path(folder).is_dir() else GenerationDefaults()
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """`None` or "auto": cuda, else mps, else cpu. Raises `DeviceError` for one that is not available."""
+    if device is None or str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise DeviceError(
+            f"unknown device '{device}'; use cpu, cuda, cuda:N or mps{nearest(str(device), ['cpu', 'cuda', 'mps'])}"
+        ) from None
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"--device {device}: PyTorch {torch.__version__} sees no CUDA device here; use --device cpu, "
+                "or install a CUDA build of PyTorch and its driver"
+            )
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: this PyTorch has no Metal device; use --device cpu")
+    return found
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype by name; `None` or "auto": bfloat16 on accelerators, float32 on the CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None or dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise ModelError(
+            f"unknown dtype '{dtype}'; use one of {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}"
+        )
+    return _DTYPES[dtype]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a named model lies.
+
+    Attributes:
+        pipeline: folder or hub id of the whole pipeline that gives every component not given by `transformer`.
+        transformer: folder of a transformer that replaces the pipeline's own, or None.
+    """
+
+    pipeline: str
+    transformer: Path | None = None
+
+
+def resolve_model(model: str | Path, base: str | Path | None = None) -> ModelSource:
+    """Find out what `model` is, without loading weights.
+
+    Args:
+        model: a pipeline folder, a transformer folder (or a folder holding only `transformer/`), a hub id,
+            `small` or `small-student`.
+        base: pipeline for the components that a bare transformer lacks; by default the one recorded in its
+            `meta.json`.
+
+    Raises:
+        ModelError: nothing usable is there; the message says what was found and what to do.
+        AssetError: the built-in model is not installed.
+    """
+    name = str(model)
+    if name in ASSETS:
+        folder = asset_path(name)
+        return resolve_model(folder, base or (asset_path("small") if name != "small" else None))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _resolve_folder(path, base)
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise ModelError(
+                f"{path} is a pickle, which tritflow never loads; convert it to safetensors first"
+            )
+        raise ModelError(
+            f"{path} is a single file; `tritflow quantize {path} OUT` makes a model folder of it"
+        )
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        return ModelSource(name)
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, [*siblings, *ASSETS])
+    raise ModelError(f"no model '{name}': neither a folder, a hub id (owner/name) nor a built-in name{hint}")
+
+
+def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
+    index = path / "model_index.json"
+    if index.is_file():
+        name = _read_json(index).get("_class_name")
+        if name not in PIPELINE_CLASSES:
+            raise ModelError(f"{path} is a {name}; tritflow runs {' and '.join(PIPELINE_CLASSES)} folders")
+        check_weights(path)
+        return ModelSource(str(path))
+    for folder in (path, path / "transformer"):
+        if (folder / "config.json").is_file():
+            name = _read_json(folder / "config.json").get("_class_name")
+            if name not in TRANSFORMER_CLASSES:
+                raise ModelError(f"{folder} is a {name}; tritflow runs {' and '.join(TRANSFORMER_CLASSES)}")
+            check_weights(folder)
+            return ModelSource(_base_of(path, base), folder)
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{path} holds a pickle ({pickles[0]}) and no model_index.json; tritflow reads safetensors only"
+        )
+    raise ModelError(
+        f"{path} is no model folder: it has neither model_index.json nor transformer/config.json"
+    )
+
+
+def _base_of(path: Path, base: str | Path | None) -> str:
+    """The pipeline that completes a bare transformer: named by the caller, or recorded when it was made."""
+    if base is None:
+        for meta in (path / "meta.json", path.parent / "meta.json"):
+            recorded = _read_json(meta).get("base") if meta.is_file() else None
+            if recorded:
+                base = (
+                    recorded if recorded in ASSETS or Path(recorded).is_absolute() else meta.parent / recorded
+                )
+                if not (str(base) in ASSETS or Path(base).is_dir()):
+                    base = recorded
+                break
+    if base is None:
+        raise ModelError(
+            f"{path} holds only a transformer; name the pipeline with its text encoders and VAE: --base FLUX_DIR"
+        )
+    source = resolve_model(base)
+    if source.transformer is not None:
+        raise ModelError(f"--base {base}: holds only a transformer too; name a whole pipeline folder")
+    return source.pipeline
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse pickles without safetensors beside them, and files cut short, before anything is loaded.
+
+    Raises:
+        ModelError: names the file.
+        CheckpointError: a safetensors header does not fit its file.
+    """
+    from tritflow.formats.safetensors_file import SafetensorsFile
+
+    for place in [folder, *(p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[:1] != ".")]:
+        files = sorted(place.glob("*.safetensors"))
+        pickles = sorted(p for p in place.iterdir() if p.suffix in _PICKLES)
+        if pickles and not files:
+            raise ModelError(
+                f"{pickles[0]} is a pickle, which tritflow never loads; convert it to safetensors"
+            )
+        for file in files:
+            SafetensorsFile(file)
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    mode: str | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Load a dense or ternary FLUX pipeline with stock diffusers classes.
+
+    Args:
+        model: see `resolve_model`.
+        base: see `resolve_model`.
+        device: `auto` (default), `cpu`, `cuda`, `cuda:N`, `mps`.
+        dtype: of everything that is not ternary; default bfloat16 on accelerators, float32 on the CPU.
+        mode: overrides the checkpoint's `w2a16` or `w2a8`.
+        backend: overrides the checkpoint's kernel choice.
+
+    Returns:
+        A `diffusers.FluxPipeline` on the device.
+
+    Raises:
+        ModelError, DeviceError, CheckpointError, AssetError: one line each, naming what is wrong.
+    """
+    on, as_type = pick_device(device), None
+    as_type = pick_dtype(dtype, on)
+    source = resolve_model(model, base)
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    with _one_line(model):
+        parts: dict[str, Any] = {}
+        if source.transformer is not None:
+            parts["transformer"] = FluxTransformer2DModel.from_pretrained(
+                source.transformer, torch_dtype=as_type, use_safetensors=True
+            )
+        pipe: Any = FluxPipeline.from_pretrained(
+            source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts
+        )
+    if mode is not None or backend is not None:
+        configure_(pipe, mode=mode, backend=backend)
+    return pipe.to(on)
+
+
+def configure_(
+    model: Any, *, mode: str | None = None, backend: str | None = None, activation_dtype: str | None = None
+) -> int:
+    """Change how a ternary model computes, in place; what is stored does not change.
+
+    Args:
+        model: a pipeline or a module holding `TernaryLinear`s.
+        mode: `w2a16` or `w2a8`.
+        backend: `auto`, `reference`, `cpu`, `triton` or `hopper`.
+        activation_dtype: the 8-bit type of `w2a8`.
+
+    Returns:
+        How many linears were changed.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+        ModelError: the model has no ternary linear.
+    """
+    from tritflow.modules.ternary_linear import TernaryLinear
+
+    given = {"mode": mode, "backend": backend, "activation_dtype": activation_dtype}
+    given = {key: value for key, value in given.items() if value is not None}
+    TernaryConfig.from_dict(given)
+    module = getattr(model, "transformer", model)
+    linears = [m for m in module.modules() if isinstance(m, TernaryLinear)]
+    if not linears:
+        raise ModelError(
+            f"this model is dense: {' and '.join(given) or 'its mode'} can be set on ternary models only; "
+            "make one with `tritflow quantize`"
+        )
+    for linear in linears:
+        for key, value in given.items():
+            setattr(linear, key, value)
+    return len(linears)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of the libraries underneath while models load; the caller shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    shown = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, enabled in zip(libraries, shown, strict=True):
+            if enabled:
+                library.enable_progress_bar()
+
+
+@contextmanager
+def _one_line(model: str | Path) -> Iterator[None]:
+    """Library errors about files and the hub, shortened to the line that matters and the model's name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if type(error).__module__.startswith("tritflow"):
+            raise
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"cannot load '{model}': {first}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return data
