@@ -36,19 +36,10 @@ class Family(ABC):
     def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Every linear inside the blocks: name -> (out_features, in_features), in block order."""
 
+    @abstractmethod
     def check_tensors(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check a checkpoint's tensors against the config before any work starts.
-
-        Args:
-            config: the transformer's config.
-            shapes: tensor name -> shape, diffusers names, as far as the reader knows them.
+        """Check a dense checkpoint's tensors (name -> shape, diffusers names) before any work starts.
 
         Raises:
-            FamilyError: a block linear's weight is missing or has another shape; names the first one.
+            FamilyError: names the first tensor that is missing, unknown or of another shape than `config` asks.
         """
-        for name, expected in self.block_linears(config).items():
-            found = shapes.get(f"{name}.weight")
-            if found is None:
-                raise FamilyError(f"the checkpoint has no tensor '{name}.weight', which its config asks for")
-            if tuple(found) != expected:
-                raise FamilyError(f"'{name}.weight' has shape {list(found)}, the config asks for {list(expected)}")
