@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tritflow.formats.atomic import write_atomic
+
 SCHEMA = 1
 _PACKAGES = ("tritflow", "torch", "diffusers", "transformers", "triton", "numpy", "pillow")
 
@@ -31,19 +33,9 @@ class ResultsError(ValueError):
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a temporary file in the same folder, flush it to the disk and rename it over `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """`formats.atomic.write_atomic`, making the folder first. Raises `DiskFullError` when no space is left."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
 
 
 def canonical(data: Any) -> str:

@@ -152,12 +152,9 @@ def prompts_hash(records: Sequence[PromptRecord]) -> str:
     return digest([r.to_dict() for r in records])
 
 
-def normalised(text: str) -> str:
-    """How prompts are compared: case, outer blanks, runs of blanks and a final full stop do not count."""
-    return " ".join(text.split()).rstrip(".").strip().casefold()
-
-
 def overlap(records: Iterable[PromptRecord], trained_on: Iterable[str]) -> set[str]:
-    """Ids of the prompts whose text was trained on."""
-    seen = {normalised(text) for text in trained_on}
-    return {r.id for r in records if normalised(r.text) in seen}
+    """Ids of the prompts whose text was trained on, compared as `calibration.prompts.normalise` does."""
+    from tritflow.calibration.prompts import normalise
+
+    seen = {normalise(text) for text in trained_on}
+    return {r.id for r in records if normalise(r.text) in seen}
