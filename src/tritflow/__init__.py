@@ -1,5 +1,63 @@
-"""tritflow: FLUX-class text-to-image models at 1.58 bits."""
+"""tritflow: FLUX-class text-to-image models at 1.58 bits.
+
+Importing this package is cheap and imports neither torch nor diffusers: public names load on first use. Once
+both are imported, in either order, stock diffusers reads and writes ternary checkpoints; nothing else is to be
+called.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tritflow.pipelines.hook import install as _install_hook
+
+if TYPE_CHECKING:
+    from tritflow.config import CalibrationConfig as CalibrationConfig
+    from tritflow.config import ConfigError as ConfigError
+    from tritflow.config import DistillationConfig as DistillationConfig
+    from tritflow.config import Recipe as Recipe
+    from tritflow.config import TernaryConfig as TernaryConfig
+    from tritflow.modules.ternary_linear import TernaryLinear as TernaryLinear
+    from tritflow.pipelines.compare import compare as compare
+    from tritflow.pipelines.generate import generate as generate
+    from tritflow.pipelines.loading import configure_ as configure_
+    from tritflow.pipelines.loading import load_pipeline as load_pipeline
+    from tritflow.pipelines.plugin import TritflowConfig as TritflowConfig
+    from tritflow.pipelines.quantize import quantize as quantize
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "CalibrationConfig": "tritflow.config",
+    "ConfigError": "tritflow.config",
+    "DistillationConfig": "tritflow.config",
+    "Recipe": "tritflow.config",
+    "TernaryConfig": "tritflow.config",
+    "TernaryLinear": "tritflow.modules.ternary_linear",
+    "TritflowConfig": "tritflow.pipelines.plugin",
+    "compare": "tritflow.pipelines.compare",
+    "configure_": "tritflow.pipelines.loading",
+    "generate": "tritflow.pipelines.generate",
+    "load_pipeline": "tritflow.pipelines.loading",
+    "quantize": "tritflow.pipelines.quantize",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "assets":
+        return importlib.import_module("tritflow.assets")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tritflow' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, "assets"])
+
+
+_install_hook()

@@ -78,7 +78,7 @@ def tiny_flux_transformer(
     """A stock `FluxTransformer2DModel` with random weights (float32, eval mode).
 
     Args:
-        hidden: width of the residual stream; `hidden / heads`, the head dimension, is a multiple of 4 from 8 on.
+        hidden: width of the residual stream; `hidden / heads` must be a multiple of 4 from 8 on.
         heads: attention heads.
         double: number of double blocks (`transformer_blocks`).
         single: number of single blocks.

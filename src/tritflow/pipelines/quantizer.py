@@ -1,0 +1,289 @@
+"""diffusers' quantizer hooks: swap linears for `TernaryLinear` and fill them from a ternary or a dense checkpoint.
+
+Every tensor of a ternary checkpoint is hashed as it lies on disk, before diffusers casts anything, and compared
+with its checksum and with the digest in config.json: a damaged file never becomes a silently wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from tritflow.config import Packing, TernaryConfig
+from tritflow.formats.checkpoint import CheckpointError, Digest, TernaryFolder, file_metadata, tensor_sha256
+from tritflow.formats.integrity import CHECKSUM_DIGITS, FileClaims
+from tritflow.formats.packing import check_packed, repack
+from tritflow.formats.safetensors_file import SafetensorsFile
+from tritflow.modules.swap import swap_linears_
+from tritflow.modules.ternary_linear import TernaryLinear
+from tritflow.quantization.ternarize import mse_optimal, mse_optimal_columns
+
+_MEND = "run `tritflow inspect` on the folder, then fetch or quantize it again"
+
+
+def ternary_linears(model: nn.Module) -> dict[str, TernaryLinear]:
+    """Every `TernaryLinear` of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+
+
+def storage_tensors(
+    model: nn.Module, state_dict: Mapping[str, Tensor], packing: Packing | str
+) -> dict[str, Tensor]:
+    """The tensors of a model's `state_dict` as they lie on disk: weights in `packing`, all else untouched."""
+    tensors = dict(state_dict)
+    for name, linear in ternary_linears(model).items():
+        packed = linear.packed.detach()
+        if packing == "base3":
+            packed = repack(packed.cpu(), linear.in_features, "2bit", "base3")
+        tensors[f"{name}.weight"] = packed
+    return tensors
+
+
+class CheckpointAudit:
+    """Hashes every tensor of a checkpoint that diffusers is loading, shard by shard.
+
+    Args:
+        files: the safetensors files about to be loaded.
+        digest: what config.json promises.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or its header or the config.json beside it is damaged.
+    """
+
+    def __init__(self, files: list[str], digest: str) -> None:
+        self._digest, self._sum = digest, Digest()
+        self._checksums: dict[str, str] = {}
+        self.where = str(Path(files[0]).parent)
+        for file in files:
+            claims = FileClaims(SafetensorsFile(file))
+            self._checksums.update(claims.checksums)
+        # A variant or a renamed config has no folder of the standard form; its tensors are checked all the same.
+        if len(files) == 1 or (Path(self.where) / "config.json").is_file():
+            TernaryFolder(self.where)
+
+    def add(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Hash one shard's tensors as they came from the file. Raises `CheckpointError` naming a damaged one."""
+        for name, tensor in state_dict.items():
+            sha256 = self._sum.add(name, tensor)
+            if self._checksums.get(name, sha256)[:CHECKSUM_DIGITS] != sha256[:CHECKSUM_DIGITS]:
+                raise CheckpointError(
+                    f"{self.where}: tensor '{name}' does not match its checksum: the file is damaged; {_MEND}"
+                )
+
+    def finish(self) -> None:
+        """Compare the sum of all tensors with the digest. Raises `CheckpointError` when they differ."""
+        if self._sum.hexdigest() != self._digest:
+            raise CheckpointError(
+                f"{self.where}: the tensors do not match the digest in config.json: a file is damaged, missing or "
+                f"belongs to another model; {_MEND}"
+            )
+
+
+class TritflowQuantizer(DiffusersQuantizer):
+    """See the module's docstring. diffusers calls the methods; `quantization_config` is a `TritflowConfig`."""
+
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        # The user's object may serve several models, and each has a digest of its own.
+        own = type(quantization_config).from_dict(quantization_config.to_diff_dict())
+        super().__init__(own, **kwargs)
+        self.ternary: TernaryConfig = own.ternary
+        self._audit: CheckpointAudit | None = None
+        self._loaded: set[str] = set()
+        self._names: set[str] = set()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot be honoured: ternary weights are small, so there is no offloading to the disk."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "ternary weights cannot be offloaded to the disk (device_map names 'disk'); use device_map=None "
+                "with enable_model_cpu_offload() instead"
+            )
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        # On-the-fly quantization replaces modules while loading, which threads would race about.
+        return bool(self.pre_quantized)
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        """Not to change anything: the one hook that learns the files' names."""
+        self._loaded = set(loaded_keys)
+        if self.pre_quantized:
+            if self.quantization_config.digest is None:
+                raise CheckpointError(
+                    f"{Path(checkpoint_files[0]).parent}/config.json has no digest, so its tensors cannot be "
+                    f"verified: the file is damaged; {_MEND}"
+                )
+            self._audit = CheckpointAudit([str(f) for f in checkpoint_files], self.quantization_config.digest)
+        return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Not to change anything: the one hook that sees every tensor of a shard as it lies on disk."""
+        if self._audit is not None:
+            self._audit.add(state_dict)
+        return state_dict
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        linears = [
+            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and self.ternary.matches(n)
+        ]
+        if not linears:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer that matches targets {list(self.ternary.targets)} "
+                f"and none of skip {list(self.ternary.skip)}"
+            )
+        if self.pre_quantized:
+            chosen = set(linears)
+            swap_linears_(model, lambda name, _: name in chosen, lambda _, linear: self._empty(linear))
+            self._check_names(set(model.state_dict()))
+            parts = ("weight", "weight_scale", "input_scale")
+            self._names = {f"{n}.{part}" for n in linears for part in parts} & self._loaded
+        else:
+            self._names = {f"{name}.weight" for name in linears}
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def _empty(self, linear: nn.Linear) -> TernaryLinear:
+        """A `TernaryLinear` on the meta device with the same shape."""
+        c = self.ternary
+        return TernaryLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            column_scale=c.column_scale,
+            mode=c.mode,
+            activation_dtype=c.activation_dtype,
+            backend=c.backend,
+            device="meta",
+        )
+
+    def _check_names(self, expected: set[str]) -> None:
+        where = self._audit.where if self._audit is not None else "the checkpoint"
+        for name in sorted(expected - self._loaded):
+            raise CheckpointError(f"{where}: tensor '{name}' is missing; {_MEND}")
+        for name in sorted(self._loaded - expected):
+            raise CheckpointError(f"{where}: tensor '{name}' belongs to no layer of this model; {_MEND}")
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """Whether `create_quantized_param` has to handle this tensor."""
+        return param_name in self._names
+
+    def create_quantized_param(  # type: ignore[override]
+        self,
+        model: Any,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Put a tensor of a ternary linear in place, from the raw `state_dict`: `param_value` may have been cast."""
+        name, _, leaf = param_name.rpartition(".")
+        raw: Tensor = state_dict[param_name]
+        if not self.pre_quantized:
+            self._quantize(model, name, raw.to(target_device))
+            return
+        linear = model.get_submodule(name)
+        if leaf == "weight":
+            try:
+                check_packed(raw, linear.in_features, self.ternary.packing)
+            except CheckpointError as error:
+                raise CheckpointError(f"'{param_name}': {error}") from error
+            linear.set_packed_(
+                repack(raw, linear.in_features, self.ternary.packing, "2bit").to(target_device)
+            )
+        else:
+            linear._buffers[leaf] = raw.to(target_device)
+
+    def _quantize(self, model: Any, name: str, weight: Tensor) -> None:
+        """Round one dense linear to the nearest ternary one. Its bias is loaded before or after, by diffusers."""
+        linear = model.get_submodule(name)
+        columns = None
+        if self.ternary.column_scale:
+            trits, scale, columns = mse_optimal_columns(weight)
+        else:
+            trits, scale = mse_optimal(weight)
+        c = self.ternary
+        ternary = TernaryLinear.from_linear(
+            linear, trits, scale, columns, mode=c.mode, activation_dtype=c.activation_dtype, backend=c.backend
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, ternary)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._audit is not None:
+            self._audit.finish()
+            self._audit = None
+        for name, tensor in model.state_dict().items():
+            if tensor.is_meta:
+                raise CheckpointError(f"tensor '{name}' is missing from the checkpoint; {_MEND}")
+        self._loaded, self._names = set(), set()
+        self.quantization_config.attach(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save_pretrained` writes: tensors in the config's packing, and the checksums of the format."""
+        model = self.quantization_config.model
+        if not safe_serialization:
+            raise CheckpointError(
+                "ternary models are saved as safetensors only; leave safe_serialization=True"
+            )
+        if model is None:
+            raise CheckpointError(
+                "this model was unpickled and cannot be saved; load it with from_pretrained"
+            )
+        tensors = storage_tensors(model, state_dict, self.ternary.packing)
+        sums = {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()}
+        linears = {name: linear.in_features for name, linear in ternary_linears(model).items()}
+        config = {**model.config, "_class_name": type(model).__name__}
+        return tensors, file_metadata(sums, linears, config)
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Scales are made, not loaded, when a dense checkpoint is quantized on the fly."""
+        return missing_keys
+
+    def get_special_dtypes_update(self, model: Any, torch_dtype: torch.dtype) -> dict[str, Any]:
+        """For automatic device maps: a packed weight takes two bits an element, whatever its dtype says."""
+        special: dict[str, Any] = super().get_special_dtypes_update(model, torch_dtype)
+        return special | {f"{name}.weight": CustomDtype.INT2 for name in ternary_linears(model)}
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """diffusers reserves `elements / factor` of the dtype (2 bytes): two bits an element make 8."""
+        return 8
+
+    def _dequantize(self, model: Any) -> Any:
+        for name, ternary in ternary_linears(model).items():
+            dense = nn.Linear(
+                ternary.in_features, ternary.out_features, ternary.bias is not None, device="meta"
+            )
+            dense.weight = nn.Parameter(ternary.dequantize(model.dtype), requires_grad=False)
+            dense.bias = ternary.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, dense)
+        config = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = type(model._internal_dict)(config)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
