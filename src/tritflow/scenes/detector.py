@@ -26,15 +26,15 @@ GRID = 32
 
 @dataclass(frozen=True)
 class Detection:
-    """One object as seen: names, box (x0, y0, x1, y1) in pixels, how well the silhouette fits (IoU), and what
-    share of the fitted shape is in sight."""
+    """One object as seen: names, box (x0, y0, x1, y1) in pixels, how well the silhouette fits (IoU), and which
+    share of the ground that it contests with other objects it won: 1 in front, 0 behind."""
 
     shape: str
     color: str
     texture: str
     box: tuple[float, float, float, float]
     score: float
-    visible: float = 1.0
+    won: float = 1.0
 
 
 def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -115,11 +115,17 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
             continue
         split = _split(blob, color[window], minimum)
         parts += [(_place(part, window, mask.shape), c, len(split) > 1) for part, c in split]
+    fits = [_fit(part, mask & ~part) if covered else _match(part) for part, _, covered in parts]
     found = []
-    for part, c, covered in parts:
-        shape, score, box, visible = _fit(part, mask & ~part) if covered else _match(part)
+    for i, ((part, c, _), fit) in enumerate(zip(parts, fits, strict=True)):
+        won = 1.0
+        if fit.drawn is not None:
+            rivals = [f.drawn for j, f in enumerate(fits) if j != i and f.drawn is not None]
+            contested = fit.drawn & np.any(rivals, axis=0) if rivals else np.zeros_like(part)
+            if contested.sum() >= 4:
+                won = float((part & contested).sum() / contested.sum())
         texture = _texture(pixels, part, side)
-        found.append(Detection(SHAPES[shape], COLORS[c], texture, box, round(score, 4), round(visible, 4)))
+        found.append(Detection(SHAPES[fit.shape], COLORS[c], texture, fit.box, round(fit.score, 4), round(won, 4)))
     return sorted(found, key=lambda d: -(d.box[2] - d.box[0]) * (d.box[3] - d.box[1]))
 
 
@@ -148,10 +154,17 @@ def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np
     return parts
 
 
-_Fitted = tuple[int, float, tuple[float, float, float, float], float]
+@dataclass(frozen=True)
+class _Fit:
+    """The best shape for a silhouette; `drawn` is the whole shape, hidden pixels too, where some may be hidden."""
+
+    shape: int
+    score: float
+    box: tuple[float, float, float, float]
+    drawn: np.ndarray | None = None
 
 
-def _match(part: np.ndarray) -> _Fitted:
+def _match(part: np.ndarray) -> _Fit:
     """Best shape of a whole silhouette: IoU with every template in its own box, less for a wrong aspect."""
     rows, cols = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
     box = (float(cols[0]), float(rows[0]), float(cols[-1] + 1), float(rows[-1] + 1))
@@ -159,44 +172,44 @@ def _match(part: np.ndarray) -> _Fitted:
     templates = _templates()
     iou = (grid & templates).sum((1, 2)) / (grid | templates).sum((1, 2))
     best = int(iou.argmax())
-    return best, float(iou[best]), box, 1.0
+    return _Fit(best, float(iou[best]), box)
 
 
-def _fit(part: np.ndarray, unknown: np.ndarray) -> _Fitted:
+def _fit(part: np.ndarray, unknown: np.ndarray) -> _Fit:
     """Best shape, size and place of a silhouette of which other objects may hide some: pixels of `unknown` count
     neither for nor against."""
     rows, cols = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
     height, width = y1 - y0, x1 - x0
     low = max(height, width) / 2
-    best: _Fitted = (0, -1.0, (float(x0), float(y0), float(x1), float(y1)), 1.0)
+    best = _Fit(0, -1.0, (float(x0), float(y0), float(x1), float(y1)), part)
     window = int(2 * np.ceil(low * 1.8) + 8)
     half = window // 2
-    padded = np.pad(part, window)
-    hidden = np.pad(unknown, window)
+    padded, hidden = np.pad(part, window), np.pad(unknown, window)
     for scale in np.arange(0.88, 1.45, 0.04):
-        radius = low * scale
+        radius = float(low * scale)
         shapes = _disc(window, round(radius * 10))
-        areas = shapes.sum((1, 2))
-        ext = radius * 1.0
         centres = {
             (round(cx), round(cy))
-            for cx in (x0 + ext, (x0 + x1) / 2, x1 - ext)
-            for cy in (y0 + ext, (y0 + y1) / 2, y1 - ext)
+            for cx in (x0 + radius, (x0 + x1) / 2, x1 - radius)
+            for cy in (y0 + radius, (y0 + y1) / 2, y1 - radius)
         }
-        for cx, cy in centres:
+        for cx, cy in sorted(centres):
             top, left = cy + window - half, cx + window - half
-            seen = padded[top : top + window, left : left + window]
-            known = ~hidden[top : top + window, left : left + window]
+            here = (slice(top, top + window), slice(left, left + window))
+            seen = padded[here]
             if seen.shape != (window, window):
                 continue
-            drawn = shapes & known
+            drawn = shapes & ~hidden[here]
             iou = (drawn & seen).sum((1, 2)) / np.maximum((drawn | seen).sum((1, 2)), 1)
             # Slightly prefer the smaller explanation: hidden area is a guess.
             iou = iou - 0.02 * max(0.0, scale - 1)
             s = int(iou.argmax())
-            if iou[s] > best[1]:
-                best = (s, float(iou[s]), (cx - ext, cy - ext, cx + ext, cy + ext), float(part.sum() / areas[s]))
+            if iou[s] > best.score:
+                whole = np.zeros_like(padded)
+                whole[here] = shapes[s]
+                box = (cx - radius, cy - radius, cx + radius, cy + radius)
+                best = _Fit(s, float(iou[s]), box, whole[window:-window, window:-window])
     return best
 
 

@@ -6,7 +6,10 @@ import math
 import random
 from dataclasses import replace
 
+import torch
+
 from tritflow.scenes.grammar import Clause
+from tritflow.scenes.render import shape_distances
 from tritflow.scenes.world import (
     COLORS,
     HELD_OUT_COLORS,
@@ -127,10 +130,20 @@ def hue_gap(a: str, b: str) -> int:
 def scene_of_front(rng: random.Random, front: Clause, behind: Clause, ground: str) -> Scene:
     ra, rb = rng.uniform(0.13, 0.17), rng.uniform(0.18, 0.23)
     (ax, ay), (bx, by) = occluding(rng, ra, rb)
-    # The hollow side of a crescent covers nothing and has nothing to cover.
-    if (behind.shape == "crescent" and ax > bx) or (front.shape == "crescent" and ax < bx):
-        raise Retry
     a, b = fill(rng, front, ax, ay, ra), fill(rng, behind, bx, by, rb)
     if hue_gap(a.color, b.color) < 2:
         raise Retry
+    if not 0.08 < covered_share(a, b) < 0.5:
+        raise Retry
     return Scene((b, a), ground, front=1)
+
+
+def covered_share(front: Object, behind: Object) -> float:
+    """How much of `behind` lies under `front`: hollow shapes and corners cover less than their boxes do."""
+    axis = (torch.arange(32) + 0.5) / 32 * 2.4 - 1.2
+    x, y = axis[None, :].expand(32, 32), axis[:, None].expand(32, 32)
+    under = shape_distances(x, y)[..., SHAPES.index(behind.shape)] < 0
+    x = (x * behind.radius + behind.x - front.x) / front.radius
+    y = (y * behind.radius + behind.y - front.y) / front.radius
+    over = shape_distances(x, y)[..., SHAPES.index(front.shape)] < 0
+    return float((under & over).sum() / under.sum())

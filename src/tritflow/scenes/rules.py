@@ -24,13 +24,13 @@ class Verdict:
 
 
 def relation_holds(a: Detection, relation: str, b: Detection) -> bool:
-    """Whether `a` stands in `relation` to `b`. In front of: the boxes overlap and `a` is the fuller one."""
+    """Whether `a` stands in `relation` to `b`. In front of: the boxes overlap and `a` covers `b`."""
     ax, ay = (a.box[0] + a.box[2]) / 2, (a.box[1] + a.box[3]) / 2
     bx, by = (b.box[0] + b.box[2]) / 2, (b.box[1] + b.box[3]) / 2
     if relation == "in front of":
         overlap_x = min(a.box[2], b.box[2]) - max(a.box[0], b.box[0])
         overlap_y = min(a.box[3], b.box[3]) - max(a.box[1], b.box[1])
-        return overlap_x > 0 and overlap_y > 0 and a.visible >= b.visible
+        return overlap_x > 0 and overlap_y > 0 and a.won > b.won
     width = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
     height = (a.box[3] - a.box[1]) + (b.box[3] - b.box[1])
     dx, dy = ax - bx, ay - by
