@@ -100,7 +100,7 @@ def occluding(rng: random.Random, ra: float, rb: float) -> tuple[tuple[float, fl
     """Centres of A (in front) and B (behind): A covers part of B, and most of B stays visible."""
     for _ in range(40):
         angle = rng.uniform(0, 2 * math.pi)
-        distance = (ra + rb) * rng.uniform(0.68, 0.8)
+        distance = (ra + rb) * rng.uniform(0.48, 0.78)
         dx, dy = distance * math.cos(angle), distance * math.sin(angle)
         reach_a, reach_b = ra * 1.12 + 0.015, rb * 1.12 + 0.015
         bx, by = rng.uniform(reach_b, 1 - reach_b), rng.uniform(reach_b, 1 - reach_b)
