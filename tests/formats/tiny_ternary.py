@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from tritflow.config import TernaryConfig
@@ -58,17 +56,6 @@ def write_tiny(out: Path, ternary: TernaryConfig | None = None, max_shard_bytes:
         if name not in writer:
             writer.add_dense(name, tensor)
     return writer.finish(CONFIG)
-
-
-@pytest.fixture
-def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Factory: writes a tiny ternary transformer folder and returns its path."""
-
-    def make(name: str = "model", **arguments: Any) -> Path:
-        write_tiny(tmp_path / name, **arguments)
-        return tmp_path / name
-
-    return make
 
 
 def folder_bytes(path: Path) -> dict[str, bytes]:
