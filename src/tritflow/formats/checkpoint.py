@@ -219,6 +219,10 @@ class TernaryFolder(TensorFolder):
                 "fetch or quantize it again"
             )
 
+    def checksum(self, name: str) -> str:
+        """A tensor's recorded checksum (32 hex digits), or that of its bytes where none is recorded."""
+        return self._checksums.get(name) or stored_sha256(self.file(name), name)[:CHECKSUM_DIGITS]
+
     def linear(self, name: str) -> StoredLinear:
         """Read one ternary linear, verified.
 
