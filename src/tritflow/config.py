@@ -56,9 +56,7 @@ class _Config:
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(data) - set(fields))
         if unknown:
-            raise ConfigError(
-                f"{cls.__name__} has no setting '{unknown[0]}'{nearest(unknown[0], list(fields))}"
-            )
+            raise ConfigError(f"{cls.__name__} has no setting '{unknown[0]}'{nearest(unknown[0], list(fields))}")
         version = data.get("version", FORMAT_VERSION)
         if "version" in fields and (not isinstance(version, int) or version > FORMAT_VERSION or version < 1):
             raise ConfigError(
@@ -111,9 +109,7 @@ class TernaryConfig(_Config):
         """Whether the linear called `name` is ternary under this config."""
         from fnmatch import fnmatchcase
 
-        return any(fnmatchcase(name, p) for p in self.targets) and not any(
-            fnmatchcase(name, p) for p in self.skip
-        )
+        return any(fnmatchcase(name, p) for p in self.targets) and not any(fnmatchcase(name, p) for p in self.skip)
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,8 @@ class DistillationConfig(_Config):
         activation_bits: 8 puts fake-quantized activations inside the loop, 16 leaves them alone.
         train_scales: whether row (and column) scales are tuned.
         train_biases: whether the linears' biases are tuned.
-        checkpoint_every: steps between resumable checkpoints.
+        ema_decay: of a moving average of all trained parameters that replaces them in the end (0: none).
+        checkpoint_every: steps between resumable checkpoints (0: only the last).
         seed: of the batch order.
     """
 
@@ -174,6 +171,7 @@ class DistillationConfig(_Config):
     activation_bits: int = 16
     train_scales: bool = True
     train_biases: bool = True
+    ema_decay: float = 0.0
     checkpoint_every: int = 200
     seed: int = 0
 
@@ -187,6 +185,7 @@ class Recipe:
         summary: one line for `--help`.
         ternarizer: how trits and row scales start.
         compensation: whether GPTQ-style error compensation from calibration activations runs.
+        compensation_samples: how many recorded (x_t, v) pairs its activations come from.
         ternary: storage and targets.
         calibration: which trajectories (used by compensation and distillation).
         distillation: velocity distillation (steps = 0 switches it off).
@@ -196,6 +195,7 @@ class Recipe:
     summary: str = ""
     ternarizer: Ternarizer = "mse"
     compensation: bool = False
+    compensation_samples: int = 256
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -1,0 +1,209 @@
+"""Teach a student the teacher's velocity on stored trajectories. Knows no model family and no layer type.
+
+The loss is the plain mean square error of the velocity, which for a flow model is the error of every sampler
+step. On CUDA the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student
+is bound by kernel launches: four times faster than eager there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from tritflow.calibration.artifacts import provenance, write_json
+from tritflow.calibration.trajectories import Batch, Trajectories
+from tritflow.config import DistillationConfig
+from tritflow.distillation.state import ParameterGroup, TrainingState
+
+Student = Callable[..., Tensor]
+VALIDATION_PAIRS = 512
+
+
+class DistillationError(ValueError):
+    """Training diverged, or a checkpoint belongs to another run."""
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """What `distill_` reached.
+
+    Attributes:
+        steps: optimiser steps made in all, earlier runs included.
+        loss: training loss of every step.
+        validation: step -> velocity MSE on held-out trajectories.
+    """
+
+    steps: int
+    loss: list[float]
+    validation: dict[int, float]
+
+
+def distill_(
+    student: Student,
+    groups: Sequence[ParameterGroup],
+    trajectories: Trajectories,
+    config: DistillationConfig,
+    out_dir: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    identity: dict[str, Any] | None = None,
+    cuda_graph: bool = True,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> DistillationResult:
+    """Train `groups` in place so that `student(**kwargs)` gives the recorded velocity.
+
+    Args:
+        student: called with a batch's kwargs; returns the velocity [B, tokens, channels].
+        groups: what is trained, on `device`, fp32. Everything else must not require gradients.
+        trajectories: training and held-out pairs.
+        config: steps, rates, batch size, seed.
+        out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
+            same identity is continued; on the CPU the result is then the same to the last bit.
+        device: where to train; bf16 autocast on CUDA.
+        identity: JSON that fixes the run beside `config` (hashes of trajectories and initial student).
+        cuda_graph: capture the step on CUDA (the student must not synchronise with the host).
+        on_progress: called as (step, steps, loss) now and then.
+
+    Raises:
+        DistillationError: the loss is not finite, or the checkpoint is of another run.
+        DiskFullError: no space left for a checkpoint; the same call resumes.
+    """
+    device = torch.device(device)
+    out_dir = Path(out_dir)
+    state = TrainingState(groups, config, device)
+    run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
+    saved = state.load(out_dir, run)
+    if saved is None and (out_dir / "checkpoint.safetensors").exists():
+        raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
+    start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
+    _settle(trajectories, device)
+    step = _Step(student, state, config, device)
+    if not start:
+        validation[0] = step.validate(trajectories)
+    run_step: Callable[[Batch], Tensor] = step.eager
+    batches = trajectories.batches(config.batch_size, config.seed, device, start=start)
+    if cuda_graph and device.type == "cuda" and start < config.steps:
+        run_step = step.capture(trajectories.pairs(torch.arange(config.batch_size), "train", device))
+    report_every = max(1, min(20, config.steps // 50))
+    for number in range(start, config.steps):
+        state.set_learning_rates(number)
+        state.losses[number] = run_step(next(batches))
+        done = number + 1
+        if done % report_every == 0 or done == config.steps:
+            loss = float(state.losses[number])
+            if not math.isfinite(loss):
+                raise DistillationError(
+                    f"the loss is {loss} at step {done}: lower learning_rate, or raise warmup_steps"
+                )
+            if on_progress is not None:
+                on_progress(done, config.steps, loss)
+        if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+            validation[done] = step.validate(trajectories)
+            state.save(out_dir, run, done, validation)
+    if start < config.steps:
+        state.use_average()
+        validation[config.steps] = step.validate(trajectories)
+        state.save(out_dir, run, config.steps, validation)
+    result = DistillationResult(config.steps, state.losses.tolist(), validation)
+    write_json(out_dir / "curve.json", _curve(result, run, device))
+    return result
+
+
+class _Step:
+    """One optimiser step, eager or as a CUDA graph, and the validation loss."""
+
+    def __init__(
+        self, student: Student, state: TrainingState, config: DistillationConfig, device: torch.device
+    ) -> None:
+        self.student, self.state, self.config, self.device = student, state, config, device
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def eager(self, batch: Batch) -> Tensor:
+        """Forward, backward, clip, update; returns the loss as a scalar on the device, without waiting for it."""
+        optimizer = self.state.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            predicted = self.student(**batch.kwargs)
+        loss = mse_loss(predicted.float(), batch.velocity)
+        loss.backward()
+        if self.config.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.state.parameters, self.config.grad_clip)
+        optimizer.step()
+        self.state.update_average()
+        return loss.detach()
+
+    def capture(self, sample: Batch) -> Callable[[Batch], Tensor]:
+        """The same step as a CUDA graph over static inputs; parameters and optimiser state are left as they were."""
+        static = Batch({n: t.clone() for n, t in sample.kwargs.items()}, sample.velocity.clone())
+        before = [t.clone() for t in self.state.tensors()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # allocators, cuBLAS handles and autotuning settle outside the graph
+                self.eager(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            loss = self.eager(static)
+        with torch.no_grad():
+            for tensor, value in zip(self.state.tensors(), before, strict=True):
+                tensor.copy_(value)
+
+        def replay(batch: Batch) -> Tensor:
+            for name, tensor in batch.kwargs.items():
+                static.kwargs[name].copy_(tensor)
+            static.velocity.copy_(batch.velocity)
+            graph.replay()
+            return loss
+
+        return replay
+
+    @torch.no_grad()
+    def validate(self, trajectories: Trajectories) -> float:
+        """Velocity MSE over held-out pairs, the same ones every time."""
+        total = count = 0.0
+        for indices in _validation_pairs(trajectories, self.config.batch_size):
+            batch = trajectories.pairs(indices, "holdout", self.device)
+            with self._autocast():
+                predicted = self.student(**batch.kwargs)
+            total += float((predicted.float() - batch.velocity).double().square().sum())
+            count += batch.velocity.numel()
+        return total / count if count else math.nan
+
+
+def _validation_pairs(trajectories: Trajectories, batch_size: int) -> Iterator[Tensor]:
+    size = trajectories.size("holdout")
+    chosen = torch.arange(size)
+    if size > VALIDATION_PAIRS:
+        chosen = torch.linspace(0, size - 1, VALIDATION_PAIRS).long()
+    return iter(chosen.split(batch_size)) if size else iter(())
+
+
+def _settle(trajectories: Trajectories, device: torch.device) -> None:
+    """Keep the pairs on the GPU if they fit beside the student; else they are read from the mapped files."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if trajectories.nbytes < 0.4 * free:
+            trajectories.load(device)
+
+
+def _curve(result: DistillationResult, run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        "kind": "distillation",
+        **run,
+        **provenance(device),
+        "steps": result.steps,
+        "validation_mse": {str(k): v for k, v in sorted(result.validation.items())},
+        "loss": [float(f"{x:.6g}") for x in result.loss],
+    }
