@@ -6,17 +6,21 @@ two devices start from identical latents and their pictures can be compared.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from tritflow.formats.atomic import write_atomic
 from tritflow.pipelines.loading import generation_defaults
 
 MAX_TEXT_TOKENS = 512
@@ -138,6 +142,41 @@ def generate(
                 )
             images += pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pictures))
     return images
+
+
+def save_pictures(
+    images: Sequence[Image.Image], out: str | Path, notes: Sequence[Mapping[str, str]] | None = None
+) -> list[Path]:
+    """Write PNG files, each appearing whole or not at all.
+
+    Args:
+        images: one becomes `out` itself; several become `out` with -0, -1, ... before the suffix.
+        out: a path ending in .png, or without a suffix. Missing folders are made.
+        notes: one mapping a picture, kept in the PNG's text fields (prompt, seed, model).
+
+    Returns:
+        The paths, in order.
+
+    Raises:
+        GenerationError: `out` has another suffix, or is a folder.
+        DiskFullError: no space left.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in ("", ".png"):
+        raise GenerationError(f"--out {path}: pictures are written as PNG; give a path ending in .png")
+    path = path.with_suffix(".png")
+    if path.is_dir():
+        raise GenerationError(f"--out {path} is a folder; give a file name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
+    for i, (image, target) in enumerate(zip(images, paths, strict=True)):
+        text = PngInfo()
+        for key, value in (notes[i] if notes else {}).items():
+            text.add_itxt(key, value)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", pnginfo=text)
+        write_atomic(target, buffer.getvalue())
+    return paths
 
 
 def _check(

@@ -254,8 +254,10 @@ def load_pipeline(
     Raises:
         ModelError, DeviceError, CheckpointError, AssetError: one line each, naming what is wrong.
     """
-    on, as_type = pick_device(device), None
+    on = pick_device(device)
     as_type = pick_dtype(dtype, on)
+    overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
+    TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
     source = resolve_model(model, base)
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
@@ -268,8 +270,8 @@ def load_pipeline(
         pipe: Any = FluxPipeline.from_pretrained(
             source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts
         )
-    if mode is not None or backend is not None:
-        configure_(pipe, mode=mode, backend=backend)
+    if overrides:
+        configure_(pipe, **overrides)
     return pipe.to(on)
 
 

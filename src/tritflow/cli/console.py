@@ -1,0 +1,83 @@
+"""What all verbs share: where words go, how progress looks, and what an exit code means.
+
+Results go to stdout, everything else to stderr, so that `--json` output can be piped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OK, FAILURE, BAD_INPUT, NO_ROOM, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: done; failed on the way; wrong usage or input; device or memory missing; interrupted by the user."""
+
+
+def say(text: str) -> None:
+    """One line for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(data: Any) -> None:
+    """The one result of `--json`, on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def progress(description: str, *, shown: bool = True) -> Iterator[Any]:
+    """A bar on stderr; yields `update(done, total)`. Not drawn when stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
+    ) as bar:
+        task = bar.add_task(description, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def show_warnings_as_notes() -> None:
+    """The house's own warnings become one line each; those of the libraries stay silent without --debug."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category.__module__.startswith("tritflow") or issubclass(category, UserWarning):
+            say(f"note: {message}")
+
+    warnings.showwarning = show
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The one line and the exit code for an exception that reached the command line."""
+    kind = type(error).__name__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), kind)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on where it can", INTERRUPTED
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return (
+            f"out of memory: {first}; try smaller --height and --width, --batch-size 1, or --device cpu",
+            NO_ROOM,
+        )
+    if kind == "DeviceError":
+        return first, NO_ROOM
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return first, FAILURE
+    ours = type(error).__module__.startswith("tritflow")
+    if ours and isinstance(error, ValueError | OSError | LookupError):
+        return first, BAD_INPUT
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+        return f"{error.strerror or first}: {error.filename}" if error.filename else first, BAD_INPUT
+    if ours or isinstance(error, ValueError | OSError):
+        return first, FAILURE
+    return f"{kind}: {first} (this is a fault of tritflow; --debug before the verb shows where)", FAILURE
