@@ -65,6 +65,11 @@ def device_name(device: str = "cpu") -> str:
     return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 
+def _portable(argument: str) -> str:
+    """An absolute path by its last part: where a folder lay on one machine means nothing on the next."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Device, versions, command line and time (UTC) of a run; nothing is imported to find the versions."""
     versions = {"python": platform.python_version()}
@@ -76,7 +81,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": device_name(device),
         "versions": versions,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

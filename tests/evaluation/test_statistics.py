@@ -103,6 +103,28 @@ def test_coverage_of_the_paired_difference_and_that_pairing_helps() -> None:
     assert np.mean(paired) < 0.8 * np.mean(unpaired)
 
 
+def test_coverage_of_the_overall_score() -> None:
+    """Three tags, one of them near 1: the joined intervals hold the truth, and stay inside [0, 1]."""
+    rng = np.random.default_rng(13)
+    means, hits = (0.97, 0.6, 0.1), 0
+    for _ in range(500):
+        parts = [simulate(rng, 20, 4, m)[0] for m in means]
+        clusters = [f"p{i // 4}" for i in range(240)]
+        got = st.stratified_proportion(np.concatenate(parts), clusters, [f"t{i // 80}" for i in range(240)])
+        hits += got.low <= np.mean(means) <= got.high
+    assert 0.93 <= hits / 500 <= 0.99
+    nothing = st.stratified_proportion(np.zeros(8), list("aabbccdd"), list("xxxxyyyy"))
+    assert nothing.low == 0.0
+    assert 0.3 < nothing.high < 0.9
+
+
+def test_one_stratum_is_the_proportion_itself() -> None:
+    x, clusters = simulate(np.random.default_rng(1), 30, 4, 0.8)
+    one = st.stratified_proportion(x, clusters, ["t"] * 120)
+    plain = st.clustered_proportion(x, clusters)
+    assert (one.value, one.low, one.high) == pytest.approx((plain.value, plain.low, plain.high))
+
+
 def test_no_difference_keeps_an_interval() -> None:
     x = np.array([1.0, 0.0] * 30)
     got = st.paired_difference(x, x, [str(i // 2) for i in range(60)])

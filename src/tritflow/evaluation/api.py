@@ -122,6 +122,10 @@ class Task(ABC):
         """Further files that the suite's own scorer wants beside the pictures, by path."""
         return {}
 
+    def object_mask(self) -> Callable[[Any], Any] | None:
+        """What finds object pixels (bool [H, W]) in a uint8 [H, W, 3] picture of the suite; None: nothing does."""
+        return None
+
     def check_tags(self, tags: Sequence[str] | None) -> tuple[str, ...]:
         """`tags`, or all of them; raises `EvaluationError` for one that the suite does not have."""
         for tag in tags or ():

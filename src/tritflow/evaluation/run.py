@@ -31,11 +31,13 @@ class Contender:
         model: its name and hash.
         settings: how it draws.
         load: returns its `draw`; called only when pictures are missing.
+        device: where it draws.
     """
 
     model: ModelId
     settings: Settings
     load: Callable[[], Draw]
+    device: str = "cpu"
 
     @property
     def folder_name(self) -> str:
@@ -70,7 +72,8 @@ def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
     overall, noise = None, float("nan")
     if counted:
         scores, prompts, strata = _columns(counted)
-        overall = st.clustered_mean(scores, prompts, strata).to_dict()
+        mean = st.clustered_mean if task.graded else st.stratified_proportion
+        overall = mean(scores, prompts, strata).to_dict()
         noise = st.seed_noise(scores, prompts, strata)
     return {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
 
@@ -126,7 +129,6 @@ def evaluate(
     label: str | None = None,
     trained_on: Iterable[str] | None = None,
     mask: fidelity.Mask | None = None,
-    device: str = "cpu",
     stage: Stage | None = None,
 ) -> dict[str, Any]:
     """Run a suite on one model, or on two from the same noise, inside the folder `out`; resumable.
@@ -139,12 +141,11 @@ def evaluate(
         label: name of the run in tables; the model's name by default.
         trained_on: prompts the student was trained on; None when that is not known, which the run then says.
         mask: finds object pixels in a teacher's picture, for `fidelity`.
-        device: of the drawing, for provenance.
 
     Returns the run: plain JSON for `results.append`.
     """
     out = Path(out)
-    origin = provenance(device)
+    origin = provenance(student.device)
     versions = {k: v for k, v in origin["versions"].items() if k in ("torch", "diffusers", "pillow")}
     seconds: dict[str, float] = {}
 

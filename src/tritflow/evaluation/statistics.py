@@ -191,6 +191,26 @@ def clustered_proportion(passed: ArrayLike, clusters: Sequence[str], confidence:
     return Interval(float(p), low, high, int(n), c, "Wilson, effective n by prompt", confidence)
 
 
+def stratified_proportion(
+    passed: ArrayLike, clusters: Sequence[str], strata: Sequence[str], confidence: float = 0.95
+) -> Interval:
+    """The mean of the strata's pass rates, from the strata's own intervals (`clustered_proportion`).
+
+    low = mean(p_s) - sqrt(sum (p_s - low_s)^2) / S and high alike: the method of variance estimates recovery
+    (Zou & Donner 2008, Statistics in Medicine 27, p. 1693). It stays inside [0, 1] and does not collapse when a
+    stratum passes everywhere, as a bootstrap does.
+    """
+    x = np.asarray(passed, dtype=np.float64).ravel()
+    names, prompts = np.asarray(strata, dtype=object).astype(str), np.asarray(clusters, dtype=object).astype(str)
+    table = _table([x], clusters, strata)
+    parts = [clustered_proportion(x[names == s], list(prompts[names == s]), confidence) for s in np.unique(names)]
+    value = float(np.mean([p.value for p in parts]))
+    below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / len(parts)
+    above = math.sqrt(sum((p.high - p.value) ** 2 for p in parts)) / len(parts)
+    method = "Wilson by tag, effective n by prompt"
+    return Interval(value, value - below, value + above, len(x), table.clusters, method, confidence)
+
+
 def clustered_mean(
     values: ArrayLike,
     clusters: Sequence[str],

@@ -6,7 +6,7 @@ Overall is the mean of the six GenEval tags; texture and occlusion are reported 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.images import ImageSet
 from tritflow.results import digest
-from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge
+from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, object_mask
 
 # Below this many pictures starting worker processes costs more than it saves.
 POOL_FROM = 2000
@@ -95,6 +95,9 @@ class ScenesTask(Task):
             if progress is not None:
                 progress(len(judgements), len(work))
         return judgements
+
+    def object_mask(self) -> Callable[[Any], Any]:
+        return object_mask
 
     @staticmethod
     def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[tuple[bool, str]]:

@@ -1,0 +1,124 @@
+"""From a model's name on the command line to a `Contender`: which files, which settings, how it draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritflow.evaluation.api import Draw, EvaluationError
+from tritflow.evaluation.images import ModelId, Settings
+from tritflow.evaluation.models import fingerprint
+from tritflow.evaluation.run import Contender
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def contender(
+    model: str,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    mode: str | None = None,
+    backend: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> Contender:
+    """A model ready to be evaluated; its weights are loaded only when pictures are missing.
+
+    Settings left out are the model folder's own (`generation.json`). `mode` and `backend` are for ternary models.
+
+    Raises `ModelError` and `DeviceError` of `pipelines.loading` when the model is not there, `EvaluationError`
+    when a mode is asked of a dense model.
+    """
+    from tritflow.pipelines.loading import GenerationDefaults, pick_device, pick_dtype, resolve_model
+
+    source = resolve_model(model, base)
+    on = pick_device(device)
+    as_type = pick_dtype(dtype, on)
+    pipeline = _local(source.pipeline)
+    # A bare transformer borrows the other components, so both folders decide what it draws.
+    parts = [pipeline] if source.transformer is None else [source.transformer, pipeline]
+    stored = stored_mode(source.transformer or pipeline / "transformer")
+    if mode is not None and stored is None:
+        raise EvaluationError(f"'{model}' is a dense model; --mode {mode} is for ternary ones")
+    defaults = GenerationDefaults.read(pipeline)
+    extra: dict[str, Any] = {
+        "mode": mode or stored,
+        "dtype": str(as_type).removeprefix("torch."),
+        "max_sequence_length": defaults.max_sequence_length,
+        "backend": backend,
+    }
+    settings = Settings(
+        height or defaults.height,
+        width or defaults.width,
+        num_inference_steps or defaults.num_inference_steps,
+        defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        {k: v for k, v in extra.items() if v is not None},
+    )
+
+    def load() -> Draw:
+        from tritflow.pipelines.generate import generate
+        from tritflow.pipelines.loading import load_pipeline, quiet
+
+        with quiet():
+            pipe = load_pipeline(model, base=base, device=str(on), dtype=as_type, mode=mode, backend=backend)
+
+        def draw(prompts: list[str], seeds: list[int]) -> list[Image]:
+            return generate(
+                pipe,
+                prompts,
+                seeds,
+                height=settings.height,
+                width=settings.width,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                batch_size=len(prompts),
+            )
+
+        return draw
+
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    return Contender(ModelId(name, fingerprint(parts)), settings, load, str(on))
+
+
+def stored_mode(transformer: str | Path) -> str | None:
+    """The mode in a ternary transformer's config.json; None for a dense one."""
+    path = Path(transformer) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise EvaluationError(f"{path}: is missing or is not JSON, so the model's mode is not known") from None
+    quantization = config.get("quantization_config") or {}
+    return str(quantization.get("mode", "w2a16")) if quantization.get("quant_method") == "tritflow" else None
+
+
+def trained_prompts(model: str, given: str | Path | None = None) -> list[str] | None:
+    """Prompts a model was trained or calibrated on: from `given`, else from the `prompts.jsonl` in its folder.
+
+    None when neither is there: then nobody knows, and results say so. Raises `PromptsError` for a bad file.
+    """
+    from tritflow.calibration.prompts import load_prompts
+
+    if given is not None:
+        return load_prompts(given).texts
+    from tritflow.assets import ASSETS, asset_path
+
+    folder = asset_path(model) if model in ASSETS else Path(model)
+    path = folder / "prompts.jsonl"
+    return load_prompts(path).texts if path.is_file() else None
+
+
+def _local(pipeline: str) -> Path:
+    """The pipeline's folder; for a hub id the snapshot in the cache, downloaded when it is not there yet."""
+    if Path(pipeline).is_dir():
+        return Path(pipeline)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    # Single-file copies at the top of hub repositories are not what a pipeline reads.
+    return Path(snapshot_download(pipeline, allow_patterns=wanted, ignore_patterns=["flux*.safetensors"]))
