@@ -16,7 +16,7 @@ import torch
 
 from tritflow.config import Packing, TernaryConfig
 from tritflow.formats.architecture import Shape
-from tritflow.formats.checkpoint import TernaryFolder
+from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.folder import TensorFolder, read_json_object
 from tritflow.formats.locate import resolve
 from tritflow.formats.packing import packed_width, unpack
@@ -124,12 +124,12 @@ def _packing(name: str) -> Packing:
     return "base3" if name == "base3" else "2bit"
 
 
-def account(path: str | Path, count_trits: bool = True) -> list[Component]:
+def account(path: str | Path, read_data: bool = True) -> list[Component]:
     """Take stock of a model on disk.
 
     Args:
         path: what `locate.resolve` takes: a ternary or dense transformer folder, a pipeline folder, a single file.
-        count_trits: read the packed weights and count -1, 0 and +1 (a slab at a time); headers suffice otherwise.
+        read_data: verify ternary folders byte by byte, and count their -1, 0 and +1; else headers alone are read.
 
     Returns:
         The transformer first, then the pipeline's other parts that hold safetensors files.
@@ -139,15 +139,15 @@ def account(path: str | Path, count_trits: bool = True) -> list[Component]:
     """
     location = resolve(path)
     whole = location.pipeline is not None and Path(path).resolve() != location.transformer.resolve()
-    components = [_component(location.transformer, count_trits)]
+    components = [_component(location.transformer, read_data)]
     if whole and location.pipeline:
         for folder in sorted(p for p in location.pipeline.iterdir() if p.is_dir() and p != location.transformer):
             if any(folder.glob("*.safetensors")):
-                components.append(_component(folder, count_trits))
+                components.append(_component(folder, read_data))
     return components
 
 
-def _component(path: Path, count_trits: bool) -> Component:
+def _component(path: Path, read_data: bool) -> Component:
     if path.is_file():
         file = SafetensorsFile(path)
         return Component(path.name, str(path), _dense_layers(file.entries), path.stat().st_size)
@@ -155,8 +155,8 @@ def _component(path: Path, count_trits: bool) -> Component:
     config = read_json_object(path / "config.json") if (path / "config.json").exists() else {}
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "tritflow":
-        folder = TernaryFolder(path)
-        layers = _ternary_layers(folder, count_trits)
+        folder = verify_folder(path) if read_data else TernaryFolder(path)
+        layers = _ternary_layers(folder, read_data)
         return Component(path.name, str(path), layers, file_bytes, folder.ternary.to_dict(), folder.digest)
     dense = TensorFolder(path)
     return Component(path.name, str(path), _dense_layers({n: dense.entry(n) for n in dense.names()}), file_bytes)

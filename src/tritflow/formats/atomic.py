@@ -52,8 +52,8 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the operating system said that the disk (or the quota) is full."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    """Whether the operating system says that the disk (or the quota) is full, and nobody has put it in words yet."""
+    return isinstance(error, OSError) and error.errno in _FULL and not isinstance(error, DiskFullError)
 
 
 def disk_full(path: Path) -> DiskFullError:

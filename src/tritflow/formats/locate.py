@@ -40,8 +40,8 @@ def resolve(path: str | Path) -> Location:
     """Find the transformer, and the pipeline around it, that `path` means.
 
     Args:
-        path: a pipeline folder (model_index.json), a transformer folder (config.json), a safetensors file, or a hub
-            id: `org/name`, or `org/name/file.safetensors`.
+        path: a pipeline folder (model_index.json), a transformer folder (config.json), a folder that holds just
+            `transformer/`, a safetensors file, or a hub id: `org/name`, or `org/name/file.safetensors`.
 
     Raises:
         CheckpointError: nothing there, a pickle, no FLUX pipeline, or a hub that cannot be reached.
@@ -66,6 +66,8 @@ def resolve(path: str | Path) -> Location:
         around = found.resolve().parent
         inside = found.name == "transformer" and (around / "model_index.json").exists()
         return Location(found, around if inside else None)
+    if (found / "transformer" / "config.json").exists():
+        return Location(found / "transformer")
     for file in sorted(found.iterdir()):
         refuse_pickle(file, b"")
     singles = sorted(found.glob("*.safetensors"))
