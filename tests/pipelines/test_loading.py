@@ -1,0 +1,156 @@
+"""Naming a model: what is found, what is missing, and one line for each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritflow.config import ConfigError
+from tritflow.formats.errors import CheckpointError
+from tritflow.pipelines.loading import (
+    DeviceError,
+    GenerationDefaults,
+    ModelError,
+    configure_,
+    generation_defaults,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+    resolve_model,
+)
+
+
+@pytest.fixture
+def copy(tiny_flux: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_flux, tmp_path / "flux")
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_pipeline_folder_loads_in_the_dtype_asked_for(tiny_flux: Path) -> None:
+    pipe = load_pipeline(tiny_flux, device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
+    assert load_pipeline(tiny_flux, device="cpu").transformer.dtype == torch.float32
+
+
+def test_defaults_come_from_the_folder(tiny_flux: Path, copy: Path) -> None:
+    pipe = load_pipeline(tiny_flux, device="cpu")
+    assert generation_defaults(pipe) == GenerationDefaults(32, 32, 2, 3.5, 32)
+    (copy / "generation.json").unlink()
+    assert GenerationDefaults.read(copy) == GenerationDefaults(1024, 1024, 28, 3.5, 512)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"hieght": 32}', "did you mean 'height'"),
+        ('{"height": "32"}', "positive number"),
+        ('{"height": 31.5}', "positive number"),
+        ('{"num_inference_steps": 0}', "positive number"),
+        ("[1]", "not a JSON object"),
+        ("{", "not readable as JSON"),
+    ],
+)
+def test_bad_defaults_are_named(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "generation.json").write_text(content)
+    with pytest.raises(ModelError, match=said):
+        GenerationDefaults.read(tmp_path)
+
+
+def test_a_bare_transformer_takes_the_rest_from_its_base(tiny_flux: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux / "transformer", tmp_path / "own" / "transformer")
+    with pytest.raises(ModelError, match="--base"):
+        resolve_model(tmp_path / "own")
+    source = resolve_model(tmp_path / "own", base=tiny_flux)
+    assert (source.pipeline, source.transformer) == (str(tiny_flux), tmp_path / "own" / "transformer")
+    (tmp_path / "own" / "meta.json").write_text(json.dumps({"base": str(tiny_flux)}))
+    assert resolve_model(tmp_path / "own") == source
+    pipe = load_pipeline(tmp_path / "own", device="cpu")
+    assert generation_defaults(pipe).height == 32
+    with pytest.raises(ModelError, match="only a transformer too"):
+        resolve_model(tmp_path / "own", base=tmp_path / "own")
+
+
+def test_a_near_miss_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ModelError, match="did you mean 'student'"):
+        resolve_model(tmp_path / "studnet")
+
+
+def test_a_hub_id_is_left_to_diffusers() -> None:
+    assert resolve_model("some-owner/some-model.v1").pipeline == "some-owner/some-model.v1"
+    with pytest.raises(ModelError, match="cannot load 'some-owner/none'"):  # HF_HUB_OFFLINE in conftest
+        load_pipeline("some-owner/none", device="cpu")
+
+
+def test_other_families_are_refused(copy: Path) -> None:
+    edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(ModelError, match="StableDiffusionPipeline; tritflow runs FluxPipeline"):
+        load_pipeline(copy)
+    edit(copy / "transformer" / "config.json", _class_name="SD3Transformer2DModel")
+    with pytest.raises(ModelError, match="SD3Transformer2DModel"):
+        load_pipeline(copy / "transformer")
+
+
+def test_pickles_are_refused_unread(copy: Path, tmp_path: Path) -> None:
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model.bin is a pickle"):
+        load_pipeline(copy)
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    with pytest.raises(ModelError, match="pickle"):
+        load_pipeline(tmp_path / "model.ckpt")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="pickle"):
+        load_pipeline(tmp_path / "bin")
+
+
+def test_missing_pieces_are_named(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"neither model_index\.json nor transformer"):
+        load_pipeline(tmp_path / "empty")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="tritflow quantize"):
+        load_pipeline(tmp_path / "model.safetensors")
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(ModelError, match="cannot load"):
+        load_pipeline(copy, device="cpu")
+
+
+def test_a_truncated_file_is_named_before_loading(copy: Path) -> None:
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model.safetensors"):
+        load_pipeline(copy)
+
+
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch, tiny_flux: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="--device cpu"):
+        load_pipeline(tiny_flux, device="cuda")
+    with pytest.raises(DeviceError, match="unknown device 'gpu'"):
+        pick_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("auto") == torch.device("cuda")
+    with pytest.raises(DeviceError, match="only 1 CUDA"):
+        pick_device("cuda:3")
+    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    with pytest.raises(ModelError, match="did you mean 'bfloat16'"):
+        pick_dtype("bfloat", torch.device("cpu"))
+
+
+def test_overrides_need_a_ternary_model(tiny_flux: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'w2a8'"):
+        load_pipeline(tiny_flux, mode="w2a9", device="cpu")
+    pipe = load_pipeline(tiny_flux, device="cpu")
+    with pytest.raises(ModelError, match="dense"):
+        configure_(pipe, mode="w2a8")

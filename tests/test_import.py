@@ -1,0 +1,70 @@
+"""`import tritflow` is lean, and diffusers learns the format whichever of the two comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import tritflow
+
+HEAVY = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "PIL", "typer")
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_lean() -> None:
+    loaded = run(f"import sys, tritflow; print([m for m in {HEAVY} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import tritflow, diffusers",
+        "import tritflow; from diffusers import FluxTransformer2DModel",
+        "from diffusers.quantizers import auto; import tritflow",
+        "from diffusers import FluxTransformer2DModel; import tritflow",
+        "import diffusers, tritflow",
+    ],
+)
+def test_diffusers_learns_the_format_in_either_order(imports: str) -> None:
+    code = f"""
+{imports}
+import inspect, sys
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["tritflow"] is tritflow.TritflowConfig
+assert "tritflow" in auto.AUTO_QUANTIZER_MAPPING
+assert "class DiffusersAutoQuantizer" in inspect.getsource(auto)  # the module got its own loader back
+assert type(auto.__spec__.loader).__module__.startswith(("importlib", "_frozen_importlib"))
+print("torch.cuda started:", sys.modules["torch"].cuda.is_initialized())
+"""
+    assert run(code).splitlines()[-1] == "torch.cuda started: False"
+
+
+def test_diffusers_alone_is_left_as_it_was() -> None:
+    code = "from diffusers.quantizers import auto; print('tritflow' in auto.AUTO_QUANTIZER_MAPPING)"
+    assert run(code).splitlines()[-1] == "False"
+
+
+def test_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert tritflow.__version__ == project["version"]
+
+
+def test_every_public_name_exists() -> None:
+    for name in tritflow.__all__:
+        assert getattr(tritflow, name) is not None
+        assert name in dir(tritflow)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'optimise'"):
+        _ = tritflow.optimise
