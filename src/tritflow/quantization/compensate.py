@@ -36,9 +36,7 @@ class InputStatistics:
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStatistics:
         """No inputs yet. Needs 4 * K^2 bytes on `device`."""
-        return cls(
-            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
-        )
+        return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
 
     def add(self, x: Tensor) -> None:
         """Add inputs of shape [..., K], any floating dtype."""

@@ -141,9 +141,7 @@ def dequantize(trits: Tensor, weight_scale: Tensor, input_scale: Tensor | None =
     return weight if input_scale is None else weight * input_scale.float()
 
 
-def signal_to_noise(
-    weight: Tensor, trits: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None
-) -> float:
+def signal_to_noise(weight: Tensor, trits: Tensor, weight_scale: Tensor, input_scale: Tensor | None = None) -> float:
     """10 log10(sum w^2 / sum (w - q)^2) in dB, infinite for an exact reproduction."""
     signal = sum(float(weight[rows].float().square().sum()) for rows in _chunks(weight))
     noise = weighted_error(weight, trits, weight_scale, input_scale)
@@ -177,18 +175,14 @@ def _chunks(weight: Tensor) -> list[slice]:
 
 def _check(weight: Tensor) -> None:
     if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
-        raise ValueError(
-            f"ternarizing needs a floating-point matrix [N, K], got {weight.dtype} {list(weight.shape)}"
-        )
+        raise ValueError(f"ternarizing needs a floating-point matrix [N, K], got {weight.dtype} {list(weight.shape)}")
 
 
 def _check_importance(importance: Tensor | None, weight: Tensor) -> Tensor | None:
     if importance is None:
         return None
     if importance.shape != (weight.shape[1],):
-        raise ValueError(
-            f"input_importance must have shape [{weight.shape[1]}], got {list(importance.shape)}"
-        )
+        raise ValueError(f"input_importance must have shape [{weight.shape[1]}], got {list(importance.shape)}")
     importance = importance.to(weight.device, torch.float32)
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise ValueError("input_importance must be finite and not negative")

@@ -1,0 +1,345 @@
+"""The whole job behind `tritflow quantize`: a dense FLUX checkpoint in, a ternary model folder out.
+
+Recipes without calibration stream: a tensor is read, rounded, packed and written before the next is touched. The
+others record the teacher, compensate and distil in `OUT/.work`, then write through the same writer. Every stage
+keeps what it finished, so the same command after a kill goes on, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow.assets import ASSETS, asset_path
+from tritflow.calibration.artifacts import provenance, read_json, write_json
+from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
+from tritflow.config import Packing, Recipe, TernaryConfig
+from tritflow.formats.atomic import atomic_file
+from tritflow.formats.locate import Location, resolve
+from tritflow.formats.source import Source, open_source
+from tritflow.formats.writer import TransformerWriter
+from tritflow.models import Family, family_of
+from tritflow.pipelines.loading import pick_device
+from tritflow.quantization.rounding import Rounded, round_weight
+from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
+
+WORK = ".work"
+COMPONENTS_LIMIT = 1 << 30
+_COPIED = {".json", ".txt", ".model", ".safetensors", ".md"}
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total). Stages: `round`, `record`, `compensate`, `distill`, `write`, `copy`."""
+
+
+class QuantizeError(ValueError):
+    """The source, the output folder or the combination of options cannot work. Says which and what to do."""
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was made.
+
+    Attributes:
+        transformer: the ternary transformer folder.
+        linears: how many linears are ternary.
+        weights: how many weights they hold.
+        skipped: block linears that stayed dense by `--skip`.
+        digest: of the written tensors.
+        components: whether the rest of the pipeline was copied beside it.
+        validation: velocity MSE on held-out trajectories by step; empty without distillation.
+        resumed: the job had been finished before, nothing was done.
+    """
+
+    transformer: Path
+    linears: int
+    weights: int
+    skipped: int
+    digest: str
+    components: bool
+    validation: dict[int, float]
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the first tensor is read."""
+
+    location: Location
+    source: Source
+    family: Family
+    recipe: Recipe
+    linears: dict[str, tuple[int, int]]
+    skipped: int
+    prompts: PromptSet | None
+    base: str | None
+    device: torch.device
+
+    @property
+    def ternary(self) -> TernaryConfig:
+        return self.recipe.ternary
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What fixes the bytes: source, recipe with overrides, prompts."""
+        return {
+            "source": self.source.fingerprint(),
+            "recipe": recipe_hash(self.recipe),
+            "prompts": self.prompts.sha256 if self.prompts else None,
+        }
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def quantize(
+    src: str | Path,
+    out: str | Path,
+    recipe: str | Recipe = DEFAULT,
+    *,
+    mode: str | None = None,
+    packing: Packing | str | None = None,
+    skip: Sequence[str] = (),
+    column_scale: bool | None = None,
+    prompts: str | Path | PromptSet | None = None,
+    base: str | Path | None = None,
+    device: str | torch.device | None = None,
+    full: bool = False,
+    overwrite: bool = False,
+    keep_work: bool = False,
+    on_progress: Progress | None = None,
+) -> QuantizeReport:
+    """Turn a dense FLUX checkpoint into a ternary model folder.
+
+    Args:
+        src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
+        out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued.
+        recipe: a name, a path to a .toml, or a `Recipe`.
+        mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into distillation.
+        skip: patterns of block linears that stay dense, beside the recipe's own.
+        prompts: for calibration: a .txt, .jsonl or folder. None: `calibration_prompts.txt` of the model folder, or
+            the paper's set from the cache.
+        base: pipeline that gives text encoders to a bare transformer, where the recipe needs them.
+        device: where rounding and training run (None: the best there is).
+        full: copy the other components even above 1 GiB.
+        overwrite: replace what an earlier `quantize` wrote to `out`.
+        keep_work: keep trajectories and checkpoints in `out/.work`.
+        on_progress: see `Progress`.
+
+    Raises:
+        QuantizeError, CheckpointError, FamilyError, ConfigError, PromptsError, ModelError: one line each.
+        DiskFullError: no space left; the same call resumes.
+    """
+    out = Path(out)
+    job = plan(
+        src, recipe, mode=mode, packing=packing, skip=skip, column_scale=column_scale, prompts=prompts, base=base,
+        device=device,
+    )  # fmt: skip
+    _check_out(out, job, overwrite)
+    meta = _meta(job)
+    previous = read_json(out / "meta.json") if (out / "meta.json").is_file() else None
+    if previous and previous["complete"]:
+        return _report(out, job, previous, resumed=True)
+    write_json(out / "meta.json", meta)
+    progress = on_progress or (lambda stage, done, total: None)
+    work = out / WORK
+    validation: dict[int, float] = {}
+    if needs_teacher(job.recipe):
+        from tritflow.pipelines.student import learn
+
+        learned = learn(job, work, progress)
+        validation, rounded, stage = learned.validation, learned.rounded, "write"
+    else:
+        rounded, stage = _round_one(job), "round"
+    digest = _write(job, out / "transformer", rounded, stage, progress)
+    copied, left_out = _copy_components(job, out, full, progress)
+    meta |= {
+        "complete": True,
+        "digest": digest,
+        "validation_mse": {str(step): mse for step, mse in sorted(validation.items())},
+        "components": copied,
+    }
+    if left_out is not None:
+        meta["base"] = left_out
+    write_json(out / "meta.json", meta)
+    if not keep_work:
+        shutil.rmtree(work, ignore_errors=True)
+    return _report(out, job, meta)
+
+
+def plan(
+    src: str | Path,
+    recipe: str | Recipe = DEFAULT,
+    *,
+    mode: str | None = None,
+    packing: str | None = None,
+    skip: Sequence[str] = (),
+    column_scale: bool | None = None,
+    prompts: str | Path | PromptSet | None = None,
+    base: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> Job:
+    """Check everything that can be checked before work starts; arguments and errors as in `quantize`."""
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    given = {"mode": mode, "packing": packing, "column_scale": column_scale}
+    settings = chosen.ternary.to_dict() | {k: v for k, v in given.items() if v is not None}
+    settings["skip"] = [*chosen.ternary.skip, *skip]
+    ternary = TernaryConfig.from_dict(settings)
+    distillation = chosen.distillation
+    if ternary.mode == "w2a8" and distillation.steps:
+        distillation = dataclasses.replace(distillation, activation_bits=8)
+    chosen = dataclasses.replace(chosen, ternary=ternary, distillation=distillation)
+    location = resolve(asset_path(str(src)) if str(src) in ASSETS else src)
+    source = open_source(location.transformer)
+    family = family_of(source.config)
+    family.check_tensors(source.config, source.shapes())
+    inside = family.block_linears(source.config)
+    linears = {name: shape for name, shape in inside.items() if ternary.matches(name)}
+    if not linears:
+        raise QuantizeError(f"no linear of {src} matches targets {list(ternary.targets)}; nothing to quantize")
+    for pattern in skip:
+        if not any(TernaryConfig(targets=(pattern,)).matches(name) for name in inside):
+            raise QuantizeError(f"--skip {pattern} matches none of the {len(inside)} block linears of {src}")
+    found = _calibration_prompts(location, prompts) if needs_teacher(chosen) else None
+    return Job(
+        location=location,
+        source=source,
+        family=family,
+        recipe=chosen,
+        linears=linears,
+        skipped=len(inside) - len(linears),
+        prompts=found,
+        base=None if base is None else str(base),
+        device=pick_device(device),
+    )
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether a recipe runs the model (compensation or distillation), instead of streaming weights."""
+    return recipe.compensation or recipe.distillation.steps > 0
+
+
+def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if prompts is not None:
+        return load_prompts(prompts)
+    own = location.pipeline / "calibration_prompts.txt" if location.pipeline else None
+    return load_prompts(own) if own is not None and own.is_file() else paper_prompts()
+
+
+def _round_one(job: Job) -> Callable[[str, Tensor], Rounded]:
+    def rounded(name: str, weight: Tensor) -> Rounded:
+        return round_weight(weight.to(job.device), job.recipe.ternarizer, column_scale=job.ternary.column_scale)
+
+    return rounded
+
+
+def _write(job: Job, folder: Path, rounded: Callable[[str, Tensor], Rounded], stage: str, progress: Progress) -> str:
+    """Stream the source through `rounded` into the folder, skipping what is there already. Returns the digest."""
+    writer = TransformerWriter(folder, job.ternary, job.id)
+    names = job.source.names()
+    present = set(names)
+    for done, name in enumerate(names, 1):
+        module, _, kind = name.rpartition(".")
+        if module not in job.linears:
+            if name not in writer:
+                writer.add_dense(name, job.source.tensor(name))
+        elif kind == "weight" and module not in writer:
+            q = rounded(module, job.source.tensor(name))
+            bias = job.source.tensor(f"{module}.bias") if f"{module}.bias" in present else None
+            if bias is not None and q.bias is not None:
+                bias = q.bias.to(bias.dtype)
+            column = q.input_scale.cpu() if q.input_scale is not None else None
+            writer.add_linear(module, q.trits.cpu(), q.weight_scale.cpu(), column, bias)
+        progress(stage, done, len(names))
+    return writer.finish(job.source.config)
+
+
+def _copy_components(job: Job, out: Path, full: bool, progress: Progress) -> tuple[bool, str | None]:
+    """Copy the pipeline's other components, small ones or all; else say where they are to be found."""
+    if job.location.pipeline is None:
+        return False, job.base
+    root = job.location.pipeline
+    files = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+        and path.suffix in _COPIED
+        and path.relative_to(root).parts[0] not in ("transformer", "meta.json")
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and (path.parent == root) <= (path.suffix != ".safetensors")
+    ]
+    if sum(path.stat().st_size for path in files) > COMPONENTS_LIMIT and not full:
+        return False, str(root.resolve())
+    # The index comes last: with it, the folder says that it is a whole pipeline.
+    files.sort(key=lambda path: path.name == "model_index.json")
+    for done, path in enumerate(files, 1):
+        target = out / path.relative_to(root)
+        if not (target.is_file() and target.stat().st_size == path.stat().st_size):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(target) as stream, path.open("rb") as origin:
+                shutil.copyfileobj(origin, stream, 1 << 20)
+        progress("copy", done, len(files))
+    return True, None
+
+
+def _check_out(out: Path, job: Job, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise QuantizeError(f"{out} is a file; give a folder to write to")
+    sources = {job.location.transformer.resolve(), job.location.transformer.resolve().parent}
+    if out.resolve() in sources:
+        raise QuantizeError(f"{out} is where the source lies; write to another folder")
+    meta = out / "meta.json"
+    ours = meta.is_file() and read_json(meta).get("kind") == "ternary"
+    if ours and read_json(meta).get("job") == job.id and not overwrite:
+        return
+    if ours and overwrite:
+        for path in (out / "transformer", out / WORK):
+            shutil.rmtree(path, ignore_errors=True)
+        meta.unlink()
+    elif ours:
+        raise QuantizeError(f"{out} holds the result of another source, recipe or prompts; --overwrite replaces it")
+    elif (out / "transformer").exists() or meta.exists() or (out / "model_index.json").exists():
+        raise QuantizeError(f"{out} already holds a model that this command did not write; choose another folder")
+
+
+def _meta(job: Job) -> dict[str, Any]:
+    return {
+        "kind": "ternary",
+        "version": 1,
+        "job": job.id,
+        "complete": False,
+        "family": job.family.name,
+        "parents": job.identity,
+        "recipe": recipe_dict(job.recipe),
+        "prompts": job.prompts.describe() if job.prompts else None,
+        "seed": job.recipe.calibration.seed,
+        "linears": len(job.linears),
+        "weights": sum(n * k for n, k in job.linears.values()),
+        "skipped": job.skipped,
+        **provenance(job.device),
+    }
+
+
+def _report(out: Path, job: Job, meta: dict[str, Any], resumed: bool = False) -> QuantizeReport:
+    return QuantizeReport(
+        transformer=out / "transformer",
+        linears=len(job.linears),
+        weights=meta["weights"],
+        skipped=job.skipped,
+        digest=meta["digest"],
+        components=meta["components"],
+        validation={int(step): mse for step, mse in meta["validation_mse"].items()},
+        resumed=resumed,
+    )

@@ -1,0 +1,125 @@
+"""Named experiments: `--recipe NAME` reads `NAME.toml` of this folder, `--recipe PATH.toml` any other file.
+
+A recipe is the whole experiment: rounding, compensation, calibration, distillation, storage. A new experiment is
+a new file, never a new script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tritflow.config import (
+    CalibrationConfig,
+    ConfigError,
+    DistillationConfig,
+    Recipe,
+    TernaryConfig,
+    nearest,
+)
+
+_TABLES: dict[str, Any] = {
+    "ternary": TernaryConfig,
+    "calibration": CalibrationConfig,
+    "distillation": DistillationConfig,
+}
+DEFAULT = "fast"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package, sorted."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files(__name__).iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe of the package by name, or any .toml file by path.
+
+    Raises:
+        ConfigError: no such recipe (the nearest is named), not TOML, or an unknown or impossible setting.
+    """
+    text, label = _read(str(name))
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name} is not TOML: {error}") from None
+    known = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"recipe {name} has an unknown setting '{key}'{nearest(key, known)}")
+    parts: dict[str, Any] = dict(data)
+    for table, cls in _TABLES.items():
+        section = data.get(table, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"recipe {name}: [{table}] must be a table")
+        try:
+            parts[table] = cls.from_dict(section)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"recipe {name}, [{table}]: {error}") from None
+    recipe = Recipe(name=label, **parts)
+    _check(recipe)
+    return recipe
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain JSON types."""
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return data
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """16 hex digits over everything that changes the result: all but name and summary."""
+    data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary")}
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(name: str) -> tuple[str, str]:
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+            raise ConfigError(f"recipe {path}: {reason}") from None
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(f"no recipe '{name}'{nearest(name, names)} (there are: {', '.join(names)})")
+    return resources.files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8"), name
+
+
+def _check(recipe: Recipe) -> None:
+    """Settings that are each allowed but not together, or out of range."""
+    c, d = recipe.calibration, recipe.distillation
+    positive = {
+        "calibration.num_inference_steps": c.num_inference_steps,
+        "calibration.batch_size": c.batch_size,
+        "distillation.batch_size": d.batch_size,
+        "compensation_samples": recipe.compensation_samples,
+    }
+    for key, value in positive.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"recipe {recipe.name}: {key} must be at least 1, not {value!r}")
+    if recipe.ternarizer not in ("absmean", "mse"):
+        options = ["absmean", "mse"]
+        raise ConfigError(
+            f"recipe {recipe.name}: ternarizer '{recipe.ternarizer}' is not one of {', '.join(options)}"
+            f"{nearest(str(recipe.ternarizer), options)}"
+        )
+    if d.activation_bits not in (8, 16):
+        raise ConfigError(f"recipe {recipe.name}: distillation.activation_bits is 8 or 16, not {d.activation_bits}")
+    if not c.guidance_scales:
+        raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
+    if not 0 <= d.ema_decay < 1:
+        raise ConfigError(f"recipe {recipe.name}: distillation.ema_decay must lie in [0, 1), not {d.ema_decay}")
+    if recipe.compensation and recipe.ternarizer == "absmean":
+        raise ConfigError(
+            f"recipe {recipe.name}: compensation starts from the mse ternarizer; absmean has no use for it"
+        )

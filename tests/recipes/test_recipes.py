@@ -1,0 +1,54 @@
+import pytest
+
+from tritflow.config import ConfigError, Recipe
+from tritflow.recipes import load_recipe, recipe_dict, recipe_hash, recipe_names
+
+
+def test_every_recipe_of_the_package_loads():
+    assert set(recipe_names()) >= {"absmean", "fast", "compensated", "demo", "balanced", "best"}
+    hashes = {recipe_hash(load_recipe(name)) for name in recipe_names()}
+    assert len(hashes) == len(recipe_names())
+    assert all(load_recipe(name).summary for name in recipe_names())
+    assert load_recipe("fast").distillation.steps == 0
+    assert load_recipe("best").distillation.steps > load_recipe("balanced").distillation.steps > 0
+
+
+def test_own_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('summary = "x"\n[distillation]\nsteps = 7\n[ternary]\nmode = "w2a8"\n')
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.distillation.steps == 7
+    assert recipe.ternary.mode == "w2a8"
+    assert recipe_dict(recipe)["distillation"]["steps"] == 7
+    assert recipe_hash(recipe) != recipe_hash(Recipe("mine"))
+    assert recipe_hash(Recipe("a", summary="b")) == recipe_hash(Recipe("c"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 3", "unknown setting 'steps'"),
+        ("ternarizer = 'absmaen'", "did you mean 'absmean'"),
+        ("[distilation]\nsteps = 1", "did you mean 'distillation'"),
+        ("[distillation]\nstep = 1", "did you mean 'steps'"),
+        ("[distillation]\nactivation_bits = 4", "8 or 16"),
+        ("[calibration]\nbatch_size = 0", "at least 1"),
+        ("[calibration]\nguidance_scales = []", "is empty"),
+        ("compensation = true\nternarizer = 'absmean'", "mse ternarizer"),
+        ("ternary = 3", "must be a table"),
+        ("= 3", "is not TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)
+
+
+def test_unknown_names():
+    with pytest.raises(ConfigError, match="did you mean 'balanced'"):
+        load_recipe("balancd")
+    with pytest.raises(ConfigError, match="No such file"):
+        load_recipe("nowhere.toml")
