@@ -1,0 +1,114 @@
+"""A whole report folder: tables, figures, a picture grid and a gallery, from the results and pictures at hand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from tritflow.evaluation.api import TASKS, get_task
+from tritflow.evaluation.images import ImageSet
+from tritflow.evaluation.run import read_judgements
+from tritflow.report import figures
+from tritflow.report.gallery import verdicts, write_gallery
+from tritflow.report.sources import ReportError, Run, Sources
+from tritflow.report.tables import Spec, build, load_specs, markdown
+from tritflow.results import slug, write_atomically
+
+GRID_ROWS = 6
+
+
+def write_report(sources: Sources, out: str | Path) -> list[Path]:
+    """Write `out/report.md` with every table that has results, figures, and for pictures `grid.png` and a gallery
+    for each pair of teacher and student; returns what was written.
+
+    Which set is the teacher's follows from the runs (`against`); without one, the first set is.
+    Raises `ReportError` when there is nothing to report.
+    """
+    out = Path(out)
+    written: list[Path] = []
+    parts = ["# Report"]
+    for spec, body in tables_with_results(sources):
+        parts += [f"## {spec.title or spec.name}", body]
+    for topic, runs in sources.runs.items():
+        newest = list({str(r.get("label")): r for r in runs}.values())
+        for name, draw in (("scores", figures.tag_scores), ("bands", figures.band_detail)):
+            try:
+                figure = draw(newest)
+            except ReportError:
+                continue
+            path = out / f"{slug(topic)}-{name}.svg"
+            write_atomically(path, figures.encode(figure))
+            written.append(path)
+            parts.append(f"![{topic}: {name}]({path.name})")
+    sets = _ordered(sources)
+    if len(sets) > 1:
+        path = out / "grid.png"
+        write_atomically(path, grid_png(sets))
+        written.append(path)
+        parts += ["## Pictures", f"![The same prompts from the same noise]({path.name})"]
+        for student in sets[1:]:
+            page = _gallery(out, sets[0], student)
+            written.append(page)
+            parts.append(f"[{student.model.name} over {sets[0].model.name}]({page.relative_to(out).as_posix()})")
+    if len(parts) == 1:
+        raise ReportError("there is nothing to report: no results of a known topic, and fewer than two picture sets")
+    page = out / "report.md"
+    write_atomically(page, ("\n\n".join(parts) + "\n").encode())
+    return [page, *written]
+
+
+def tables_with_results(sources: Sources) -> list[tuple[Spec, str]]:
+    """Every declared table that has rows, as markdown."""
+    found = []
+    for spec in load_specs().values():
+        table = build(spec, sources.runs.get(spec.topic, ()))
+        if table.cells:
+            found.append((spec, markdown(table)))
+    return found
+
+
+def grid_png(sets: Sequence[ImageSet], rows: int = GRID_ROWS) -> bytes:
+    """One picture: a column a model, a row a prompt (spread over the tags), each with its prompt."""
+    from PIL import Image
+
+    from tritflow.pipelines.compare import draw_grid
+
+    first = [e for e in sets[0].entries if e["sample"] == 0]
+    chosen = [first[i * len(first) // min(rows, len(first))] for i in range(min(rows, len(first)))]
+    keys = [(e["prompt_id"], 0) for e in chosen]
+    columns = []
+    for images in sets:
+        by_key = {(e["prompt_id"], e["sample"]): e for e in images.entries}
+        missing = next((k for k in keys if k not in by_key), None)
+        if missing is not None:
+            raise ReportError(f"{images.folder}: has no picture of '{missing[0]}'; draw all sets with the same prompts")
+        columns.append([Image.fromarray(images.pixels_of(images.folder, by_key[k])) for k in keys])
+    picture = draw_grid([s.model.name for s in sets], [f"{e['prompt']} (seed {e['seed']})" for e in chosen], columns)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _ordered(sources: Sources) -> list[ImageSet]:
+    """The picture sets, the teacher's first."""
+    runs: list[Run] = [r for found in sources.runs.values() for r in found]
+    teachers = {r["against"]["pictures"]["folder"] for r in runs if r.get("against")}
+    return sorted(sources.image_sets(), key=lambda s: s.folder.name not in teachers)
+
+
+def _gallery(out: Path, teacher: ImageSet, student: ImageSet) -> Path:
+    judged = []
+    for images in (teacher, student):
+        path = images.folder.with_name(f"{images.folder.name}.scores.jsonl")
+        judged.append(verdicts(read_judgements(path)) if path.exists() else None)
+    suite = student.meta["suite"]["name"]
+    return write_gallery(
+        out / "gallery" / slug(student.folder.name),
+        teacher,
+        student,
+        teacher_verdicts=judged[0],
+        student_verdicts=judged[1],
+        mask=get_task(suite).object_mask() if suite in TASKS else None,
+        title=f"{student.model.name} over {teacher.model.name}",
+    )

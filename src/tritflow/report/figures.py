@@ -1,0 +1,106 @@
+"""Figures from runs: the same bytes from the same results (no time stamps, no fonts but matplotlib's own)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tritflow.evaluation.tasks.fidelity import BANDS
+from tritflow.report.sources import ReportError, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Distinct for the colour-blind as well (Okabe & Ito 2008), and from light to dark on paper.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+
+
+def tag_scores(runs: Sequence[Run]) -> Figure:
+    """Bars with 95 % intervals: a group a tag and the overall score, a colour a run."""
+    runs = [r for r in runs if (r.get("scores") or {}).get("tags")]
+    if not runs:
+        raise ReportError("no run holds scores to draw")
+    tags = list(dict.fromkeys(t for r in runs for t in r["scores"]["tags"]))
+    groups = [*tags, "overall"]
+    figure, axes = _figure(max(6.0, 0.28 * len(runs) * len(groups) + 2), 3.6)
+    width = 0.8 / len(runs)
+    for i, run in enumerate(runs):
+        found = [run["scores"]["tags"].get(t) for t in tags] + [run["scores"]["overall"]]
+        at = [g - 0.4 + width * (i + 0.5) for g, s in enumerate(found) if s]
+        shown = [s for s in found if s]
+        axes.bar(
+            at,
+            [s["value"] for s in shown],
+            width * 0.92,
+            yerr=[[_end(s, "low") for s in shown], [_end(s, "high") for s in shown]],
+            color=_COLORS[i % len(_COLORS)],
+            error_kw={"elinewidth": 0.8, "capsize": 1.5},
+            label=str(run["label"]),
+        )
+    axes.set_xticks(range(len(groups)), [g.replace("_", " ") for g in groups], rotation=20, ha="right")
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("score")
+    axes.set_title("Scores on held-out prompts, 95 % intervals by prompt", loc="left")
+    axes.legend(frameon=False, ncols=min(len(runs), 3), loc="upper right")
+    return figure
+
+
+def band_detail(runs: Sequence[Run]) -> Figure:
+    """Two panels over the octaves of spatial frequency: energy ratio and coherence with the teacher."""
+    runs = [r for r in runs if r.get("fidelity")]
+    if not runs:
+        raise ReportError("no run holds fidelity to draw")
+    figure, panels = _figure(8.0, 3.2, 2)
+    for axes, measure in zip(panels, ("energy", "coherence"), strict=True):
+        for i, run in enumerate(runs):
+            found = [run["fidelity"]["bands"][b][measure] for b in BANDS]
+            at = [k for k, s in enumerate(found) if s]
+            shown = [s for s in found if s]
+            axes.errorbar(
+                at,
+                [s["value"] for s in shown],
+                yerr=[[_end(s, "low") for s in shown], [_end(s, "high") for s in shown]],
+                color=_COLORS[i % len(_COLORS)],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.2,
+                capsize=2,
+                label=str(run["label"]),
+            )
+        axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+        axes.set_xticks(range(len(BANDS)), BANDS)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        axes.set_xlabel("octave of spatial frequency (upper edge / Nyquist)")
+        axes.set_title(f"{measure} against the teacher", loc="left")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def encode(figure: Figure, kind: str = "svg") -> bytes:
+    """The figure as "svg" or "png" bytes, without a time stamp."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "tritflow", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format=kind, metadata=metadata, dpi=160)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
+    # Figure alone, not pyplot: no global state, no display.
+    from matplotlib.figure import Figure as _Figure
+
+    figure = _Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for one in [axes] if panels == 1 else axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=8)
+        one.title.set_fontsize(9)
+    return figure, axes
+
+
+def _end(score: dict[str, Any], which: str) -> float:
+    end = score.get(which)
+    return 0.0 if end is None else max(0.0, (score["value"] - end) * (1 if which == "low" else -1))

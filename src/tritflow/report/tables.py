@@ -1,0 +1,207 @@
+"""Tables declared by a small spec and filled from results; none is written by hand or by its own code.
+
+A spec lives in `tables.toml`:
+
+    [quality]
+    title = "..."
+    topic = "scenes"                              # which results files
+    where = { "task.name" = "scenes" }            # optional: only runs with these values
+    rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
+    each = ["label"]                              # a row for each different value, its newest run; or neither of
+                                                  # the two: the newest run alone
+    entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run
+    columns = [{ name = "overall", value = "scores.overall", format = "score" }, ...]
+    note = "..."                                  # optional sentence below
+
+A value is a dotted path into the run (`^` first: into the run from inside an entry; `key`: an entry's own key in a
+dict). Formats are those of `formats.FORMATS`. Every table says its devices, versions, numbers of prompts and
+pictures, and how its intervals came about.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from tritflow.config import nearest
+from tritflow.report.formats import FORMATS, MISSING, text
+from tritflow.report.sources import ReportError, Run
+
+_SHOWN_VERSIONS = ("tritflow", "torch", "diffusers", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, the dotted path of its value, and a format's name."""
+
+    name: str
+    value: str
+    format: str = "text"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A table's declaration; see the module's text."""
+
+    name: str
+    topic: str
+    columns: tuple[Column, ...]
+    title: str = ""
+    where: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[dict[str, Any], ...] = ()
+    each: tuple[str, ...] = ()
+    entries: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A filled table: cells as text, `numeric` for right alignment, and the notes below it."""
+
+    spec: Spec
+    header: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+    notes: tuple[str, ...]
+
+
+def load_specs(source: str | None = None) -> dict[str, Spec]:
+    """The package's tables, or those in a TOML text. Raises `ReportError` on an unknown key or format."""
+    if source is None:
+        source = files("tritflow.report").joinpath("tables.toml").read_text(encoding="utf-8")
+    specs = {}
+    for name, data in tomllib.loads(source).items():
+        known = ("topic", "columns", "title", "where", "rows", "each", "entries", "note")
+        for key in data:
+            if key not in known:
+                raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, list(known))}")
+        if "topic" not in data or not data.get("columns"):
+            raise ReportError(f"table '{name}' needs a topic and columns")
+        columns = tuple(Column(**c) for c in data["columns"])
+        for column in columns:
+            if column.format not in FORMATS:
+                raise ReportError(
+                    f"table '{name}', column '{column.name}': no format '{column.format}'"
+                    f"{nearest(column.format, list(FORMATS))}"
+                )
+        rest = {k: data[k] for k in ("title", "where", "entries", "note") if k in data}
+        rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
+        specs[name] = Spec(name, data["topic"], columns, rows=rows, each=each, **rest)
+    return specs
+
+
+def lookup(data: Any, path: str) -> Any:
+    """The value at a dotted path (list items by number; "." is `data` itself), or None where the path ends early."""
+    if path in ("", "."):
+        return data
+    for key in path.split("."):
+        if isinstance(data, dict):
+            data = data.get(key)
+        elif isinstance(data, list) and key.lstrip("-").isdigit() and -len(data) <= int(key) < len(data):
+            data = data[int(key)]
+        else:
+            return None
+    return data
+
+
+def _matches(run: Run, wanted: dict[str, Any]) -> bool:
+    return all(lookup(run, path) == value for path, value in wanted.items())
+
+
+def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
+    runs = [r for r in runs if _matches(r, spec.where)]
+    if spec.rows:
+        newest = [next((r for r in reversed(runs) if _matches(r, row)), None) for row in spec.rows]
+        return [r for r in newest if r is not None]
+    if spec.each:
+        groups: dict[str, Run] = {}
+        for run in runs:
+            groups[repr([lookup(run, path) for path in spec.each])] = run
+        return list(groups.values())
+    return list(runs[-1:])
+
+
+def _entries(spec: Spec, run: Run) -> list[Any]:
+    if spec.entries is None:
+        return [run]
+    found = lookup(run, spec.entries)
+    if isinstance(found, dict):
+        return [{"key": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
+    return list(found or [])
+
+
+def build(spec: Spec, runs: Sequence[Run]) -> Table:
+    """Fill a table from its topic's runs (oldest first). A table without any run has no rows and says so."""
+    chosen = _chosen(spec, runs)
+    cells, raw, used = [], [], []
+    for run in chosen:
+        for entry in _entries(spec, run):
+            values = [
+                lookup(run, c.value[1:].lstrip(".")) if c.value.startswith("^") else lookup(entry, c.value)
+                for c in spec.columns
+            ]
+            row = tuple(FORMATS[c.format](v) for c, v in zip(spec.columns, values, strict=True))
+            # A run that measured none of the numbers has no place in this table.
+            if all(c.format == "text" or cell == MISSING for c, cell in zip(spec.columns, row, strict=True)):
+                continue
+            raw += values
+            cells.append(row)
+            used.append(run)
+    notes = (*([spec.note] if spec.note else []), *_provenance(list({id(r): r for r in used}.values()), raw, cells))
+    return Table(
+        spec,
+        tuple(c.name for c in spec.columns),
+        tuple(cells),
+        tuple(c.format != "text" for c in spec.columns),
+        notes if cells else ("No results yet.",),
+    )
+
+
+def _provenance(runs: Sequence[Run], values: Iterable[Any], cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """Device, versions, how many prompts and pictures, intervals, dates: what makes a number believable."""
+    notes = []
+    devices = list(dict.fromkeys(str(r["device"]) for r in runs if r.get("device")))
+    if devices:
+        notes.append(f"Measured on {'; '.join(devices)}.")
+    versions: dict[str, list[str]] = {}
+    for run in runs:
+        for package in _SHOWN_VERSIONS:
+            version = (run.get("versions") or {}).get(package)
+            if version and version not in versions.setdefault(package, []):
+                versions[package].append(version)
+    if versions:
+        notes.append(", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items() if v) + ".")
+    counts = [
+        f"{r['prompts']['count']} prompts x {r['prompts']['samples']} pictures"
+        for r in runs
+        if isinstance(r.get("prompts"), dict) and {"count", "samples"} <= set(r["prompts"])
+    ]
+    if counts:
+        notes.append("; ".join(dict.fromkeys(counts)) + " for each row.")
+    if any("[" in cell for row in cells for cell in row):
+        methods = sorted({v["method"] for v in values if isinstance(v, dict) and "method" in v and v.get("low")})
+        notes.append("[low, high]: 95 % intervals" + (f" ({'; '.join(methods)})." if methods else "."))
+    seen = [r["label"] for r in runs if ((r.get("prompts") or {}).get("overlap") or {}).get("count")]
+    if seen:
+        notes.append(f"Some prompts were trained on in: {', '.join(map(str, seen))}.")
+    days = sorted({str(r["time"])[:10] for r in runs if r.get("time")})
+    if days:
+        notes.append(f"{days[0]}." if len(days) == 1 else f"{days[0]} to {days[-1]}.")
+    return notes
+
+
+def markdown(table: Table) -> str:
+    """GitHub's table syntax, with the notes in one line below."""
+    lines = []
+    if table.cells:
+        header = [text(name) if name else " " for name in table.header]
+        lines += [
+            "| " + " | ".join(header) + " |",
+            "|" + "|".join("---:" if n else "---" for n in table.numeric) + "|",
+            *("| " + " | ".join(cell or MISSING for cell in row) + " |" for row in table.cells),
+            "",
+        ]
+    return "\n".join([*lines, "_" + " ".join(table.notes).replace("_", "\\_") + "_"])

@@ -1,0 +1,186 @@
+"""Tables from specs, and the generated blocks of pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tritflow.report import formats
+from tritflow.report.pages import render, stale_pages, update
+from tritflow.report.sources import ReportError, collect
+from tritflow.report.tables import build, load_specs, lookup, markdown
+
+SPECS = load_specs(
+    """
+[quality]
+topic = "toy"
+rows = [{ label = "teacher" }, { label = "absmean" }, { label = "never run" }]
+columns = [
+  { name = "", value = "label" },
+  { name = "light", value = "scores.tags.light", format = "point" },
+  { name = "overall", value = "scores.overall", format = "score" },
+  { name = "kept", value = "paired.overall.kept", format = "percent" },
+  { name = "PSNR", value = "fidelity.psnr", format = "dB" },
+]
+note = "A note."
+
+[tags]
+topic = "toy"
+where = { label = "absmean" }
+entries = "scores.tags"
+columns = [
+  { name = "tag", value = "key" },
+  { name = "score", value = ".", format = "score" },
+  { name = "n", value = "n", format = "int" },
+  { name = "run", value = "^label" },
+]
+"""
+)
+
+
+def run(label: str, value: float, time: str = "2026-01-02T00:00:00Z", **more: object) -> dict:
+    score = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 40, "method": "m"}
+    return {"label": label, "time": time, "scores": {"overall": score, "tags": {"light": score}}, **more}
+
+
+def test_rows_take_the_newest_run_in_the_specs_order() -> None:
+    runs = [run("absmean", 0.1), run("teacher", 0.9), run("absmean", 0.2)]
+    table = build(SPECS["quality"], runs)
+    assert table.cells == (
+        ("teacher", "0.900", "0.900 [0.850, 0.950]", "–", "–"),
+        ("absmean", "0.200", "0.200 [0.150, 0.250]", "–", "–"),
+    )
+
+
+def test_entries_of_a_dict_become_rows() -> None:
+    table = build(SPECS["tags"], [run("absmean", 0.2)])
+    assert table.cells == (("light", "0.200 [0.150, 0.250]", "40", "absmean"),)
+
+
+def test_a_run_without_any_number_is_left_out() -> None:
+    assert build(SPECS["quality"], [{"label": "teacher"}]).cells == ()
+
+
+def test_notes_say_device_versions_counts_and_intervals(evaluated: Path) -> None:
+    runs = collect([evaluated]).runs["toy"]
+    text = markdown(build(SPECS["quality"], runs))
+    assert runs[0]["device"] in text
+    assert f"torch {runs[0]['versions']['torch']}" in text
+    assert "12 prompts x 2 pictures for each row" in text
+    assert "95 % intervals (" in text
+    assert text.splitlines()[0] == "|   | light | overall | kept | PSNR |"
+    assert text.splitlines()[1] == "|---|---:|---:|---:|---:|"
+    assert re.search(r"^\| absmean \| 0\.\d{3} \| .* % \[.*\] \| \d+\.\d\d \[", text, re.MULTILINE)
+
+
+def test_the_packages_own_specs_are_sound() -> None:
+    specs = load_specs()
+    assert {"quality", "scores", "teacher", "storage", "cpu-latency", "detector", "bands"} <= set(specs)
+    for spec in specs.values():
+        assert "No results yet" in markdown(build(spec, []))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("[t]\ntopc = 'x'\ncolumns = [{ name = 'a', value = 'b' }]", "unknown key 'topc'; did you mean 'topic'"),
+        ("[t]\ntopic = 'x'", "needs a topic and columns"),
+        ("[t]\ntopic = 'x'\ncolumns = [{ name = 'a', value = 'b', format = 'scor' }]", "no format 'scor'.*'score'"),
+    ],
+)
+def test_bad_specs_are_refused(source: str, words: str) -> None:
+    with pytest.raises(ReportError, match=words):
+        load_specs(source)
+
+
+def test_lookup() -> None:
+    data = {"a": [{"b": 1}], "c": None}
+    assert lookup(data, "a.0.b") == 1
+    assert lookup(data, "a.-1.b") == 1
+    assert lookup(data, "a.1.b") is None
+    assert lookup(data, "c.d") is None
+    assert lookup(data, ".") is data
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("score", {"value": 0.5, "low": 0.25, "high": 0.75}, "0.500 [0.250, 0.750]"),
+        ("score", {"value": 0.5, "low": None, "high": None}, "0.500"),
+        ("score", None, "–"),
+        ("score", {"value": None}, "–"),
+        ("percent", {"value": 0.9512, "low": 0.9, "high": 1.0}, "95.1 % [90.0, 100.0]"),
+        ("difference", {"value": -0.0001, "low": -0.01, "high": 0.02}, "0.000 [-0.010, +0.020]"),
+        ("bytes", 3_110_000_000, "3.11 GB"),
+        ("bytes", 5_540_000, "5.54 MB"),
+        ("bytes", 12, "12 B"),
+        ("int", 2212, "2,212"),
+        ("ms", 12.345, "12.3"),
+        ("ratio", 7.66, "7.66x"),
+        ("text", "a | b\nc", "a \\| b c"),
+        ("dB", 29.5, "29.50"),
+    ],
+)
+def test_formats(name: str, value: object, expected: str) -> None:
+    assert formats.FORMATS[name](value) == expected
+
+
+PAGE = "# Title\n\n<!-- table:quality -->\nold\n<!-- /table -->\ntext `<!-- table:quality -->` stays\n"
+
+
+def test_update_and_check(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(PAGE)
+    runs = {"toy": [run("teacher", 0.9)]}
+    assert list(stale_pages([page], SPECS, runs)) == [page]
+    assert page.read_text() == PAGE
+    assert update([page], SPECS, runs) == [page]
+    assert "| teacher | 0.900 |" in page.read_text()
+    assert page.read_text().startswith("# Title\n\n<!-- table:quality -->\n|")
+    assert page.read_text().endswith("<!-- /table -->\ntext `<!-- table:quality -->` stays\n")
+    assert update([page], SPECS, runs) == []
+    assert stale_pages([page], SPECS, runs) == {}
+    assert list(stale_pages([page], SPECS, {"toy": [run("teacher", 0.8)]})) == [page]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("<!-- table:qualty -->\n<!-- /table -->\n", "no table 'qualty'; did you mean 'quality'"),
+        ("<!-- table:quality -->\n", "'quality' is not closed"),
+        ("<!-- table:quality -->\n<!-- table:tags -->\n<!-- /table -->\n", "'quality' is not closed"),
+        ("<!-- /table -->\n<!-- table:tags -->\n<!-- /table -->\n", "closes nothing"),
+        ("<!-- table:tags -->\n<!-- /table -->\n<!-- /table -->\n", "closes nothing"),
+    ],
+)
+def test_bad_markers_are_refused(page: str, words: str) -> None:
+    with pytest.raises(ReportError, match=words):
+        render(page, SPECS, {})
+
+
+def test_one_bad_page_leaves_all_untouched(tmp_path: Path) -> None:
+    good, bad = tmp_path / "a.md", tmp_path / "b.md"
+    good.write_text(PAGE)
+    bad.write_text("<!-- table:nothing -->\n<!-- /table -->\n")
+    with pytest.raises(ReportError, match=r"b\.md: there is no table 'nothing'"):
+        update([good, bad], SPECS, {"toy": [run("teacher", 0.9)]})
+    assert good.read_text() == PAGE
+
+
+def test_collect_sorts_by_what_things_are(evaluated: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("")
+    found = collect([evaluated, evaluated / "results.json", tmp_path / "docs"])
+    assert [r["label"] for r in found.runs["toy"]] == ["teacher", "absmean"]  # each once
+    assert [p.name for p in found.pictures] == ["student-b-ssssssss-w2a16", "teacher-tttttttt-w2a16"]
+    assert [p.name for p in found.pages] == ["a.md"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReportError, match="holds neither"):
+        collect([tmp_path / "empty"])
+    with pytest.raises(ReportError, match="no such file"):
+        collect([tmp_path / "none"])
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(ReportError, match="neither results"):
+        collect([tmp_path / "x.bin"])
