@@ -1,0 +1,133 @@
+"""The plain PyTorch truth: what every kernel must compute, on any device that torch knows.
+
+W[n, k] = weight_scale[n] * T[n, k] * input_scale[k] with trits T in {-1, 0, 1}; weights come packed as
+`tritflow.formats.packing` lays them out. Everything here is float32 (float64 for float64 activations) between
+the inputs and the one rounding at the end. Tests and benchmarks import this file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritflow.formats.packing import unpack_2bit
+from tritflow.kernels.backends import Backend, Kernel
+
+QMAX = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""Largest magnitude of each 8-bit activation type; int8 is symmetric, -128 never occurs."""
+QTYPE = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+
+AMAX_FLOOR = 1e-30
+"""Rows smaller than this quantize to zeros instead of dividing by zero."""
+
+# Up to here an int8 dot product stays below 2^24, so that float32 sums are exact in any order.
+_EXACT_K = (1 << 24) // 127
+
+
+def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> tuple[Tensor, Tensor]:
+    """Per-token symmetric 8-bit quantization: `x * input_scale ~= q * scale[:, None]`.
+
+    With a = max(|x * input_scale|) over a row: scale = a / qmax, q = round_half_even(x * input_scale * (qmax / a)).
+
+    Args:
+        x: [..., K], any float type; leading dimensions are flattened to M.
+        input_scale: [K] or None.
+        dtype: `int8` (qmax 127) or `float8_e4m3fn` (qmax 448).
+
+    Returns:
+        q [M, K] and scale float32 [M].
+    """
+    qmax = QMAX[dtype]
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if input_scale is not None:
+        rows = rows * input_scale.float()
+    amax = rows.abs().amax(dim=-1, keepdim=True).clamp_min(AMAX_FLOOR)
+    scaled = rows * (torch.full_like(amax, qmax) / amax)
+    # A NaN or infinity poisons the scale, so it reaches the output whatever integer it becomes here.
+    q = scaled.round().to(torch.int8) if dtype == "int8" else scaled.to(QTYPE[dtype])
+    return q, (amax / qmax).squeeze(-1)
+
+
+def trits(weight: Tensor, in_features: int) -> Tensor:
+    """int8 [N, K] from packed bytes that were checked before."""
+    # detach: a parameter that shows its logical shape becomes a plain tensor of bytes.
+    return unpack_2bit(weight.detach(), in_features, check=False)
+
+
+def integer_product(q: Tensor, weight: Tensor) -> Tensor:
+    """q [M, K] @ trits^T [K, N] as float32; exact for int8 `q`.
+
+    Args:
+        q: int8 or float8_e4m3fn.
+        weight: packed uint8 [N, 32 * ceil(K / 128)].
+    """
+    t = trits(weight, q.shape[-1])
+    if q.shape[-1] <= _EXACT_K or q.dtype != torch.int8:
+        return q.float() @ t.float().t()
+    parts = zip(q.split(_EXACT_K, dim=-1), t.split(_EXACT_K, dim=-1), strict=True)
+    return torch.stack([(a.float() @ b.float().t()).long() for a, b in parts]).sum(0).float()
+
+
+def w2a8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    activation_dtype: str = "int8",
+) -> Tensor:
+    """8-bit activations: `(q @ T^T) * weight_scale * scale + bias`, rounded once to x.dtype. See `ops.w2a8_linear`."""
+    q, scale = quantize_activation(x, input_scale, activation_dtype)
+    out = integer_product(q, weight) * weight_scale.float() * scale[:, None]
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], weight_scale.shape[0])
+
+
+def w2a16_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """Full activations: `((x * input_scale) @ T^T) * weight_scale + bias`, rounded once. See `ops.w2a16_linear`."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.to(compute)
+    if input_scale is not None:
+        rows = rows * input_scale.to(compute)
+    out = F.linear(rows, trits(weight, x.shape[-1]).to(compute)) * weight_scale.to(compute)
+    if bias is not None:
+        out = out + bias.to(compute)
+    return out.to(x.dtype)
+
+
+def dequantize(
+    weight: Tensor,
+    in_features: int,
+    weight_scale: Tensor,
+    input_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The dense weight [N, K]: float32 products, rounded once to `dtype`. Exact in bf16 without `input_scale`."""
+    dense = trits(weight, in_features) * weight_scale.float()[:, None]
+    if input_scale is not None:
+        dense *= input_scale.float()
+    return dense.to(dtype)
+
+
+def _always(*args: object) -> bool:
+    return True
+
+
+BACKEND = Backend(
+    name="reference",
+    device_types=(),
+    why_not=lambda device: None,
+    kernels={
+        "quantize_activation": Kernel(quantize_activation, _always),
+        "w2a16_linear": Kernel(w2a16_linear, _always),
+        "w2a8_linear": Kernel(w2a8_linear, _always),
+    },
+)
