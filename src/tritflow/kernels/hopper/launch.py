@@ -1,0 +1,171 @@
+"""Host side of the W2A8 product: shapes to schedule, schedule to device tables, tensors to a launch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tritflow.kernels.hopper.gemm import w2a8_kernel
+from tritflow.kernels.hopper.schedule import Schedule, make_schedule
+
+_DTYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run the product; every choice gives the same bits for int8.
+
+    ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
+    one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
+    start; ``group`` token tiles share a band; ``cut`` tiles of the incomplete last wave along K.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    stages: int = 6
+    split: int = 1
+    lag: int = 3
+    group: int = 8
+    cut: bool = True
+    persistent: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_m not in (64, 128) or self.block_n not in (128, 256) or self.split not in (1, 2):
+            raise ValueError(f"no such tile: block_m={self.block_m}, block_n={self.block_n}, split={self.split}")
+        if self.block_n // 2 // self.split < 64:
+            raise ValueError("a consumer's weight rows cannot be cut below 64: use split=1 with block_n=128")
+        if not 0 <= self.lag < self.stages:
+            raise ValueError(f"lag must be below stages={self.stages}, got {self.lag}: the ring would never drain")
+
+    @property
+    def name(self) -> str:
+        text = f"{self.block_m}x{self.block_n}x{self.stages}"
+        text += f" s{self.split} l{self.lag} g{self.group}"
+        return text + (" cut" if self.cut else "") + ("" if self.persistent else " one-tile")
+
+    def to_dict(self) -> dict[str, int | bool]:
+        return asdict(self)
+
+
+def _swizzled(block: list[int], dtype: object) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+
+
+@lru_cache(maxsize=256)
+def _tables(
+    m: int, n: int, k: int, config: Config, device: torch.device
+) -> tuple[Schedule, torch.Tensor, torch.Tensor]:
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    if not config.persistent:
+        blocks = -(-m // config.block_m) * -(-n // config.block_n)
+    schedule = make_schedule(
+        m,
+        n,
+        k,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        blocks=blocks,
+        group=config.group,
+        split=config.cut,
+    )
+    units = torch.tensor(schedule.units, dtype=torch.int32).to(device)
+    return schedule, units, torch.tensor(schedule.starts, dtype=torch.int32).to(device)
+
+
+_COUNTERS = 512  # at least two for each tile that can be cut: fewer tiles than multiprocessors
+
+
+class _Counters:
+    """Zeroed counters for cut tiles. A launch leaves them at zero, so a stream reuses one set for ever.
+
+    A captured launch gets a set of its own, since graphs may be replayed side by side; sets for capture are
+    zeroed ahead, because zeroing within a capture would become a kernel of the graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._per_stream: dict[int, torch.Tensor] = {}
+        self._spare = list(torch.zeros(4096, _COUNTERS, dtype=torch.int32, device=device).unbind())
+
+    def take(self, device: torch.device) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            if self._spare:
+                return self._spare.pop()
+            return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if stream not in self._per_stream:
+            self._per_stream[stream] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        return self._per_stream[stream]
+
+
+@lru_cache(maxsize=16)
+def _counters(device: torch.device) -> _Counters:
+    return _Counters(device)
+
+
+def choose(m: int, n: int, k: int) -> Config:
+    """The configuration used where none is given."""
+    return Config()
+
+
+def w2a8_gemm(
+    q: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]), in bf16.
+
+    q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
+    weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
+    accumulation. Raises ValueError for tensors that do not fit together.
+    """
+    m, k = q.shape
+    n = weight.shape[0]
+    if q.dtype not in _DTYPES:
+        raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
+    if weight.shape[1] != 32 * -(-k // 128):
+        raise ValueError(f"packed rows of {weight.shape[1]} bytes do not hold K={k}: {32 * -(-k // 128)} expected")
+    if n % 8 or k % 16:
+        raise ValueError(f"the Hopper kernel takes N divisible by 8 and K by 16, got N={n}, K={k}")
+    out = torch.empty((m, n), dtype=torch.bfloat16, device=q.device) if out is None else out
+    if m == 0:
+        return out
+    q, weight, x_scale, weight_scale = (t.contiguous() for t in (q, weight, x_scale, weight_scale))
+    config = config or choose(m, n, k)
+    schedule, table, starts = _tables(m, n, k, config, q.device)
+    bm, bn = config.block_m, config.block_n
+    accumulator = torch.int32 if q.dtype == torch.int8 else torch.float32
+    workspace = torch.empty(max(1, schedule.slots * bm * bn), dtype=accumulator, device=q.device)
+    counters = _counters(q.device).take(q.device) if schedule.counters else table
+
+    dtype = _DTYPES[q.dtype]
+    x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
+    w2a8_kernel[(schedule.grid,)](
+        TensorDescriptor(q, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
+        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(w_block, gl.uint8)),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(out_block, gl.bfloat16)),
+        x_scale,
+        weight_scale,
+        weight_scale if bias is None else bias.contiguous(),
+        workspace,
+        counters,
+        table,
+        starts,
+        m,
+        n,
+        STAGES=config.stages,
+        SPLIT=config.split,
+        LAG=config.lag,
+        HAS_BIAS=bias is not None,
+        CUTS=schedule.counters > 0,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,117 @@
+"""The Hopper kernels against float64 on a Hopper GPU: ``make test-gpu``."""
+
+import pytest
+import torch
+
+from tritflow.formats.packing import pack_2bit
+from tritflow.kernels.hopper import why_not
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+SHAPES = [(1, 128, 128), (37, 264, 144), (128, 256, 128), (300, 384, 1040), (512, 3072, 12288), (4608, 3072, 3072)]
+
+
+def _inputs(m, n, k, dtype=torch.int8, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(m, k, device="cuda", generator=generator)
+    scale = x.abs().amax(1) / (127.0 if dtype == torch.int8 else 448.0)
+    q = x / scale[:, None]
+    q = (q.round() if dtype == torch.int8 else q).to(dtype)
+    trits = torch.randint(-1, 2, (n, k), device="cuda", generator=generator).to(torch.int8)
+    row = torch.rand(n, device="cuda", generator=generator).to(torch.bfloat16)
+    bias = torch.randn(n, device="cuda", generator=generator).to(torch.bfloat16)
+    return q, scale, trits, row, bias
+
+
+def _expected(q, scale, trits, row, bias):
+    y = ((q.double() @ trits.double().T).float() * scale[:, None]).double() * row.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "config", [{}, {"split": 2}, {"cut": False}, {"block_n": 128, "stages": 8}, {"block_m": 64, "stages": 8}]
+)
+def test_int8_is_exact(shape, config):
+    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
+
+    q, scale, trits, row, bias = _inputs(*shape)
+    for b in (None, bias):
+        out = torch.full((shape[0], shape[1]), float("nan"), dtype=torch.bfloat16, device="cuda")
+        w2a8_gemm(q, scale, pack_2bit(trits), row, b, out=out, config=Config(**config))
+        assert torch.equal(out, _expected(q, scale, trits, row, b).float().to(torch.bfloat16))
+
+
+def test_random_shapes_are_exact():
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+
+    picks = torch.Generator().manual_seed(1)
+    for seed in range(200):
+        m, n, k = (
+            int(torch.randint(1, top, (), generator=picks)) * unit for top, unit in ((600, 1), (80, 8), (60, 16))
+        )
+        q, scale, trits, row, bias = _inputs(m, n, k, seed=seed)
+        out = w2a8_gemm(q, scale, pack_2bit(trits), row, bias)
+        assert torch.equal(out, _expected(q, scale, trits, row, bias).float().to(torch.bfloat16)), (m, n, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(4608, 3072, 3072), (512, 3072, 12288)])
+def test_a_thousand_launches_give_the_same_bits(shape, dtype):
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+
+    q, scale, trits, row, bias = _inputs(*shape, dtype=dtype)
+    packed = pack_2bit(trits)
+    first = w2a8_gemm(q, scale, packed, row, bias)
+    out = torch.empty_like(first)
+    for _ in range(1000):
+        out.fill_(float("nan"))
+        w2a8_gemm(q, scale, packed, row, bias, out=out)
+        assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_is_near_the_dense_product(shape):
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+
+    q, scale, trits, row, _ = _inputs(*shape, dtype=torch.float8_e4m3fn)
+    expected = _expected(q, scale, trits, row, None)
+    out = w2a8_gemm(q, scale, pack_2bit(trits), row)
+    error = (out.double() - expected).norm() / expected.norm()
+    dense = torch._scaled_mm(
+        q,
+        trits.to(torch.float8_e4m3fn).T,
+        scale[:, None],
+        row.float()[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    assert error <= 1.5 * (dense.double() - expected).norm() / expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
+@pytest.mark.parametrize("chunk", [64, 128, 256])
+def test_skinny(shape, chunk):
+    from tritflow.kernels.hopper.skinny import w2a16_skinny
+
+    m, n, k = shape
+    _, _, trits, row, bias = _inputs(m, n, k)
+    x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
+    expected = (x.double() @ trits.double().T) * row.double() + bias.double()
+    out = w2a16_skinny(x, pack_2bit(trits), row, bias, chunk=chunk)
+    assert (out.double() - expected).norm() / expected.norm() < 0.003
+
+
+def test_a_graph_replays_a_cut_product():
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+
+    q, scale, trits, row, bias = _inputs(512, 3072, 12288)
+    packed = pack_2bit(trits)
+    expected = w2a8_gemm(q, scale, packed, row, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = w2a8_gemm(q, scale, packed, row, bias)
+    for _ in range(5):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)

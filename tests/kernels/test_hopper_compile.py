@@ -1,0 +1,149 @@
+"""The Hopper kernels compile without a GPU, and their machine code keeps what the design rests on."""
+
+import pytest
+
+from tritflow.kernels.hopper import supports, why_not, why_not_compile
+
+reason = why_not_compile()
+compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+CASES = [
+    ({}, "int8", True),
+    ({}, "fp8", False),
+    ({"split": 2}, "int8", True),
+    ({"split": 2, "lag": 0}, "fp8", True),
+    ({"block_n": 128, "stages": 8}, "int8", True),
+    ({"block_m": 64, "stages": 8, "split": 2}, "int8", True),
+]
+
+
+@compiles
+@pytest.mark.parametrize(("config", "dtype", "cuts"), CASES)
+def test_products_are_asynchronous_and_nothing_spills(config, dtype, cuts):
+    from tritflow.kernels.hopper.aot import compile_w2a8, in_flight_overwrites
+    from tritflow.kernels.hopper.launch import Config
+
+    settings = Config(**config)
+    compiled = compile_w2a8(settings, activation_dtype=dtype, cuts=cuts)
+    assert compiled.spills == 0
+    assert compiled.stack == 0
+    assert compiled.notes == ()  # ptxas says there when it serialises wgmma
+    assert compiled.shared <= 227 * 1024
+    assert in_flight_overwrites(compiled.sass) == []
+    # Two consumers, each with (rows / 2 / 64) blocks of rows by four K slices a step.
+    opcode = "IGMMA" if dtype == "int8" else "QGMMA"
+    assert compiled.count(opcode) == 2 * (settings.block_n // 128) * 4
+    assert compiled.count("LDSM") > 0
+
+
+@compiles
+def test_the_skinny_kernel_needs_no_shared_memory():
+    from tritflow.kernels.hopper.aot import compile_gluon
+    from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
+
+    types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "HAS_BIAS": True}
+    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=1)
+    assert compiled.spills == 0
+    assert compiled.shared == 0
+    assert compiled.count("LDG.E.128") == 24  # 16 rows x 768 bytes in 16-byte pieces a lane
+
+
+@compiles
+def test_the_guard_sees_an_overwritten_register():
+    from tritflow.kernels.hopper.aot import in_flight_overwrites
+
+    product = "IGMMA.64x128x32.S8.S8 R24, R160, gdesc[UR12], R24, gsb0 ;"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+    decode = "LOP3.LUT R162, R4, 0xc0c0c0c0, RZ, 0xc0, !PT ;"
+    assert in_flight_overwrites("\n".join([product, wait, decode])) == []
+    assert in_flight_overwrites("\n".join([product, decode, wait])) == [decode]
+    assert in_flight_overwrites("\n".join([product, "LDSM.16.M88.4 R160, [R2] ;", wait]))
+    assert in_flight_overwrites("\n".join([product, "@!P0 LDSM.16.M88.4 R160, [R2] ;", wait]))
+    assert in_flight_overwrites("\n".join([product, "@P0 BRA 0x100 ;", wait]))
+    assert in_flight_overwrites("\n".join([product, decode.replace("R162", "R164"), wait])) == []
+
+
+@compiles
+def test_configurations_that_cannot_run_are_refused():
+    from tritflow.kernels.hopper.launch import Config
+
+    with pytest.raises(ValueError, match="no such tile"):
+        Config(block_m=96)
+    with pytest.raises(ValueError, match="lag must be below"):
+        Config(lag=6)
+    with pytest.raises(ValueError, match="split=1"):
+        Config(block_n=128, split=2)
+
+
+def test_sizes_the_copy_engine_takes():
+    assert supports(1, 128, 128)
+    assert supports(77, 264, 144)
+    assert not supports(0, 128, 128)
+    assert not supports(1, 100, 128)
+    assert not supports(1, 128, 100)
+
+
+def test_without_a_gpu_it_says_why():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert why_not() == "no CUDA device"
+
+
+class _NoGpu:
+    """As much of Triton's driver as compiling for an absent GPU takes."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_interface(self):
+        raise AssertionError("nothing may run here")
+
+
+@compiles
+@pytest.mark.parametrize(("shape", "cuts"), [((37, 264, 144), False), ((512, 3072, 12288), True)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, cuts, fp8):
+    import types
+
+    import torch
+    import triton.runtime.driver
+
+    from tritflow.kernels.hopper import launch
+
+    compiled = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def start(*arguments, **options):
+                compiled.append((grid, options, launch_kernel.warmup(*arguments, grid=grid, **options)))
+
+            return start
+
+    launch_kernel = launch.w2a8_kernel
+    launch._tables.cache_clear()
+    monkeypatch.setattr(triton.runtime.driver, "_active", _NoGpu())
+    monkeypatch.setattr(launch, "w2a8_kernel", Recorder())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(launch, "_counters", lambda d: types.SimpleNamespace(take=lambda d: torch.zeros(4).int()))
+    m, n, k = shape
+    q = torch.zeros(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
+    weight = torch.zeros(n, 32 * -(-k // 128), dtype=torch.uint8)
+    out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n))
+    launch._tables.cache_clear()
+    assert out.shape == (m, n)
+    ((grid, options, kernel),) = compiled
+    assert options["CUTS"] is cuts
+    assert 0 < grid[0] <= 132
+    assert kernel.metadata.num_warps == 12
+    assert kernel.metadata.shared <= 227 * 1024
