@@ -120,3 +120,29 @@ def test_wrong_shapes_and_dtypes_are_refused(packing: str) -> None:
         unpack(torch.zeros(2, packed_width(10, packing), dtype=torch.int8), 10, packing)
     with pytest.raises(CheckpointError, match="at least 1"):
         unpack(torch.zeros(2, 0, dtype=torch.uint8), 0, packing)
+
+
+def test_the_worked_examples_of_the_specification() -> None:
+    trits = torch.zeros(1, 130, dtype=torch.int8)
+    for k, value in {0: 1, 1: -1, 32: -1, 96: 1, 128: -1}.items():
+        trits[0, k] = value
+    packed = pack_2bit(trits)[0].tolist()
+    assert {i: v for i, v in enumerate(packed) if v} == {0: 0x4D, 1: 0x03, 32: 0x03}
+    assert len(packed) == 64
+    assert pack_base3(torch.tensor([[1, 0, -1, -1, 1, 1, 0]], dtype=torch.int8)).tolist() == [[167, 122]]
+
+
+def test_the_digest_of_the_specification_from_its_definition_alone() -> None:
+    """Hashes written out by hand here, so that neither the code nor the text can drift."""
+    import hashlib
+
+    from tritflow.formats.integrity import Digest
+
+    weight = b"a.weight\nU8\n1,32\n" + bytes([0b01, 0, 0b11]) + bytes(29)
+    scale = b"a.weight_scale\nBF16\n1\n" + bytes([0x00, 0x3F])
+    total = sum(int.from_bytes(hashlib.sha256(text).digest(), "big") for text in (weight, scale)) % 2**256
+    digest = Digest()
+    digest.add("a.weight_scale", torch.tensor([0.5], dtype=torch.bfloat16))
+    digest.add("a.weight", pack_2bit(torch.tensor([[1, 0, -1]], dtype=torch.int8)))
+    assert digest.hexdigest() == f"{total:064x}"
+    assert digest.hexdigest() == "46f79c30a54404e0cc725ff472828b2dd87b5996d0a085e4ce4e4d50e4993445"

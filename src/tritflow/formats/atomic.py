@@ -16,13 +16,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Write `path` through a temporary file beside it: flushed, synced to disk, then renamed.
 
     After an error, or a kill at any moment, `path` is either absent, the former file, or the whole new one.
 
     Args:
         path: the file to create or replace; its folder must exist.
+        sync: off for files that are verified before use and can be made again: then a kill still cannot leave half
+            a file, but a power cut can.
 
     Yields:
         The open temporary file.
@@ -36,9 +38,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):

@@ -58,9 +58,7 @@ class TensorFolder:
 
     def _index(self) -> dict[str, str] | None:
         found = (
-            [self.path / INDEX]
-            if (self.path / INDEX).exists()
-            else sorted(self.path.glob("*.safetensors.index.json"))
+            [self.path / INDEX] if (self.path / INDEX).exists() else sorted(self.path.glob("*.safetensors.index.json"))
         )
         if not found:
             return None

@@ -88,9 +88,7 @@ def refuse_pickle(path: Path, start: bytes) -> None:
         )
     # A safetensors header of just the right length starts with the same bytes; what follows tells them apart.
     is_header = start[4:8] == b"\0\0\0\0" and start[8:9] == b"{"
-    if not is_header and (
-        start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
-    ):
+    if not is_header and (start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))):
         raise CheckpointError(
             f"{path} holds a pickle (or a zip archive of one) under a safetensors name; it is refused unread"
         )

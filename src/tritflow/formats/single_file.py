@@ -173,9 +173,7 @@ def infer_config(shapes: Mapping[str, Shape], where: str, config: Mapping[str, A
     if config is not None:
         return {**FLUX1_DEV, "guidance_embeds": False, **config, "_class_name": FLUX1}
     ours = "x_embedder.weight" in shapes
-    double, single = (
-        ("transformer_blocks", "single_transformer_blocks") if ours else ("double_blocks", "single_blocks")
-    )
+    double, single = ("transformer_blocks", "single_transformer_blocks") if ours else ("double_blocks", "single_blocks")
     keys = (
         (
             "x_embedder.weight",

@@ -216,9 +216,7 @@ class SingleFileSource(Source):
 
 def _require_float(dtype: str, name: str, path: Path) -> None:
     if dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{path}: '{name}' is stored as {dtype}: quantized by another tool; give the dense model"
-        )
+        raise CheckpointError(f"{path}: '{name}' is stored as {dtype}: quantized by another tool; give the dense model")
 
 
 def _to_dense(tensor: Tensor, scale: Tensor | None) -> Tensor:

@@ -211,7 +211,7 @@ class TransformerWriter:
             raise CheckpointError(f"'{key[:200]}' is no module name")
         entries = layout({name: (dtype_name(t), tuple(t.shape)) for name, t in tensors.items()})
         note = {"sha256": {n: tensor_sha256(n, t) for n, t in tensors.items()}, "linears": linears}
-        with atomic_file(self._parts / f"{key}.safetensors") as file:
+        with atomic_file(self._parts / f"{key}.safetensors", sync=False) as file:
             write_header(file, entries, {_PART_KEY: json.dumps(note, sort_keys=True)})
             for name in entries:
                 file.write(raw_bytes(tensors[name]))
