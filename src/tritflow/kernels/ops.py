@@ -119,9 +119,10 @@ def _linear_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, weight_scale, _, input_scale, *_ = inputs
+    # Arguments that equal their default at the end may be left out.
+    x, weight, weight_scale, bias, input_scale = (*inputs, None, None)[:5]
     ctx.save_for_backward(weight, weight_scale, input_scale)
-    ctx.features, ctx.count = x.shape[-1], len(inputs)
+    ctx.features, ctx.count, ctx.has_bias = x.shape[-1], len(inputs), bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype = grad.dtype if grad.dtype == torch.float64 else torch.promote_types(grad.dtype, torch.bfloat16)
         dense = reference.dequantize(weight.detach(), ctx.features, weight_scale, input_scale, dtype)
         grads[0] = (grad.to(dtype) @ dense).to(grad.dtype)
-    if ctx.needs_input_grad[3]:
+    if ctx.has_bias and ctx.needs_input_grad[3]:
         grads[3] = grad.reshape(-1, grad.shape[-1]).sum(0)
     return tuple(grads)
 

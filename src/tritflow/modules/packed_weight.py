@@ -83,5 +83,5 @@ class PackedWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return PackedWeight, (self.detach(), False, self.in_features, self.expansion is not None)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self.shape[0]}x{self.in_features} trits, {self.nbytes} bytes, {self.device})"

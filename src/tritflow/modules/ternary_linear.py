@@ -158,16 +158,23 @@ class TernaryLinear(nn.Linear):
         """Nothing is random here; there because `nn.Linear` has it."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The weight goes through `fn` as plain bytes: some functions, and meta tensors, would trust its logical shape.
+        weight = self._parameters.pop("weight")
+        assert isinstance(weight, PackedWeight)
         before = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        # Moves either put new data under the same object or, from or to meta, make a plain Parameter.
-        data = self._parameters["weight"]
-        assert data is not None
-        self.weight = PackedWeight(data, False, self.in_features, self.keep_expanded)
+        data = fn(weight.detach())
+        if torch._has_compatible_shallow_copy_type(weight, data):
+            weight.data = data  # the same object, as nn.Module does it
+            if weight.expansion is not None:
+                weight.expansion.drop()
+        else:
+            weight = PackedWeight(data, False, self.in_features, self.keep_expanded)
+        self._parameters = {"weight": weight, **self._parameters}
         return self
 
     def _load_from_state_dict(

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tritflow.kernels import cpu, reference
+from tritflow.testing import assert_close
+
+
+def _owned(weight):
+    weight = weight.clone()
+    setattr(weight, cpu.EXPANSION, cpu.Expansion())
+    return weight
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("tokens", [1, 17, 300])
+def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
+    if prepacked and not cpu._has_qlinear():
+        pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    monkeypatch.setattr(cpu, "_QLINEAR_FROM", 0 if prepacked else 1 << 40)
+    monkeypatch.setattr(cpu, "_signed", lambda: not unsigned)
+    p = problem(tokens, 48, 131)
+    p["x"][0] = 0.0
+    form = cpu._Int8(p["weight"], torch.ones(48), None, 131)
+    q, scale = cpu._quantize(p["x"], None, form.unsigned)
+    expected_q, expected_scale = reference.quantize_activation(p["x"])
+    assert torch.equal(scale.squeeze(-1), expected_scale)
+    assert torch.equal(form.product(q).long(), expected_q.long() @ p["trits"].long().t())
+    args = (p["x"], p["weight"], p["weight_scale"], p["bias"], p["input_scale"])
+    assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*args), 1e-6)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_quantize_equals_the_reference_bit_for_bit_in_chunks(problem, columns):
+    p = problem(2100, 4, 130, torch.bfloat16)
+    c = p["input_scale"] if columns else None
+    for found, expected in zip(
+        cpu.quantize_activation(p["x"], c), reference.quantize_activation(p["x"], c), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_a_bf16_layer_equals_the_dense_bf16_layer(problem):
+    p = problem(40, 64, 96, torch.bfloat16)
+    dense = reference.dequantize(p["weight"], 96, p["weight_scale"], dtype=torch.bfloat16)
+    assert torch.equal(dense.float(), reference.dequantize(p["weight"], 96, p["weight_scale"]))
+    out = cpu.w2a16_linear(p["x"], p["weight"], p["weight_scale"], p["bias"])
+    assert_close(out, torch.nn.functional.linear(p["x"], dense, p["bias"]), 4e-3)
+
+
+def test_the_packed_layout_serves_every_number_of_tokens(problem):
+    p = problem(700, 64, 96, torch.bfloat16)
+    weight = _owned(p["weight"])
+    expected = reference.w2a16_linear(p["x"], weight, p["weight_scale"])
+    for tokens in (1, 3, 64, 700, 2):
+        assert_close(cpu.w2a16_linear(p["x"][:tokens], weight, p["weight_scale"]), expected[:tokens], 4e-3)
+
+
+@pytest.mark.parametrize("op", ["w2a16_linear", "w2a8_linear"])
+def test_expansion_is_kept_and_follows_every_change(problem, op):
+    run, truth = getattr(cpu, op), getattr(reference, op)
+    p, other = problem(4, 16, 64), problem(4, 16, 64, seed=1)
+    weight, scale = _owned(p["weight"]), p["weight_scale"].clone()
+    expansion = getattr(weight, cpu.EXPANSION)
+    run(p["x"], weight, scale)
+    form = expansion.form
+    assert expansion.bytes == 16 * 64 * (4 if op == "w2a16_linear" else 1)
+    run(p["x"], weight, scale)
+    assert expansion.form is form
+
+    weight.copy_(other["weight"])
+    assert_close(run(p["x"], weight, scale), truth(p["x"], other["weight"], scale), 1e-5)
+    weight.data = p["weight"].clone()
+    assert_close(run(p["x"], weight, scale), truth(p["x"], p["weight"], scale), 1e-5)
+    scale.mul_(2)
+    assert_close(run(p["x"], weight, scale), truth(p["x"], p["weight"], scale), 1e-5)
+
+
+def test_nothing_stays_on_a_plain_weight(problem, monkeypatch):
+    p = problem(4, 16, 64)
+    built = []
+    real = cpu.reference.trits
+    monkeypatch.setattr(cpu.reference, "trits", lambda *a: built.append(1) or real(*a))
+    for _ in range(3):
+        cpu.w2a8_linear(p["x"], p["weight"], p["weight_scale"])
+    assert len(built) == 3
+    weight = _owned(p["weight"])
+    for _ in range(3):
+        cpu.w2a8_linear(p["x"], weight, p["weight_scale"])
+    assert len(built) == 4
+
+
+def test_without_onednn_the_reference_takes_over(problem, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_int_mm", lambda: False)
+    p = problem(4, 16, 64)
+    args = (p["x"], p["weight"], p["weight_scale"])
+    assert not cpu._supports_w2a8(*args)
+    assert torch.equal(torch.ops.tritflow.w2a8_linear(*args), reference.w2a8_linear(*args))
