@@ -49,9 +49,7 @@ def random_linear(
     linear = torch.nn.Linear(in_features, out_features, bias=bias)
     row_size = torch.empty(out_features, 1).uniform_(0.5, 2.0, generator=generator)
     with torch.no_grad():
-        linear.weight.copy_(
-            torch.randn(out_features, in_features, generator=generator) * row_size * in_features**-0.5
-        )
+        linear.weight.copy_(torch.randn(out_features, in_features, generator=generator) * row_size * in_features**-0.5)
         if bias:
             linear.bias.copy_(torch.randn(out_features, generator=generator) * 0.1)
     return linear.to(dtype)

@@ -47,9 +47,7 @@ def test_generate_json_is_json_alone(tiny_flux: Path, tmp_path: Path) -> None:
 
 def test_generate_is_repeatable(tiny_flux: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        done = invoke(
-            "generate", "a star", "-m", tiny_flux, "-o", tmp_path / f"{name}.png", "--device", "cpu"
-        )
+        done = invoke("generate", "a star", "-m", tiny_flux, "-o", tmp_path / f"{name}.png", "--device", "cpu")
         assert done.exit_code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 

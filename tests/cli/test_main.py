@@ -67,9 +67,7 @@ def test_help_is_fast_because_nothing_heavy_is_imported() -> None:
         "try:\n    main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -133,9 +131,7 @@ def test_completion_knows_verbs_and_their_options() -> None:
         environment = {**os.environ, "_TRITFLOW_COMPLETE": "complete_bash", "COMP_WORDS": words}
         environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
         code = "import sys; sys.argv = ['tritflow']; from tritflow.cli.main import app; app(prog_name='tritflow')"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
         return done.stdout
 
     assert "generate" in complete("tritflow gen").split()

@@ -25,9 +25,7 @@ def test_psnr_is_the_textbook_one() -> None:
 def test_compare_draws_from_the_same_noise(tiny_flux: Path, tmp_path: Path) -> None:
     other = tiny_flux_folder(tmp_path / "other", seed=9)
     seen: list[str] = []
-    result = compare(
-        [tiny_flux, other, tiny_flux], ["a red circle", "a star"], 4, device="cpu", on_model=seen.append
-    )
+    result = compare([tiny_flux, other, tiny_flux], ["a red circle", "a star"], 4, device="cpu", on_model=seen.append)
     assert seen == list(result.labels) == ["flux", "other", "flux"]
     assert all(math.isinf(db) for db in result.psnr[0] + result.psnr[2])
     assert all(0 < db < 40 for db in result.psnr[1])

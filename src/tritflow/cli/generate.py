@@ -79,6 +79,4 @@ def generate(
     else:
         for path in paths:
             print(path)
-        say(
-            f"{len(paths)} pictures in {seconds:.1f} s" if len(paths) > 1 else f"1 picture in {seconds:.1f} s"
-        )
+        say(f"{len(paths)} pictures in {seconds:.1f} s" if len(paths) > 1 else f"1 picture in {seconds:.1f} s")

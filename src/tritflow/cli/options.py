@@ -13,9 +13,7 @@ Model = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        "--base", help="Pipeline with the text encoders and VAE that a bare transformer folder lacks."
-    ),
+    typer.Option("--base", help="Pipeline with the text encoders and VAE that a bare transformer folder lacks."),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
@@ -28,21 +26,13 @@ Mode = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(
-        "--backend", help="Kernels: auto, reference, cpu, triton or hopper; default: as the checkpoint says."
-    ),
+    typer.Option("--backend", help="Kernels: auto, reference, cpu, triton or hopper; default: as the checkpoint says."),
 ]
 Seed = Annotated[int, typer.Option("--seed", "-s", help="Seed of the noise.")]
-Height = Annotated[
-    int | None, typer.Option("--height", help="Pixels; a multiple of 16. Default: the model's own.")
-]
-Width = Annotated[
-    int | None, typer.Option("--width", help="Pixels; a multiple of 16. Default: the model's own.")
-]
+Height = Annotated[int | None, typer.Option("--height", help="Pixels; a multiple of 16. Default: the model's own.")]
+Width = Annotated[int | None, typer.Option("--width", help="Pixels; a multiple of 16. Default: the model's own.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampler steps. Default: the model's own.")]
-Guidance = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance scale. Default: the model's own.")
-]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale. Default: the model's own.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Pictures drawn at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]

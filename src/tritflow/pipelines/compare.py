@@ -40,9 +40,7 @@ class Comparison:
 
     def grid(self) -> Image.Image:
         """One picture: a row a prompt, a column a model, PSNR to the first column under each."""
-        notes = [
-            ["reference" if m == 0 else format_psnr(db) for db in row] for m, row in enumerate(self.psnr)
-        ]
+        notes = [["reference" if m == 0 else format_psnr(db) for db in row] for m, row in enumerate(self.psnr)]
         rows = [f"{p} (seed {s})" for p, s in zip(self.prompts, self.seeds, strict=True)]
         return draw_grid(self.labels, rows, self.images, notes)
 

@@ -61,6 +61,7 @@ def check_size(pipe: Any, height: int, width: int) -> None:
             raise GenerationError(f"{name} {value} is not a multiple of {patch}; the nearest valid: {near}")
 
 
+@torch.no_grad()
 def generate(
     pipe: Any,
     prompts: str | Sequence[str],
@@ -119,9 +120,7 @@ def generate(
     with _no_progress_bar(pipe):
         for batch in batches:
             with _no_truncation_log():
-                embeds, pooled, _ = pipe.encode_prompt(
-                    [texts[i] for i in batch], None, max_sequence_length=tokens
-                )
+                embeds, pooled, _ = pipe.encode_prompt([texts[i] for i in batch], None, max_sequence_length=tokens)
             noise = [picture_noise(numbers[i], channels, latent_height, latent_width) for i in batch]
             pictures = pipe(
                 prompt_embeds=embeds,
@@ -179,9 +178,7 @@ def save_pictures(
     return paths
 
 
-def _check(
-    texts: list[str], seeds: list[int], steps: int, guidance: float, tokens: int, batch_size: int
-) -> None:
+def _check(texts: list[str], seeds: list[int], steps: int, guidance: float, tokens: int, batch_size: int) -> None:
     if not texts:
         raise GenerationError("no prompt was given")
     if len(seeds) != len(texts):
@@ -203,9 +200,7 @@ def _warn_about(pipe: Any, texts: list[str], tokens: int) -> None:
     for text in dict.fromkeys(texts):
         shown = text if len(text) <= 40 else text[:37] + "..."
         if not text.strip():
-            warnings.warn(
-                "the prompt is empty: the model draws whatever it likes", PromptWarning, stacklevel=3
-            )
+            warnings.warn("the prompt is empty: the model draws whatever it likes", PromptWarning, stacklevel=3)
         with _no_truncation_log():
             count = len(pipe.tokenizer_2(text).input_ids)
         if count > tokens:

@@ -108,9 +108,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype is None or dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in _DTYPES:
-        raise ModelError(
-            f"unknown dtype '{dtype}'; use one of {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}"
-        )
+        raise ModelError(f"unknown dtype '{dtype}'; use one of {', '.join(_DTYPES)}{nearest(dtype, list(_DTYPES))}")
     return _DTYPES[dtype]
 
 
@@ -149,12 +147,8 @@ def resolve_model(model: str | Path, base: str | Path | None = None) -> ModelSou
         return _resolve_folder(path, base)
     if path.is_file():
         if path.suffix in _PICKLES:
-            raise ModelError(
-                f"{path} is a pickle, which tritflow never loads; convert it to safetensors first"
-            )
-        raise ModelError(
-            f"{path} is a single file; `tritflow quantize {path} OUT` makes a model folder of it"
-        )
+            raise ModelError(f"{path} is a pickle, which tritflow never loads; convert it to safetensors first")
+        raise ModelError(f"{path} is a single file; `tritflow quantize {path} OUT` makes a model folder of it")
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return ModelSource(name)
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -182,9 +176,7 @@ def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
         raise ModelError(
             f"{path} holds a pickle ({pickles[0]}) and no model_index.json; tritflow reads safetensors only"
         )
-    raise ModelError(
-        f"{path} is no model folder: it has neither model_index.json nor transformer/config.json"
-    )
+    raise ModelError(f"{path} is no model folder: it has neither model_index.json nor transformer/config.json")
 
 
 def _base_of(path: Path, base: str | Path | None) -> str:
@@ -193,9 +185,7 @@ def _base_of(path: Path, base: str | Path | None) -> str:
         for meta in (path / "meta.json", path.parent / "meta.json"):
             recorded = _read_json(meta).get("base") if meta.is_file() else None
             if recorded:
-                base = (
-                    recorded if recorded in ASSETS or Path(recorded).is_absolute() else meta.parent / recorded
-                )
+                base = recorded if recorded in ASSETS or Path(recorded).is_absolute() else meta.parent / recorded
                 if not (str(base) in ASSETS or Path(base).is_dir()):
                     base = recorded
                 break
@@ -222,9 +212,7 @@ def check_weights(folder: Path) -> None:
         files = sorted(place.glob("*.safetensors"))
         pickles = sorted(p for p in place.iterdir() if p.suffix in _PICKLES)
         if pickles and not files:
-            raise ModelError(
-                f"{pickles[0]} is a pickle, which tritflow never loads; convert it to safetensors"
-            )
+            raise ModelError(f"{pickles[0]} is a pickle, which tritflow never loads; convert it to safetensors")
         for file in files:
             SafetensorsFile(file)
 
@@ -267,9 +255,7 @@ def load_pipeline(
             parts["transformer"] = FluxTransformer2DModel.from_pretrained(
                 source.transformer, torch_dtype=as_type, use_safetensors=True
             )
-        pipe: Any = FluxPipeline.from_pretrained(
-            source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts
-        )
+        pipe: Any = FluxPipeline.from_pretrained(source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts)
     if overrides:
         configure_(pipe, **overrides)
     return pipe.to(on)

@@ -32,9 +32,7 @@ def ternary_linears(model: nn.Module) -> dict[str, TernaryLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
 
 
-def storage_tensors(
-    model: nn.Module, state_dict: Mapping[str, Tensor], packing: Packing | str
-) -> dict[str, Tensor]:
+def storage_tensors(model: nn.Module, state_dict: Mapping[str, Tensor], packing: Packing | str) -> dict[str, Tensor]:
     """The tensors of a model's `state_dict` as they lie on disk: weights in `packing`, all else untouched."""
     tensors = dict(state_dict)
     for name, linear in ternary_linears(model).items():
@@ -60,9 +58,11 @@ class CheckpointAudit:
         self._digest, self._sum = digest, Digest()
         self._checksums: dict[str, str] = {}
         self.where = str(Path(files[0]).parent)
-        for file in files:
-            claims = FileClaims(SafetensorsFile(file))
-            self._checksums.update(claims.checksums)
+        for path in files:
+            file = SafetensorsFile(path)
+            claims = FileClaims(file).checksums
+            # `save_pretrained` writes all checksums into every shard; only a file's own tensors are its claim.
+            self._checksums.update({name: claims[name] for name in file.entries if name in claims})
         # A variant or a renamed config has no folder of the standard form; its tensors are checked all the same.
         if len(files) == 1 or (Path(self.where) / "config.json").is_file():
             TernaryFolder(self.where)
@@ -132,9 +132,7 @@ class TritflowQuantizer(DiffusersQuantizer):
         return state_dict
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        linears = [
-            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and self.ternary.matches(n)
-        ]
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and self.ternary.matches(n)]
         if not linears:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer that matches targets {list(self.ternary.targets)} "
@@ -199,9 +197,7 @@ class TritflowQuantizer(DiffusersQuantizer):
                 check_packed(raw, linear.in_features, self.ternary.packing)
             except CheckpointError as error:
                 raise CheckpointError(f"'{param_name}': {error}") from error
-            linear.set_packed_(
-                repack(raw, linear.in_features, self.ternary.packing, "2bit").to(target_device)
-            )
+            linear.set_packed_(repack(raw, linear.in_features, self.ternary.packing, "2bit").to(target_device))
         else:
             linear._buffers[leaf] = raw.to(target_device)
 
@@ -237,13 +233,9 @@ class TritflowQuantizer(DiffusersQuantizer):
         """What `save_pretrained` writes: tensors in the config's packing, and the checksums of the format."""
         model = self.quantization_config.model
         if not safe_serialization:
-            raise CheckpointError(
-                "ternary models are saved as safetensors only; leave safe_serialization=True"
-            )
+            raise CheckpointError("ternary models are saved as safetensors only; leave safe_serialization=True")
         if model is None:
-            raise CheckpointError(
-                "this model was unpickled and cannot be saved; load it with from_pretrained"
-            )
+            raise CheckpointError("this model was unpickled and cannot be saved; load it with from_pretrained")
         tensors = storage_tensors(model, state_dict, self.ternary.packing)
         sums = {name: tensor_sha256(name, tensor) for name, tensor in tensors.items()}
         linears = {name: linear.in_features for name, linear in ternary_linears(model).items()}
@@ -265,9 +257,7 @@ class TritflowQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: Any) -> Any:
         for name, ternary in ternary_linears(model).items():
-            dense = nn.Linear(
-                ternary.in_features, ternary.out_features, ternary.bias is not None, device="meta"
-            )
+            dense = nn.Linear(ternary.in_features, ternary.out_features, ternary.bias is not None, device="meta")
             dense.weight = nn.Parameter(ternary.dequantize(model.dtype), requires_grad=False)
             dense.bias = ternary.bias
             parent, _, leaf = name.rpartition(".")
