@@ -71,9 +71,7 @@ def fill(rng: random.Random, clause: Clause, x: float, y: float, radius: float) 
     return Object(clause.shape, color, texture, x, y, radius)
 
 
-def related(
-    rng: random.Random, relation: str, ra: float, rb: float
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def related(rng: random.Random, relation: str, ra: float, rb: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """Centres of A and B so that `A relation B` is plain to see."""
     across = rng.uniform(-0.5, 0.5)
     low = (ra + rb) * 1.1 + 0.03

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,16 +27,16 @@ class SceneBatch:
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
         """Stack scenes. Raises ValueError when one holds more than `MAX_OBJECTS` objects."""
-        kind = torch.full((len(scenes), MAX_OBJECTS, 3), -1, dtype=torch.int64)
-        place = torch.zeros(len(scenes), MAX_OBJECTS, 3)
+        kind = np.full((len(scenes), MAX_OBJECTS, 3), -1, dtype=np.int64)
+        place = np.zeros((len(scenes), MAX_OBJECTS, 3), dtype=np.float32)
         for i, scene in enumerate(scenes):
             if len(scene.objects) > MAX_OBJECTS:
                 raise ValueError(f"scene {i} holds {len(scene.objects)} objects; at most {MAX_OBJECTS} can be drawn")
             for j, o in enumerate(scene.objects):
-                kind[i, j] = torch.tensor([SHAPES.index(o.shape), COLORS.index(o.color), TEXTURES.index(o.texture)])
-                place[i, j] = torch.tensor([o.x, o.y, o.radius])
+                kind[i, j] = SHAPES.index(o.shape), COLORS.index(o.color), TEXTURES.index(o.texture)
+                place[i, j] = o.x, o.y, o.radius
         ground = torch.tensor([GRAY_LEVEL[s.background] for s in scenes])
-        return cls(kind, place, ground)
+        return cls(torch.from_numpy(kind), torch.from_numpy(place), ground)
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """The same batch on another device."""

@@ -67,9 +67,7 @@ def _train_place(rng: random.Random, ground: str) -> tuple[str, Scene]:
     places = rng.sample(sorted(PLACES), crowd)
     parts, objects, shapes = [], [], []
     for place in places:
-        shape = rng.choice(
-            [s for s in SHAPES if all(s == o or unordered(s, o) not in HELD_OUT_PAIRS for o in shapes)]
-        )
+        shape = rng.choice([s for s in SHAPES if all(s == o or unordered(s, o) not in HELD_OUT_PAIRS for o in shapes)])
         shapes.append(shape)
         if shapes.count(shape) > 1 and (shape, shapes.count(shape)) in HELD_OUT_COUNTS:
             raise Retry
@@ -81,6 +79,8 @@ def _train_place(rng: random.Random, ground: str) -> tuple[str, Scene]:
         for b in objects[:i]:
             if max(abs(a.x - b.x), abs(a.y - b.y)) < (a.radius + b.radius) * 1.1 + 0.02:
                 raise Retry
+    if sum(len(p.split()) for p in parts) > 30:  # the small FLUX reads 48 tokens
+        raise Retry
     body = parts[0] if crowd == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return finish(rng, body, ground), Scene(tuple(objects), ground)
 

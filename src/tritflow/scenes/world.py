@@ -63,9 +63,7 @@ class Scene:
 
 def _share(kind: str, combinations: list[tuple[object, ...]], share: float = 0.2) -> frozenset[tuple[object, ...]]:
     """The `share` of combinations with the smallest SHA-256: a choice by hash that nobody made."""
-    ranked = sorted(
-        combinations, key=lambda c: hashlib.sha256(f"{kind}:{'|'.join(map(str, c))}".encode()).hexdigest()
-    )
+    ranked = sorted(combinations, key=lambda c: hashlib.sha256(f"{kind}:{'|'.join(map(str, c))}".encode()).hexdigest())
     return frozenset(ranked[: math.ceil(share * len(ranked))])
 
 

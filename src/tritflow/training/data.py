@@ -1,0 +1,134 @@
+"""Pictures, latents and tokens of the built-in world, made on the device that trains on them."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow.scenes import SceneBatch, render, training_examples
+from tritflow.scenes.held_out import evaluation_prompts
+from tritflow.training.models import SEQUENCE_LENGTH
+
+
+def vocabulary(captions: list[str]) -> list[str]:
+    """All words of the captions, commas apart, sorted."""
+    return sorted({w for c in captions for w in c.replace(",", " ").split()})
+
+
+def training_words() -> list[str]:
+    """Every word that training captions use (100,000 captions hold them all; proven by a test)."""
+    captions = [c for c, _ in itertools.islice(training_examples(0), 20_000)]
+    return vocabulary(captions)
+
+
+def _chunk(task: tuple[int, int]) -> tuple[list[str], SceneBatch]:
+    torch.set_num_threads(1)
+    seed, count = task
+    pairs = list(itertools.islice(training_examples(seed), count))
+    return [c for c, _ in pairs], SceneBatch.from_scenes([s for _, s in pairs])
+
+
+def make_examples(count: int, seed: int, workers: int) -> tuple[list[str], SceneBatch]:
+    """`count` training captions with their scenes, made by `workers` processes; independent of their number."""
+    chunk = 4096
+    tasks = [(seed * 1_000_003 + i, min(chunk, count - i * chunk)) for i in range(-(-count // chunk))]
+    captions: list[str] = []
+    batches: list[SceneBatch] = []
+    if workers <= 1:
+        results = map(_chunk, tasks)
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        results = pool.map(_chunk, tasks)
+    for part, batch in results:
+        captions += part
+        batches.append(batch)
+    if workers > 1:
+        pool.shutdown()
+    return captions, SceneBatch(
+        torch.cat([b.kind for b in batches]),
+        torch.cat([b.place for b in batches]),
+        torch.cat([b.ground for b in batches]),
+    )
+
+
+@torch.no_grad()
+def render_all(scenes: SceneBatch, size: int, device: torch.device, batch: int = 256) -> Tensor:
+    """All scenes as uint8 pictures [N, 3, size, size] on the device."""
+    out = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8, device=device)
+    for i in range(0, len(scenes), batch):
+        part = render(scenes[slice(i, i + batch)].to(device), size)
+        out[i : i + batch] = (part * 255).round_().to(torch.uint8)
+    return out
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H/2 * W/2, 4C], as FluxPipeline packs them."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), c * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of `height` x `width`."""
+    b, _, c = tokens.shape
+    x = tokens.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, c // 4, height, width)
+
+
+def tokenize(captions: list[str], clip_tokenizer: Any, t5_tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token ids [N, L] of both tokenizers, padded as FluxPipeline pads them."""
+    clip = clip_tokenizer(
+        captions,
+        padding="max_length",
+        max_length=clip_tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    t5 = t5_tokenizer(captions, padding="max_length", max_length=SEQUENCE_LENGTH, truncation=True, return_tensors="pt")
+    return clip.input_ids, t5.input_ids
+
+
+@dataclass
+class LatentSet:
+    """Training data of the transformer: packed, normalised latents [N, T, C] (bf16) and token ids."""
+
+    latents: Tensor
+    clip_ids: Tensor
+    t5_ids: Tensor
+    empty_clip: Tensor
+    empty_t5: Tensor
+
+
+@torch.no_grad()
+def encode_set(
+    captions: list[str],
+    scenes: SceneBatch,
+    vae: Any,
+    tokenizers: tuple[Any, Any],
+    size: int,
+    device: torch.device,
+    batch: int = 256,
+) -> LatentSet:
+    """Render and encode every scene; latents are shifted and scaled as FluxPipeline undoes it."""
+    parts = []
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    for i in range(0, len(scenes), batch):
+        image = render(scenes[slice(i, i + batch)].to(device), size) * 2 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean = vae.encode(image).latent_dist.mean
+        parts.append(pack((mean.float() - shift) * scale).to(torch.bfloat16))
+    clip_ids, t5_ids = tokenize(captions, *tokenizers)
+    empty_clip, empty_t5 = tokenize([""], *tokenizers)
+    return LatentSet(
+        torch.cat(parts), clip_ids.to(device), t5_ids.to(device), empty_clip.to(device), empty_t5.to(device)
+    )
+
+
+def held_out_prompts(per_tag: int, seed: int) -> list[Any]:
+    """Evaluation prompts (for progress reports while training; the scores that count use other seeds)."""
+    return evaluation_prompts(per_tag, seed)

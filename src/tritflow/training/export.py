@@ -1,0 +1,43 @@
+"""Write the trained parts as a stock FluxPipeline folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritflow.training.flow import SmallFlux
+from tritflow.training.models import SEQUENCE_LENGTH
+
+
+def export_pipeline(
+    folder: Path, model: SmallFlux, vae: Any, tokenizers: tuple[Any, Any], size: int, guidance: float, shift: float
+) -> None:
+    """Save everything in bfloat16 safetensors of at most 14 MB a file, with the folder's generation defaults."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    parts: list[nn.Module] = [model.clip, model.t5, model.transformer, vae]
+    for part in parts:
+        part.to("cpu", torch.bfloat16).eval()
+    vae.to(memory_format=torch.contiguous_format)
+    pipe: Any = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=model.clip,
+        tokenizer=tokenizers[0],
+        text_encoder_2=model.t5,
+        tokenizer_2=tokenizers[1],
+        transformer=model.transformer,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
+    defaults = {
+        "height": size,
+        "width": size,
+        "num_inference_steps": 28,
+        "guidance_scale": guidance,
+        "max_sequence_length": SEQUENCE_LENGTH,
+    }
+    (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")

@@ -1,0 +1,138 @@
+"""The small FLUX's parts: stock diffusers and transformers classes at a small size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LATENT_CHANNELS = 16
+# Text tokens that the small FLUX is trained on; longer prompts are cut here.
+SEQUENCE_LENGTH = 48
+
+
+@dataclass(frozen=True)
+class SmallFluxSize:
+    """Widths and depths. The default has 13.5 M transformer parameters and FLUX.1-dev's 1 : 2 block ratio."""
+
+    hidden: int = 256
+    heads: int = 4
+    double: int = 3
+    single: int = 6
+    text_width: int = 192
+    text_layers: int = 3
+    pooled_width: int = 128
+
+
+def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
+    """CLIP's and T5's stock tokenizers over one token a word of `words`, with single characters for all else."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    letters = [chr(c) for c in range(33, 127)]
+    vocab = {p: i for i, p in enumerate(dict.fromkeys([*letters, *(c + "</w>" for c in letters)]))}
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            if pair not in merges:
+                merges.append(pair)
+            pieces[:2] = ["".join(pair)]
+            vocab.setdefault(pieces[0], len(vocab))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE_LENGTH + 16)
+    pieces_t5 = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -6.0)]
+    pieces_t5 += [(f"▁{word}", -3.0) for word in words] + [(chr(c), -8.0) for c in range(33, 127)]
+    t5 = T5Tokenizer(vocab=pieces_t5, extra_ids=0, model_max_length=512)
+    return clip, t5
+
+
+def build_text_encoders(size: SmallFluxSize, clip_tokenizer: Any, t5_tokenizer: Any) -> tuple[Any, Any]:
+    """A small CLIPTextModel (pooled state) and T5EncoderModel (a state a token)."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=size.pooled_width,
+            intermediate_size=size.pooled_width * 4,
+            projection_dim=size.pooled_width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=clip_tokenizer.model_max_length,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=size.text_width,
+            d_kv=48,
+            d_ff=512,
+            num_layers=size.text_layers,
+            num_heads=4,
+            relative_attention_num_buckets=32,
+            relative_attention_max_distance=64,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    return clip, t5
+
+
+def build_transformer(size: SmallFluxSize) -> Any:
+    """A stock FluxTransformer2DModel with a guidance embedding; modulations start at zero (adaLN-Zero, DiT)."""
+    from diffusers import FluxTransformer2DModel
+
+    head = size.hidden // size.heads
+    first = head // 8
+    model: Any = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=LATENT_CHANNELS * 4,
+        num_layers=size.double,
+        num_single_layers=size.single,
+        attention_head_dim=head,
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.text_width,
+        pooled_projection_dim=size.pooled_width,
+        guidance_embeds=True,
+        axes_dims_rope=(first, (head - first) // 2, (head - first) // 2),
+    )
+    zero = [model.proj_out, model.norm_out.linear]
+    for block in model.transformer_blocks:
+        zero += [block.norm1.linear, block.norm1_context.linear]
+    for block in model.single_transformer_blocks:
+        zero.append(block.norm.linear)
+    for linear in zero:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return model
+
+
+def build_vae() -> Any:
+    """A stock AutoencoderKL: 8x smaller, 16 latent channels as FLUX.1's."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 96, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        sample_size=128,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """All parameters of a module."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,58 @@
+"""Muon for the matrices inside the blocks: momentum, then an orthogonalised update, batched over equal shapes.
+
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): Newton-Schulz iteration with
+the published quintic coefficients; the .2 * sqrt(max(N, K)) step size that matches AdamW's is from Liu et al., "Muon is
+scalable for LLM training" (2025). torch.optim.Muon takes one matrix at a time: thousands of small kernels a step here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices of a batch [B, N, K], by Newton-Schulz in bfloat16."""
+    a, b, c = _COEFFICIENTS
+    x = update.bfloat16()
+    transposed = x.shape[-2] > x.shape[-1]
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+class Muon:
+    """Muon over 2-D parameters. `lr` is a tensor, so that a captured CUDA graph sees its changes."""
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            if p.ndim != 2:
+                raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
+            groups[tuple(p.shape)].append(p)
+        self.groups = list(groups.values())
+        self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the parameters' `.grad`."""
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            grad = torch.stack([p.grad for p in group])  # type: ignore[misc]
+            buffer.lerp_(grad, 1 - self.momentum)
+            update = orthogonalize(torch.lerp(grad, buffer, self.momentum)).float()
+            update = update * (0.2 * max(update.shape[-2:]) ** 0.5)
+            if self.weight_decay:
+                update = update + self.weight_decay * torch.stack(group)
+            torch._foreach_sub_(group, list((update * self.lr).unbind()))
