@@ -65,7 +65,7 @@ def _kernels() -> dict[str, str]:
     try:
         from tritflow import kernels
 
-        return dict(kernels.describe())  # type: ignore[attr-defined]
+        return dict(kernels.describe())
     except Exception as error:
         return {"kernels": f"unknown ({type(error).__name__}: {error})"}
 
