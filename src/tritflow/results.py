@@ -148,7 +148,8 @@ def append(path: str | Path, topic: str, run: dict[str, Any]) -> dict[str, Any]:
     Raises `ResultsError` when the file is damaged or of another topic, ValueError on NaN or infinity.
     """
     path = Path(path)
-    body = json.loads(canonical({k: v for k, v in run.items() if k not in ("id", "topic")}))
+    # Through JSON once, so that the hash is of what a reader will see; the order of keys is kept for tables.
+    body = json.loads(json.dumps({k: v for k, v in run.items() if k not in ("id", "topic")}, allow_nan=False))
     entry = {"id": digest(body), **body}
     with _locked(path):
         runs = [{k: v for k, v in r.items() if k != "topic"} for r in read(path, topic)] if path.exists() else []

@@ -143,9 +143,7 @@ TASKS: dict[str, str] = {"scenes": "tritflow.evaluation.tasks.scenes:ScenesTask"
 def get_task(name: str) -> Task:
     """The suite called `name`. Raises `EvaluationError` with the nearest name when there is none."""
     if name not in TASKS:
-        raise EvaluationError(
-            f"there is no suite '{name}'{nearest(name, list(TASKS))} (available: {', '.join(TASKS)})"
-        )
+        raise EvaluationError(f"there is no suite '{name}'{nearest(name, list(TASKS))} (available: {', '.join(TASKS)})")
     module, _, attribute = TASKS[name].partition(":")
     task: Task = getattr(importlib.import_module(module), attribute)()
     return task

@@ -98,9 +98,13 @@ def stored_mode(transformer: str | Path) -> str | None:
 
 
 def trained_prompts(model: str, given: str | Path | None = None) -> list[str] | None:
-    """Prompts a model was trained or calibrated on: from `given`, else from the `prompts.jsonl` in its folder.
+    """Prompts a model was trained or calibrated on; None when nobody knows, which results then say.
 
-    None when neither is there: then nobody knows, and results say so. Raises `PromptsError` for a bad file.
+    They come from `given` (.txt, .jsonl or folder), else from a `prompts.jsonl` in the model's folder, else from its
+    meta.json: that names a set by SHA-256, which is looked for in the base pipeline's `calibration_prompts.txt` and
+    among the paper's fetched prompts. A meta.json that says no prompts were used gives an empty list.
+
+    Raises `PromptsError` for a bad file.
     """
     from tritflow.calibration.prompts import load_prompts
 
@@ -109,8 +113,41 @@ def trained_prompts(model: str, given: str | Path | None = None) -> list[str] | 
     from tritflow.assets import ASSETS, asset_path
 
     folder = asset_path(model) if model in ASSETS else Path(model)
-    path = folder / "prompts.jsonl"
-    return load_prompts(path).texts if path.is_file() else None
+    if (folder / "prompts.jsonl").is_file():
+        return load_prompts(folder / "prompts.jsonl").texts
+    meta = _meta(folder)
+    if meta.get("kind") != "ternary" or "prompts" not in meta:
+        return None
+    recorded = meta["prompts"]
+    return [] if recorded is None else _known_set(recorded, folder, meta.get("base"))
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    for path in (folder / "meta.json", folder.parent / "meta.json" if folder.name == "transformer" else None):
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _known_set(recorded: dict[str, Any], folder: Path, base: str | None) -> list[str] | None:
+    """The texts of a set that meta.json describes, when a set with its SHA-256 can be found."""
+    from tritflow.assets import ASSETS, asset_path
+    from tritflow.calibration.prompt_sources import PromptsError
+    from tritflow.calibration.prompts import load_prompts, paper_prompts
+
+    places = [folder] + ([asset_path(base) if base in ASSETS else folder / base] if base else [])
+    for place in places:
+        path = place / "calibration_prompts.txt"
+        if path.is_file():
+            found = load_prompts(path)
+            if found.sha256 == recorded.get("sha256"):
+                return found.texts
+    try:
+        paper = paper_prompts()
+    except PromptsError:
+        return None
+    return paper.texts if paper.sha256 == recorded.get("sha256") else None
 
 
 def _local(pipeline: str) -> Path:

@@ -114,9 +114,7 @@ class _Table:
 
     def estimate(self) -> Floats:
         """[m]: the mean of the strata's means."""
-        means = [
-            self.sums[self.stratum == s].sum(0) / self.counts[self.stratum == s].sum() for s in range(self.strata)
-        ]
+        means = [self.sums[self.stratum == s].sum(0) / self.counts[self.stratum == s].sum() for s in range(self.strata)]
         return np.mean(means, axis=0)
 
     def replicates(self, resamples: int, seed: int) -> Floats:
@@ -234,6 +232,14 @@ def clustered_mean(
     )
 
 
+_NONE_DIFFERS = "exact bound, no picture differs"
+
+
+def _no_difference_bound(clusters: int, confidence: float) -> float:
+    """How often a prompt could differ although none of C did: 1 - ((1 - confidence) / 2)^(1/C); scores in [0, 1]."""
+    return float(1 - ((1 - confidence) / 2) ** (1 / clusters))
+
+
 def paired_difference(
     first: ArrayLike,
     second: ArrayLike,
@@ -246,16 +252,15 @@ def paired_difference(
 ) -> Interval:
     """first - second of paired observations, with a bootstrap interval over clusters.
 
-    When no picture differs a bootstrap would claim certainty. Then the interval is the exact bound on how
-    often a prompt could differ although none of C did, 1 - ((1 - confidence) / 2)^(1/C) (scores in [0, 1]).
+    When no picture differs a bootstrap would claim certainty; then see `_no_difference_bound`.
     """
     a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
     if a.shape != b.shape:
         raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
     table = _table([a - b], clusters, strata)
     if (a == b).all():
-        bound = 1 - ((1 - confidence) / 2) ** (1 / table.clusters)
-        return Interval(0.0, -bound, bound, len(a), table.clusters, "exact bound, no picture differs", confidence)
+        bound = _no_difference_bound(table.clusters, confidence)
+        return Interval(0.0, -bound, bound, len(a), table.clusters, _NONE_DIFFERS, confidence)
     low, high = _percentiles(table.replicates(resamples, seed)[:, 0], confidence)
     return Interval(
         float(table.estimate()[0]),
@@ -287,6 +292,9 @@ def score_kept(
         raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
     table = _table([a, b], clusters, strata)
     s, t = table.estimate()
+    if t > 0 and (a == b).all():
+        bound = _no_difference_bound(table.clusters, confidence) / float(t)
+        return Interval(1.0, 1 - bound, 1 + bound, len(a), table.clusters, _NONE_DIFFERS, confidence)
     replicates = table.replicates(resamples, seed)
     method = "paired bootstrap by prompt"
     if t <= 0 or (replicates[:, 1] <= 0).any():

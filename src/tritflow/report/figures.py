@@ -42,7 +42,7 @@ def tag_scores(runs: Sequence[Run]) -> Figure:
     axes.set_ylim(0, 1)
     axes.set_ylabel("score")
     axes.set_title("Scores on held-out prompts, 95 % intervals by prompt", loc="left")
-    axes.legend(frameon=False, ncols=min(len(runs), 3), loc="upper right")
+    figure.legend(frameon=False, ncols=min(len(runs), 4), loc="outside lower center", fontsize=8)
     return figure
 
 
@@ -73,7 +73,7 @@ def band_detail(runs: Sequence[Run]) -> Figure:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.set_xlabel("octave of spatial frequency (upper edge / Nyquist)")
         axes.set_title(f"{measure} against the teacher", loc="left")
-    panels[0].legend(frameon=False)
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 

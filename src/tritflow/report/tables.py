@@ -147,7 +147,7 @@ def build(spec: Spec, runs: Sequence[Run]) -> Table:
             # A run that measured none of the numbers has no place in this table.
             if all(c.format == "text" or cell == MISSING for c, cell in zip(spec.columns, row, strict=True)):
                 continue
-            raw += values
+            raw += [v for v, cell in zip(values, row, strict=True) if "[" in cell]
             cells.append(row)
             used.append(run)
     notes = (*([spec.note] if spec.note else []), *_provenance(list({id(r): r for r in used}.values()), raw, cells))
@@ -175,7 +175,7 @@ def _provenance(runs: Sequence[Run], values: Iterable[Any], cells: Sequence[tupl
     if versions:
         notes.append(", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items() if v) + ".")
     counts = [
-        f"{r['prompts']['count']} prompts x {r['prompts']['samples']} pictures"
+        f"{r['prompts']['count']} prompts x {r['prompts']['samples']} picture{'' if r['prompts']['samples'] == 1 else 's'}"
         for r in runs
         if isinstance(r.get("prompts"), dict) and {"count", "samples"} <= set(r["prompts"])
     ]

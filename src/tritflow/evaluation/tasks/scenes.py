@@ -21,7 +21,7 @@ from tritflow.results import digest
 from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, object_mask
 
 # Below this many pictures starting worker processes costs more than it saves.
-POOL_FROM = 2000
+POOL_FROM = 600
 _CHUNK = 64
 
 
