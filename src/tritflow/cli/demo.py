@@ -64,7 +64,7 @@ def demo(
 ) -> None:
     """Quantize the built-in FLUX live, draw with it and score it, beside its teacher and the shipped student.
 
-    Leaves grid.png, table.md and results.json in OUT. Run again, it starts from an empty folder of its own.
+    Leaves grid.png, table.md and results.json in OUT, in place of those of an earlier demo.
     """
     start = time.perf_counter()
     models = {"teacher": teacher, f"live ({recipe})": str(out / "live")}
@@ -72,7 +72,8 @@ def demo(
         models["shipped student"] = student
     _forget(out)
     say(f"1/3 quantizing '{teacher}' with recipe '{recipe}'")
-    _quantize(teacher, out / "live", recipe, device)
+    with progress("quantizing", shown=not json) as update:
+        _quantize(teacher, out / "live", recipe, device, lambda _, done, total: update(done, total))
     say("2/3 drawing the same prompts from the same noise")
     grid = _grid(models, out / "grid.png", seed, device)
     say(f"3/3 scoring {per_tag} held-out prompts a tag")
@@ -89,22 +90,28 @@ def demo(
         say(f"{seconds:.0f} s in all")
 
 
+class DemoError(ValueError):
+    """The output folder holds something that no demo wrote."""
+
+
 def _forget(out: Path) -> None:
     """Remove what an earlier demo left in `out`, and nothing else."""
     import shutil
 
+    if (out / "live").exists() and not (out / "live" / "meta.json").is_file():
+        raise DemoError(f"{out / 'live'} was not made by a demo; give another folder: --out FOLDER")
     for name in ("live", "scores"):
         shutil.rmtree(out / name, ignore_errors=True)
     for name in ("grid.png", "table.md", "results.json"):
         (out / name).unlink(missing_ok=True)
 
 
-def _quantize(source: str, out: Path, recipe: str, device: str) -> None:
-    from tritflow.pipelines.loading import quiet, resolve_model
+def _quantize(source: str, out: Path, recipe: str, device: str, stage: Callable[[str, int, int], None]) -> None:
+    from tritflow.pipelines.loading import quiet
     from tritflow.pipelines.quantize import quantize
 
     with quiet():
-        quantize(resolve_model(source).pipeline, out, recipe=recipe, device=device)
+        quantize(source, out, recipe, device=device, on_progress=stage)
 
 
 def _grid(models: dict[str, str], path: Path, seed: int, device: str) -> Path:
