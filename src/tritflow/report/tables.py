@@ -174,11 +174,8 @@ def _provenance(runs: Sequence[Run], values: Iterable[Any], cells: Sequence[tupl
                 versions[package].append(version)
     if versions:
         notes.append(", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items() if v) + ".")
-    counts = [
-        f"{r['prompts']['count']} prompts x {r['prompts']['samples']} picture{'' if r['prompts']['samples'] == 1 else 's'}"
-        for r in runs
-        if isinstance(r.get("prompts"), dict) and {"count", "samples"} <= set(r["prompts"])
-    ]
+    drawn = [r["prompts"] for r in runs if isinstance(r.get("prompts"), dict) and "samples" in r["prompts"]]
+    counts = [f"{p['count']} prompts x {p['samples']} picture{'s' * (p['samples'] != 1)}" for p in drawn]
     if counts:
         notes.append("; ".join(dict.fromkeys(counts)) + " for each row.")
     if any("[" in cell for row in cells for cell in row):
