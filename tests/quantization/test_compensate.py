@@ -38,9 +38,7 @@ def test_beats_weight_rounding_on_correlated_inputs():
     assert gptq_only < 0.6 * min(plain, weighted)
     assert full < gptq_only
     measured = x @ (weight - _dense(*compensate(weight, h))).T
-    assert float(measured.square().sum() / (x @ weight.T).square().sum()) == pytest.approx(
-        float(full), rel=1e-3
-    )
+    assert float(measured.square().sum() / (x @ weight.T).square().sum()) == pytest.approx(float(full), rel=1e-3)
 
 
 def test_white_inputs_reduce_to_mse_optimal():

@@ -103,7 +103,8 @@ def show(
     counts = ", ".join(f"{name} {count}" for name, count in found.counts.items())
     say(f"{len(found)} prompts ({counts}), sha256 {found.sha256}")
     if shared is not None:
-        say(f"{len(shared)} shared with {against}" + "".join(f"\n  {text}" for text in shared))
+        shown = shared[: limit or None]
+        say(f"{len(shared)} shared with {against}" + "".join(f"\n  {text}" for text in shown))
 
 
 def _open(source: str, folder: Path | None) -> Any:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritflow.quantization.ternarize import mse_optimal, round_to_trits
+from tritflow.quantization.ternarize import mse_optimal
 
-BLOCK = 128
+BLOCK = 64
 
 
 @dataclass
@@ -63,7 +63,7 @@ def compensate(
     input_scale: Tensor | None = None,
     damping: float = 0.01,
     act_order: bool = True,
-    sweeps: int = 4,
+    sweeps: int = 6,
     block_size: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """Error-compensated ternary rows.
@@ -155,19 +155,21 @@ def _inverse_factor(h: Tensor, step: float) -> tuple[Tensor, Tensor]:
 
 def _gptq(weight: Tensor, upper: Tensor, scale: Tensor, block_size: int) -> Tensor:
     """Algorithm 1 of GPTQ on a ternary grid with a fixed scale a row; int8 [N, K]."""
-    w = weight.clone()
-    trits = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    for start in range(0, w.shape[1], block_size):
-        stop = min(start + block_size, w.shape[1])
-        lost = torch.empty(w.shape[0], stop - start, device=w.device)
+    w_KN = weight.T.contiguous()  # columns of W side by side in memory: each step touches one
+    trits_KN = torch.empty_like(w_KN, dtype=torch.int8)
+    inverse = _reciprocal(scale)
+    pivots = upper.diagonal().tolist()
+    for start in range(0, len(w_KN), block_size):
+        stop = min(start + block_size, len(w_KN))
+        lost_BN = torch.empty_like(w_KN[start:stop])
         for i in range(start, stop):
-            t = round_to_trits(w[:, i : i + 1], scale)
-            trits[:, i : i + 1] = t
-            e = (w[:, i] - t[:, 0].float() * scale) / upper[i, i]
-            w[:, i:stop] -= torch.outer(e, upper[i, i:stop])
-            lost[:, i - start] = e
-        w[:, stop:] -= lost @ upper[start:stop, stop:]
-    return trits
+            t = (w_KN[i] * inverse).round_().clamp_(-1, 1)
+            trits_KN[i] = t
+            e = torch.addcmul(w_KN[i], t, scale, value=-1, out=lost_BN[i - start])
+            e.div_(pivots[i])
+            w_KN[i:stop].addr_(upper[i, i:stop], e, alpha=-1)
+        w_KN[stop:].addmm_(upper[start:stop, stop:].T, lost_BN, alpha=-1)
+    return trits_KN.T.contiguous()
 
 
 def _refit(weight: Tensor, trits: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,20 +186,24 @@ def _refit(weight: Tensor, trits: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def _descend(weight: Tensor, trits: Tensor, scale: Tensor, h: Tensor, block_size: int) -> Tensor:
     """One sweep of exact coordinate descent on min (w - s t) H (w - s t)^T, all rows side by side.
 
-    With g = (w - s t) H, moving column k alone makes t_k = round(t_k + g_k / (s H_kk)), clamped, optimal.
+    With g = (w - s t) H / s, moving column k alone makes t_k = round(t_k + g_k / H_kk), clamped, optimal.
     """
-    t = trits.float()
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    gradient = (weight - scale[:, None] * t) @ h
-    diagonal = h.diagonal()
-    for start in range(0, weight.shape[1], block_size):
-        stop = min(start + block_size, weight.shape[1])
-        before = t[:, start:stop].clone()
-        g = gradient[:, start:stop].clone()
+    inverse = _reciprocal(scale)
+    t_KN = trits.T.float().contiguous()
+    g_KN = h @ (weight.T * inverse - t_KN * (inverse > 0))
+    diagonal = h.diagonal().tolist()
+    for start in range(0, len(t_KN), block_size):
+        stop = min(start + block_size, len(t_KN))
+        moved_BN = torch.empty_like(t_KN[start:stop])
         for i in range(start, stop):
-            old = t[:, i].clone()
-            new = (old + g[:, i - start] / (safe * diagonal[i])).round().clamp(-1, 1)
-            t[:, i] = torch.where(scale > 0, new, old)
-            g -= torch.outer((t[:, i] - old) * scale, h[i, start:stop])
-        gradient -= ((t[:, start:stop] - before) * scale[:, None]) @ h[start:stop]
-    return t.to(torch.int8)
+            t = torch.add(t_KN[i], g_KN[i], alpha=1.0 / diagonal[i]).round_().clamp_(-1, 1)
+            change = torch.sub(t, t_KN[i], out=moved_BN[i - start])
+            t_KN[i] = t
+            g_KN[i:stop].addr_(h[i, i:stop], change, alpha=-1)
+        g_KN[stop:].addmm_(h[start:stop, stop:].T, moved_BN, alpha=-1)
+    return t_KN.T.to(torch.int8).contiguous()
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 for rows of zeros, whose trits then stay 0."""
+    return torch.where(scale > 0, 1.0 / scale.clamp_min(1e-30), torch.zeros_like(scale))

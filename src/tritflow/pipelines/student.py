@@ -1,0 +1,173 @@
+"""From a dense source to a learned ternary student: record the teacher, compensate, distil. Each stage resumes.
+
+.work/trajectories/   what the teacher did
+.work/compensated/    roundings, a file a block
+.work/distilled/      checkpoint and loss curve
+.work/student/        roundings as distilled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tritflow.calibration.artifacts import file_sha256, read_json, write_json
+from tritflow.calibration.trajectories import Trajectories
+from tritflow.distillation.compensation import compensate_blocks_, restore_
+from tritflow.distillation.parameters import parameter_groups
+from tritflow.distillation.velocity import distill_
+from tritflow.modules.fake import FakeTernaryLinear
+from tritflow.pipelines.loading import ModelError, resolve_model
+from tritflow.pipelines.teacher import record_trajectories
+from tritflow.quantization.convert import prepare_, twin_rounding
+from tritflow.quantization.rounding import Rounded
+from tritflow.quantization.store import RoundedStore
+
+if TYPE_CHECKING:
+    from tritflow.pipelines.quantize import Job, Progress
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the stages gave.
+
+    Attributes:
+        rounded: rounding of a linear by name; the weight handed in is not looked at again.
+        validation: step -> velocity MSE on held-out trajectories.
+    """
+
+    rounded: Callable[[str, Tensor], Rounded]
+    validation: dict[int, float]
+
+
+def learn(job: Job, work: Path, progress: Progress) -> Learned:
+    """Run the stages of a recipe that needs the teacher. `work` keeps what is finished."""
+    summary = work / "learned.json"
+    final = RoundedStore(work / ("student" if job.recipe.distillation.steps else "compensated"), job.id)
+    done = read_json(summary) if summary.is_file() else {}
+    if done.get("job") != job.id:
+        validation = _learn(job, work, progress)
+        final = RoundedStore(final.folder, job.id)
+        write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
+    else:
+        validation = {int(k): v for k, v in done["validation"].items()}
+    return Learned(lambda name, _: final[name], validation)
+
+
+def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
+    pipe = _pipeline(job)
+    assert job.prompts is not None
+    trajectories = record_trajectories(
+        pipe,
+        job.prompts,
+        work / "trajectories",
+        job.recipe.calibration,
+        parents={"source": job.source.fingerprint()},
+        on_progress=lambda done, total: progress("record", done, total),
+    )
+    model = pipe.transformer
+    del pipe  # text encoders and VAE are not needed any more
+    compensated = RoundedStore(work / "compensated", job.id)
+    if job.recipe.compensation:
+        _compensate(job, model, trajectories, compensated, progress)
+    if not job.recipe.distillation.steps:
+        return {}
+    return _distill(job, model, trajectories, compensated, work, progress)
+
+
+def _pipeline(job: Job) -> Any:
+    """The teacher as a stock pipeline, its transformer read from the job's own source."""
+    from diffusers import FluxPipeline
+
+    folder: str | Path | None = job.location.pipeline
+    if folder is None:
+        if job.base is None:
+            raise ModelError(
+                f"recipe '{job.recipe.name}' runs the teacher, and {job.source.path} is a bare transformer: name the "
+                "pipeline with its text encoders by --base FLUX_DIR, or take --recipe fast, which needs none"
+            )
+        folder = resolve_model(job.base).pipeline
+    dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    pipe: Any = FluxPipeline.from_pretrained(
+        folder, transformer=_transformer(job, dtype), torch_dtype=dtype, use_safetensors=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(job.device)
+
+
+def _transformer(job: Job, dtype: torch.dtype) -> Any:
+    """A stock model filled tensor by tensor, whatever the source looks like on disk."""
+    import diffusers
+
+    cls: Any = getattr(diffusers, job.family.transformer_class)
+    with torch.device("meta"):
+        model = cls.from_config({k: v for k, v in job.source.config.items() if not k.startswith("_")})
+    state = {name: job.source.tensor(name).to(job.device, dtype) for name in job.source.names()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _compensate(
+    job: Job, model: Any, trajectories: Trajectories, store: RoundedStore, progress: Progress
+) -> None:
+    compensate_blocks_(
+        model,
+        lambda **kwargs: model(**kwargs, return_dict=False),
+        job.family.block_order(job.source.config),
+        list(job.linears),
+        trajectories,
+        store,
+        weight_of=_weight_of(job),
+        samples=job.recipe.compensation_samples,
+        batch_size=job.recipe.calibration.batch_size,
+        device=job.device,
+        column_scale=job.ternary.column_scale,
+        on_progress=lambda done, total: progress("compensate", done, total),
+    )
+
+
+def _distill(
+    job: Job,
+    model: Any,
+    trajectories: Trajectories,
+    compensated: RoundedStore,
+    work: Path,
+    progress: Progress,
+) -> dict[int, float]:
+    config = job.recipe.distillation
+    model.float()
+    if len(compensated):
+        restore_(model, list(job.linears), _weight_of(job))
+    prepare_(
+        model,
+        job.ternary,
+        ternarizer=job.recipe.ternarizer,
+        rounded=compensated,
+        activation_bits=config.activation_bits,
+    )
+    result = distill_(
+        lambda **kwargs: model(**kwargs, return_dict=False)[0],
+        parameter_groups(model, config),
+        trajectories,
+        config,
+        work / "distilled",
+        device=job.device,
+        identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
+        on_progress=lambda done, total, loss: progress("distill", done, total),
+    )
+    store = RoundedStore(work / "student", job.id)
+    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
+    for block in job.family.block_order(job.source.config):
+        inside = {n: twin_rounding(m) for n, m in twins.items() if n.startswith(f"{block}.")}
+        if inside:
+            store.write(block, inside)
+    return result.validation
+
+
+def _weight_of(job: Job) -> Callable[[str], Tensor]:
+    return lambda name: job.source.tensor(f"{name}.weight")
