@@ -1,0 +1,74 @@
+"""Per-token 8-bit quantization in one pass, bit for bit the reference's integers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
+
+MAX_FEATURES = 1 << 16
+"""A row has to fit the registers of one program."""
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,
+    input_scale_ptr,
+    q_ptr,
+    scale_ptr,
+    stride_m,
+    K: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row: scale = max|x c| / QMAX, q = round(x c * (QMAX / max|x c|))."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    x = tl.load(x_ptr + row * stride_m + k, mask=inside, other=0).to(tl.float32)
+    if HAS_COLUMNS:
+        x *= tl.load(input_scale_ptr + k, mask=inside, other=0).to(tl.float32)
+    # A NaN must reach the scale, or the row would look sound; max alone may drop it.
+    amax = tl.maximum(tl.max(tl.abs(x), axis=0), FLOOR)
+    amax = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), amax)
+    scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
+    if FP8:
+        q = scaled.to(tl.float8e4nv)
+    else:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+    tl.store(q_ptr + row * K + k, q, mask=inside)
+    tl.store(scale_ptr + row, tl.div_rn(amax, tl.full((), QMAX, tl.float32)))
+
+
+def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> tuple[Tensor, Tensor]:
+    """See `tritflow.kernels.quantize_activation`."""
+    in_features = x.shape[-1]
+    rows = x.reshape(-1, in_features)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    q = torch.empty(rows.shape, dtype=QTYPE[dtype], device=x.device)
+    scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(in_features)
+    if rows.shape[0]:
+        quantize_kernel[(rows.shape[0],)](
+            rows,
+            rows if input_scale is None else input_scale,
+            q,
+            scale,
+            rows.stride(0),
+            K=in_features,
+            QMAX=QMAX[dtype],
+            FLOOR=AMAX_FLOOR,
+            HAS_COLUMNS=input_scale is not None,
+            FP8=dtype != "int8",
+            BLOCK_K=block,
+            num_warps=min(16, max(1, block // 1024)),
+            enable_fp_fusion=False,  # a fused multiply-add would round once where the reference rounds twice
+        )
+    return q, scale
