@@ -68,3 +68,9 @@ def test_every_public_name_exists() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'optimise'"):
         _ = tritflow.optimise
+
+
+def test_the_stub_names_what_loads_lazily() -> None:
+    stub = Path(tritflow.__file__).with_suffix(".pyi").read_text()
+    typed = {line.rpartition(" as ")[2] for line in stub.splitlines() if " as " in line}
+    assert typed | {"__version__"} == {*tritflow.__all__, "assets"}

@@ -8,26 +8,13 @@ called.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tritflow.pipelines.hook import install as _install_hook
-
-if TYPE_CHECKING:
-    from tritflow.config import CalibrationConfig as CalibrationConfig
-    from tritflow.config import ConfigError as ConfigError
-    from tritflow.config import DistillationConfig as DistillationConfig
-    from tritflow.config import Recipe as Recipe
-    from tritflow.config import TernaryConfig as TernaryConfig
-    from tritflow.modules.ternary_linear import TernaryLinear as TernaryLinear
-    from tritflow.pipelines.compare import compare as compare
-    from tritflow.pipelines.generate import generate as generate
-    from tritflow.pipelines.loading import configure_ as configure_
-    from tritflow.pipelines.loading import load_pipeline as load_pipeline
-    from tritflow.pipelines.plugin import TritflowConfig as TritflowConfig
-    from tritflow.pipelines.quantize import quantize as quantize
+from tritflow.hook import install as _install_hook
 
 __version__ = "0.1.0"
 
+# Types of these names: __init__.pyi.
 _PUBLIC = {
     "CalibrationConfig": "tritflow.config",
     "ConfigError": "tritflow.config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,19 @@ def test_config_round_trips_and_refuses_what_it_does_not_know() -> None:
         TritflowConfig.from_dict({"quant_method": "tritflow", "modes": 1})
     with pytest.raises(ConfigError, match="upgrade tritflow"):
         TritflowConfig(version=99)
+
+
+def test_a_subfolder_of_a_pipeline(tiny_flux: Path, ternary: Path, tmp_path: Path) -> None:
+    shutil.copytree(ternary, tmp_path / "pipe" / "transformer")
+    model = load(tmp_path / "pipe", subfolder="transformer")
+    assert len(linears(model)) == 20
+
+
+def test_blocks_compile_without_a_graph_break(ternary: Path) -> None:
+    model = load(ternary)
+    assert model.hf_quantizer.is_compileable
+    inputs = transformer_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert_close(model(**inputs)[0], expected, 1e-5)

@@ -18,7 +18,7 @@ from tritflow.cli.console import INTERRUPTED, explain, say, show_warnings_as_not
 
 VERBS = {
     "generate": "Draw pictures from prompts.",
-    "compare": "Draw the same prompts from the same noise with several models, side by side.",
+    "compare": "Draw the same prompts with several models, side by side.",
     "quantize": "Turn a FLUX checkpoint into a ternary one.",
     "evaluate": "Score a model on a task.",
     "inspect": "Verify a ternary checkpoint and account for its bytes.",

@@ -63,8 +63,8 @@ class CheckpointAudit:
             claims = FileClaims(file).checksums
             # `save_pretrained` writes all checksums into every shard; only a file's own tensors are its claim.
             self._checksums.update({name: claims[name] for name in file.entries if name in claims})
-        # A variant or a renamed config has no folder of the standard form; its tensors are checked all the same.
-        if len(files) == 1 or (Path(self.where) / "config.json").is_file():
+        # A config from elsewhere leaves nothing to hold the headers against; tensors are checked all the same.
+        if (Path(self.where) / "config.json").is_file():
             TernaryFolder(self.where)
 
     def add(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -241,10 +241,6 @@ class TritflowQuantizer(DiffusersQuantizer):
         linears = {name: linear.in_features for name, linear in ternary_linears(model).items()}
         config = {**model.config, "_class_name": type(model).__name__}
         return tensors, file_metadata(sums, linears, config)
-
-    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        """Scales are made, not loaded, when a dense checkpoint is quantized on the fly."""
-        return missing_keys
 
     def get_special_dtypes_update(self, model: Any, torch_dtype: torch.dtype) -> dict[str, Any]:
         """For automatic device maps: a packed weight takes two bits an element, whatever its dtype says."""

@@ -7,6 +7,7 @@ for that module instead and runs the registration right after its body. This fil
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -17,9 +18,8 @@ _REGISTRY_MODULE = "diffusers.quantizers.auto"
 
 
 def _register() -> None:
-    from tritflow.pipelines.plugin import register
-
-    register()
+    # By name: the package's root must not depend on a room, or every room would depend on that one.
+    importlib.import_module("tritflow.pipelines.plugin").register()
 
 
 class _RegisteringLoader(importlib.abc.Loader):
