@@ -1,8 +1,8 @@
-"""A training step as two CUDA graphs with an all-reduce between them: small models are bound by launches, not by math.
+"""A training step as two CUDA graphs with an all-reduce between them: small models are bound by launches, not math.
 
 The first graph draws the batch, runs forward and backward and leaves all gradients in one flat buffer; one all-reduce
-averages it over the GPUs; the second graph clips, steps and moves the average weights. On the CPU, or where capture
-fails, the same functions run eagerly.
+averages it over the GPUs; the second graph clips, steps and moves the average weights. On the CPU the same functions
+run eagerly.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class Trainer:
         self.adam.step()
         if self.muon is not None:
             self.muon.step()
-        torch._foreach_lerp_(self.average, self.parameters, self.ema_weight)
+        # Not _foreach_lerp_: its weight is read on the host, which a graph cannot capture.
+        torch._foreach_mul_(self.average, 1 - self.ema_weight)
+        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, self.ema_weight))
 
     def _capture(self) -> None:
         rate = float(self.rate) / self.peak
@@ -135,9 +137,8 @@ class Trainer:
             try:
                 self._capture()
             except RuntimeError as error:
-                print(f"CUDA graph capture failed, training goes on without it: {error}")
-                self.wants_graph = False
-                torch.cuda.synchronize()
+                # The generator stays in capture mode after a failure, so there is no going on without the graph.
+                raise RuntimeError(f"CUDA graph capture failed: {error.__context__ or error}") from error
         if self.graphs is not None:
             self.graphs[0].replay()
         else:

@@ -60,7 +60,7 @@ def train_vae(
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return reconstruction_loss(image, output.float()) + KL_WEIGHT * kl
 
-    trainer = Trainer(loss, list(vae.parameters()), peak=peak, ema=0.998, clip=1.0)
+    trainer = Trainer(loss, list(vae.parameters()), peak=peak, ema=0.998, clip=1.0, graph=False)
     steps = trainer.run(
         seconds,
         warmup=100,
