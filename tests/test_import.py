@@ -28,10 +28,8 @@ def test_import_is_lean() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import tritflow, diffusers",
         "import tritflow; from diffusers import FluxTransformer2DModel",
         "from diffusers.quantizers import auto; import tritflow",
-        "from diffusers import FluxTransformer2DModel; import tritflow",
         "import diffusers, tritflow",
     ],
 )
