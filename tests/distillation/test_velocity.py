@@ -53,9 +53,7 @@ def trajectories(tmp_path_factory):
 
 def run(trajectories, out, config=CONFIG, on_progress=None, identity=None):
     student = Student()
-    result = distill_(
-        student, student.groups(), trajectories, config, out, on_progress=on_progress, identity=identity
-    )
+    result = distill_(student, student.groups(), trajectories, config, out, on_progress=on_progress, identity=identity)
     return student, result
 
 

@@ -1,18 +1,22 @@
 """Error compensation block after block, each on the inputs that the blocks rounded before it really give.
 
-Knows no model family: it is told the blocks' names in the order in which they run, and how to run the model. The
-model is run again for every block and stopped behind it, so that only one block's statistics are in memory.
+Knows no model family: it is told the blocks' names in the order in which they run, and how to run the model. In
+the pass for a block, the block before it runs with its new weights and its outputs are kept; those still earlier
+hand out placeholders, since nobody looks at theirs any more. So every block runs twice a sample, whatever the
+model's depth, and only one block's statistics and outputs are in memory.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from tritflow.calibration.trajectories import Batch, Trajectories
+from tritflow.calibration.trajectories import Trajectories
 from tritflow.quantization.compensate import InputStatistics, bias_correction, compensate
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.quantization.store import RoundedStore
@@ -57,61 +61,98 @@ def compensate_blocks_(
         on_progress: called as (blocks done, of how many).
     """
     size = trajectories.size("train")
-    indices = torch.linspace(0, size - 1, min(samples, size)).round().long()
-    for done, block in enumerate(blocks, 1):
-        inside = [name for name in linears if name.startswith(f"{block}.")]
-        if inside and not store.has_group(block):
-            batches = (trajectories.pairs(i, "train", device) for i in indices.split(batch_size))
-            statistics = _collect(model, run, block, inside, batches)
-            rounded = {
-                name: _round(model.get_submodule(name), weight_of(name).to(device), statistics.pop(name), column_scale)
-                for name in inside
-            }
-            store.write(block, rounded)
-        for name in inside:
-            _overwrite(model.get_submodule(name), store[name])
-        if on_progress is not None:
-            on_progress(done, len(blocks))
-
-
-@torch.no_grad()
-def _collect(
-    model: nn.Module, run: Callable[..., Any], block: str, names: Sequence[str], batches: Any
-) -> dict[str, InputStatistics]:
-    found: dict[str, InputStatistics] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            if name not in found:
-                found[name] = InputStatistics.empty(x.shape[-1], x.device)
-            found[name].add(x)
-
-        return hook
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    hooks.append(model.get_submodule(block).register_forward_hook(stop))
+    indices = torch.linspace(0, size - 1, min(samples, size)).round().long().split(batch_size)
+    replay = _Replay(model, blocks)
     try:
-        for batch in batches:
-            _run_until_stop(run, batch)
+        for number, block in enumerate(blocks):
+            inside = [name for name in linears if name.startswith(f"{block}.")]
+            found: dict[str, InputStatistics] = {}
+            watched = [] if store.has_group(block) else inside
+            replay.enter(number)
+            for i, chosen in enumerate(indices):
+                kwargs = trajectories.pairs(chosen, "train", device).kwargs
+                replay.run(i, functools.partial(run, **kwargs), watched, found)
+            if watched:
+                rounded = {
+                    name: _round(model.get_submodule(name), weight_of(name).to(device), found.pop(name), column_scale)
+                    for name in inside
+                }
+                store.write(block, rounded)
+            for name in inside:
+                _overwrite(model.get_submodule(name), store[name])
+            if on_progress is not None:
+                on_progress(number + 1, len(blocks))
     finally:
-        for handle in hooks:
-            handle.remove()
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
-    return found
+        replay.close()
 
 
-def _run_until_stop(run: Callable[..., Any], batch: Batch) -> None:
-    try:
-        run(**batch.kwargs)
-    except _Stop:
-        return
-    raise ValueError("the model finished without running the block that is calibrated")
+class _Replay:
+    """Runs a model up to one block, with the blocks before it taken from memory."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self.model, self.names = model, blocks
+        self.blocks = [model.get_submodule(name) for name in blocks]
+        self._kept: list[Any] = []  # outputs of block `number - 2`, one a batch
+        self._next: list[Any] = []
+        self.number = -1
+        self._batch = 0
+
+    def enter(self, number: int) -> None:
+        """Prepare the pass for block `number`."""
+        self.number = number
+        self._kept, self._next = self._next, []
+        if number >= 2:
+            self.blocks[number - 2].forward = lambda *a, **k: self._kept[self._batch]
+        if number >= 3:
+            shape_of = tree_map(_placeholder, self._kept[0])
+            self.blocks[number - 3].forward = lambda *a, _out=shape_of, **k: _out
+
+    @torch.no_grad()
+    def run(
+        self, batch: int, call: Callable[[], Any], watched: Sequence[str], found: dict[str, InputStatistics]
+    ) -> None:
+        """Run one batch up to and including the current block; adds the inputs of `watched` to `found`."""
+        self._batch = batch
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(_watch(name, found)) for name in watched]
+        if self.number >= 1:
+            hooks.append(self.blocks[self.number - 1].register_forward_hook(lambda m, a, out: self._next.append(out)))
+        hooks.append(self.blocks[self.number].register_forward_hook(_stop))
+        try:
+            call()
+        except _Stop:
+            missing = [name for name in watched if name not in found]
+            if missing:
+                raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated") from None
+            return
+        finally:
+            for handle in hooks:
+                handle.remove()
+        raise ValueError(f"the model finished without running '{self.names[self.number]}': check the block order")
+
+    def close(self) -> None:
+        """Give every block its own forward back."""
+        for block in self.blocks:
+            block.__dict__.pop("forward", None)
+        self._kept, self._next = [], []
+
+
+def _watch(name: str, found: dict[str, InputStatistics]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if name not in found:
+            found[name] = InputStatistics.empty(x.shape[-1], x.device)
+        found[name].add(x)
+
+    return hook
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+def _placeholder(value: Any) -> Any:
+    """Zeros of the same shape that take no memory: what runs between blocks may look at shapes."""
+    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value
 
 
 def _round(linear: nn.Module, weight: Tensor, statistics: InputStatistics, column_scale: bool) -> Rounded:
