@@ -31,6 +31,7 @@ def test_import_is_lean() -> None:
         "import tritflow; from diffusers import FluxTransformer2DModel",
         "from diffusers.quantizers import auto; import tritflow",
         "import diffusers, tritflow",
+        "import tritflow; tritflow.TritflowConfig",
     ],
 )
 def test_diffusers_learns_the_format_in_either_order(imports: str) -> None:

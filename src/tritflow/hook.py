@@ -18,8 +18,9 @@ _REGISTRY_MODULE = "diffusers.quantizers.auto"
 
 
 def _register() -> None:
-    # By name: the package's root must not depend on a room, or every room would depend on that one.
-    importlib.import_module("tritflow.pipelines.plugin").register()
+    # Importing the plug-in registers it. By name: the package's root must not depend on a room, or every room would
+    # depend on that one. When the plug-in itself is what imports diffusers, it is half-way through and goes on after.
+    importlib.import_module("tritflow.pipelines.plugin")
 
 
 class _RegisteringLoader(importlib.abc.Loader):

@@ -135,3 +135,6 @@ def register() -> None:
     quantizers[QUANT_METHOD] = _quantizer
     configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     configs[QUANT_METHOD] = TritflowConfig
+
+
+register()
