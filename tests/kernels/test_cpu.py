@@ -19,15 +19,18 @@ def _owned(weight):
 def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
     if prepacked and not cpu._has_qlinear():
         pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    if unsigned and not prepacked and not cpu._takes_unsigned():
+        pytest.skip("this PyTorch multiplies signed activations only")
     monkeypatch.setattr(cpu, "_QLINEAR_FROM", 0 if prepacked else 1 << 40)
     monkeypatch.setattr(cpu, "_signed", lambda: not unsigned)
     p = problem(tokens, 48, 131)
     p["x"][0] = 0.0
-    form = cpu._Int8(p["weight"], torch.ones(48), None, 131)
-    q, scale = cpu._quantize(p["x"], None, form.unsigned)
+    form = cpu._Int8(p["weight"], torch.full((48,), 127.0), None, 131)
+    q, amax = cpu._quantize(p["x"], None, form.unsigned)
     expected_q, expected_scale = reference.quantize_activation(p["x"])
-    assert torch.equal(scale.squeeze(-1), expected_scale)
-    assert torch.equal(form.product(q).long(), expected_q.long() @ p["trits"].long().t())
+    assert torch.equal(amax.squeeze(-1)[1:] / 127, expected_scale[1:])
+    exact = expected_q.long() @ p["trits"].long().t()
+    assert torch.equal(form.product(q).long()[1:], exact[1:])  # the row of zeros is multiplied by 0 instead
     args = (p["x"], p["weight"], p["weight_scale"], p["bias"], p["input_scale"])
     assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*args), 1e-6)
 
@@ -40,6 +43,42 @@ def test_quantize_equals_the_reference_bit_for_bit_in_chunks(problem, columns):
         cpu.quantize_activation(p["x"], c), reference.quantize_activation(p["x"], c), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_poison_reaches_the_output_and_zeros_give_the_bias(problem, monkeypatch, unsigned):
+    if unsigned and not cpu._takes_unsigned():
+        pytest.skip("this PyTorch multiplies signed activations only")
+    monkeypatch.setattr(cpu, "_signed", lambda: not unsigned)
+    p = problem(4, 16, 64)
+    p["x"][0, 5], p["x"][1, 5], p["x"][2] = float("nan"), float("inf"), 0.0
+    out = cpu.w2a8_linear(p["x"], p["weight"], p["weight_scale"], p["bias"])
+    assert not torch.isfinite(out[:2]).any()
+    assert torch.equal(out[2], p["bias"])
+    assert torch.isfinite(out[3]).all()
+
+
+def test_an_activation_is_quantized_once_until_it_changes(problem, monkeypatch):
+    p, other = problem(4, 16, 64), problem(4, 24, 64, seed=1)
+    calls = []
+    real = cpu._quantize
+    monkeypatch.setattr(cpu, "_quantize", lambda *a: calls.append(1) or real(*a))
+
+    def check(count):
+        for q in (p, other):
+            args = (q["weight"], q["weight_scale"])
+            assert_close(cpu.w2a8_linear(p["x"], *args), reference.w2a8_linear(p["x"], *args), 1e-6)
+        assert len(calls) == count
+
+    check(1)
+    p["x"].mul_(-3)
+    check(2)
+    p["x"].data = other["x"].clone()
+    check(3)
+    del p["x"]
+    assert cpu._last.entry is None
+    p["x"] = torch.randn(4, 64)
+    check(4)
 
 
 def test_a_bf16_layer_equals_the_dense_bf16_layer(problem):

@@ -13,6 +13,7 @@ W2A8: small weights go through `torch._int_mm` (lowest overhead), large ones thr
 from __future__ import annotations
 
 import platform
+import weakref
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
@@ -74,9 +75,17 @@ def _expanded(weight: Tensor, key: Hashable, build: Callable[[], tuple[Any, int]
 
 @cache
 def _signed() -> bool:
-    """Whether int8 x int8 is as fast as uint8 x int8 (AMX); before that, x86 multiplies unsigned by signed."""
+    """Whether `torch._int_mm` is to be fed int8: with AMX as fast as uint8; else x86 multiplies unsigned by signed."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return platform.machine() not in ("x86_64", "AMD64") or bool(probe and probe())
+    if platform.machine() not in ("x86_64", "AMD64") or (probe is not None and probe()):
+        return True
+    return not _takes_unsigned()
+
+
+@cache
+def _takes_unsigned() -> bool:
+    """PyTorch up to 2.11 refuses uint8 here."""
+    return _exact(lambda q, t: torch._int_mm(q, t.t()))
 
 
 def _exact(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
@@ -91,16 +100,10 @@ def _exact(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
 
 @cache
 def _has_int_mm() -> bool:
+    """Whether `torch._int_mm` is oneDNN's and exact; without oneDNN it is a naive loop."""
     if not torch.backends.mkldnn.is_available():
-        return False  # without oneDNN it is a naive loop
-    if _signed():
-        return _exact(lambda q, t: torch._int_mm(q.view(torch.int8), t.t()) + 256 * _high(q, t))
-    return _exact(lambda q, t: torch._int_mm(q, t.t()))
-
-
-def _high(q: Tensor, t: Tensor) -> Tensor:
-    """What reading uint8 as int8 loses: 256 for each value from 128 on."""
-    return ((q >= 128).double() @ t.double().t()).to(torch.int32)
+        return False
+    return _exact(lambda q, t: torch._int_mm((q.int() - 128).to(torch.int8), t.t()) + 128 * t.sum(1).int())
 
 
 @cache
@@ -184,7 +187,8 @@ class _Int8:
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, in_features: int) -> None:
         trits = reference.trits(weight, in_features)
-        self.scale = weight_scale.detach().float()
+        # The activations' 127 is divided out here, once a weight instead of once a call.
+        self.scale = (weight_scale.detach().double() / 127.0).float()
         self.input_scale = None if input_scale is None else input_scale.detach().float()
         self.prepacked = trits.numel() >= _QLINEAR_FROM and _has_qlinear()
         self.unsigned = self.prepacked or not _signed()
@@ -198,46 +202,82 @@ class _Int8:
             self.offset = trits.sum(1).float() * 128 if self.unsigned else None
 
     def product(self, q: Tensor) -> Tensor:
-        """Exact sums of 8-bit rows (raised by 128 if `unsigned`) times the row scales, float32."""
+        """Exact sums of 8-bit rows (raised by 128 if `unsigned`) times weight_scale / 127, float32."""
         if self.prepacked:
             return _qlinear(q, 128, self.trits, self.scale, self.zeros)
         sums = torch._int_mm(q, self.trits)
         return sums * self.scale if self.offset is None else torch.sub(sums, self.offset).mul_(self.scale)
 
 
-def _quantize(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """As the reference, bit for bit, in row chunks: 8-bit [M, K] (raised by 128 if `unsigned`), scale [M, 1]."""
-    tokens = x.shape[0]
-    if tokens <= _QUANTIZE_CHUNK or x.numel() < 1 << 18:
-        q, scale = _quantize_rows(x, input_scale)
-    else:
-        q = torch.empty(x.shape, dtype=torch.int8)
-        scale = torch.empty((tokens, 1))
-        for start in range(0, tokens, _QUANTIZE_CHUNK):
-            part = slice(start, start + _QUANTIZE_CHUNK)
-            q[part], scale[part] = _quantize_rows(x[part], input_scale)
-    # Adding 128 wraps in a byte as it should: int8 -127..127 becomes uint8 1..255.
-    return (q.view(torch.uint8).add_(128) if unsigned else q), scale
+_Q127 = torch.tensor(127.0)
+_ROUNDER = 1.5 * 2.0**23
 
 
-def _quantize_rows(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize_rows(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
+    """The reference's integers (raised by 128 if `unsigned`) and each row's largest magnitude [M, 1].
+
+    Rows of zeros divide by zero: the NaN that this makes has a lowest byte of 0, and is multiplied by the
+    magnitude 0 later. A NaN or infinity in a row stays in its magnitude.
+    """
     rows = x.float()
     if input_scale is not None:
         rows = rows * input_scale
     work = rows.abs()
-    amax = work.amax(dim=-1, keepdim=True).clamp_min_(AMAX_FLOOR)
-    q = torch.mul(rows, torch.div(_Q127, amax), out=work).round_().to(torch.int8)
-    return q, amax.div_(127.0)
+    amax = work.amax(dim=-1, keepdim=True)
+    scaled = torch.mul(rows, torch.div(_Q127, amax), out=work)
+    # One addition rounds to integers, ties to even, and leaves them in the lowest byte of the float.
+    # (A fused multiply-add would save a pass and round a few in a million differently.)
+    bits = scaled.add_(_ROUNDER + 128.0 if unsigned else _ROUNDER).view(torch.int32)
+    return bits.to(torch.uint8 if unsigned else torch.int8), amax
 
 
-_Q127 = torch.tensor(127.0)
+def _quantize(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
+    """`_quantize_rows` in chunks whose float temporaries stay in cache."""
+    tokens = x.shape[0]
+    if tokens <= _QUANTIZE_CHUNK or x.numel() < 1 << 18:
+        return _quantize_rows(x, input_scale, unsigned)
+    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
+    amax = torch.empty((tokens, 1))
+    for start in range(0, tokens, _QUANTIZE_CHUNK):
+        part = slice(start, start + _QUANTIZE_CHUNK)
+        q[part], amax[part] = _quantize_rows(x[part], input_scale, unsigned)
+    return q, amax
+
+
+class _Last:
+    """The last quantized activation: query, key and value projections read the same tensor one after the other.
+
+    It is recognised by identity and version, so a write in place is seen, and forgotten when the tensor dies.
+    """
+
+    def __init__(self) -> None:
+        self.entry: tuple[Any, ...] | None = None
+
+    def quantize(self, x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
+        entry = self.entry
+        stamp = _stamp(x)
+        if entry is not None and entry[0]() is x and entry[1] == stamp and entry[2] == unsigned:
+            q, amax = entry[3:]
+            return q, amax
+        q, amax = _quantize(x.reshape(-1, x.shape[-1]), None, unsigned)
+        if not x.is_inference():
+            self.entry = (weakref.ref(x, self._forget), stamp, unsigned, q, amax)
+        return q, amax
+
+    def _forget(self, dead: Any) -> None:
+        entry = self.entry
+        if entry is not None and entry[0] is dead:
+            self.entry = None
+
+
+_last = _Last()
 
 
 def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> tuple[Tensor, Tensor]:
     """`reference.quantize_activation` for int8, bit for bit, without temporaries of the whole size."""
     columns = None if input_scale is None else input_scale.float()
-    q, scale = _quantize(x.reshape(-1, x.shape[-1]), columns, False)
-    return q, scale.squeeze(-1)
+    q, amax = _quantize(x.reshape(-1, x.shape[-1]), columns, False)
+    return q, amax.clamp_min_(AMAX_FLOOR).div_(127.0).squeeze(-1)
 
 
 def _supports_quantize(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> bool:
@@ -260,24 +300,25 @@ def w2a8_linear(
 
     key = ("int8", _stamp(weight), _stamp(weight_scale), _stamp(input_scale))
     form: _Int8 = _expanded(weight, key, build)
-    rows = x.reshape(-1, x.shape[-1])
+    if form.input_scale is None:
+        q, amax = _last.quantize(x, form.unsigned)
+    else:
+        q, amax = _quantize(x.reshape(-1, x.shape[-1]), form.input_scale, form.unsigned)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    tokens, features = rows.shape[0], form.scale.shape[0]
-    shape = (*x.shape[:-1], features)
+    tokens, features = q.shape[0], form.scale.shape[0]
     if tokens <= _CHUNK or not form.prepacked:
-        return _rows(rows, form, bias).to(x.dtype).view(shape)
-    out = torch.empty((tokens, features), dtype=x.dtype)
-    for start in range(0, tokens, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        out[part] = _rows(rows[part], form, bias)
-    return out.view(shape)
+        out = _scaled(form.product(q), amax, bias).to(x.dtype)
+    else:
+        out = torch.empty((tokens, features), dtype=x.dtype)
+        for start in range(0, tokens, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            out[part] = _scaled(form.product(q[part]), amax[part], bias)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], features)
 
 
-def _rows(rows: Tensor, form: _Int8, bias: Tensor | None) -> Tensor:
-    q, scale = _quantize(rows, form.input_scale, form.unsigned)
-    sums = form.product(q)
-    return sums.mul_(scale) if bias is None else torch.addcmul(bias, sums, scale, out=sums)
+def _scaled(sums: Tensor, amax: Tensor, bias: Tensor | None) -> Tensor:
+    return sums.mul_(amax) if bias is None else torch.addcmul(bias, sums, amax, out=sums)
 
 
 def _supports_w2a8(

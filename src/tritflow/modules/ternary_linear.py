@@ -73,7 +73,7 @@ class TernaryLinear(nn.Linear):
         columns = torch.ones(in_features, dtype=torch.bfloat16, device=device) if column_scale else None
         self.register_buffer("input_scale", columns)
         offset = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if offset is None else nn.Parameter(offset, requires_grad=False)  # type: ignore[assignment]
+        self.register_parameter("bias", None if offset is None else nn.Parameter(offset, requires_grad=False))
 
     @classmethod
     def from_linear(
@@ -149,7 +149,10 @@ class TernaryLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in x.dtype."""
-        args = x, self.weight, self.weight_scale, self.bias, self.input_scale
+        # Straight from the dictionaries: five attribute look-ups of nn.Module take 3 microseconds.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        args = x, parameters["weight"], buffers["weight_scale"], parameters["bias"], buffers["input_scale"]
         if self.mode == "w2a8":
             return w2a8_linear(*args, self.activation_dtype, self.backend)
         return w2a16_linear(*args, self.backend)
