@@ -114,3 +114,26 @@ def test_module_moves_captures_and_compiles(mode):
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), eager)
     layer.backend = "auto"
     assert_close(layer.cpu()(x.cpu()), expected, 4e-3)
+
+
+@pytest.mark.parametrize("shape", [(4608, 384, 3072), (100, 256, 1040), (1, 1536, 256), (8, 3072, 3072), (30, 64, 256)])
+def test_auto_agrees_with_the_reference_whichever_kernel_it_takes(shape):
+    args = _problem(*shape, dtype=torch.bfloat16)
+    on = _gpu(args)
+    assert_close(w2a8_linear(*on), reference.w2a8_linear(*args), 4e-3)
+    assert_close(w2a16_linear(*on), reference.w2a16_linear(*args), 4e-3)
+    assert_close(w2a16_linear(*on[:4]), reference.w2a16_linear(*args[:4]), 4e-3)
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_opcheck_on_the_gpu(backend):
+    from tritflow.kernels import describe
+
+    if not describe()[backend].startswith("ready"):
+        pytest.skip(describe()[backend])
+    x, weight, scale, bias, columns = _gpu(_problem(64, 128, 256, torch.bfloat16))
+    torch.library.opcheck(torch.ops.tritflow.w2a8_linear.default, (x, weight, scale, bias, columns, "int8", backend))
+    if backend == "triton":
+        torch.library.opcheck(torch.ops.tritflow.w2a16_linear.default, (x, weight, scale, bias, columns, backend))
+    else:
+        torch.library.opcheck(torch.ops.tritflow.w2a16_linear.default, (x[:8], weight, scale, bias, None, backend))

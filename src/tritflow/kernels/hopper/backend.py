@@ -1,0 +1,81 @@
+"""How the Hopper kernels plug into the table of backends: what they take, and where plain Triton helps them out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritflow.kernels.backends import Backend, Kernel
+from tritflow.kernels.hopper import supports, why_not
+
+_FROM_TOKENS = 64  # below, a tile of 128 tokens is mostly padding and plain Triton's small tiles do better
+_SKINNY_TOKENS = 8
+
+
+def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    return x.numel() // x.shape[-1], weight.shape[0], x.shape[-1]
+
+
+def w2a8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    activation_dtype: str = "int8",
+) -> Tensor:
+    """See `tritflow.kernels.w2a8_linear`; bf16 in and out."""
+    # Imported on use: Gluon comes with some releases of Triton only, and `why_not` has been asked by now.
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+    from tritflow.kernels.triton.quantize import quantize_activation
+
+    q, scale = quantize_activation(x, input_scale, activation_dtype)
+    return w2a8_gemm(q, scale, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _supports_w2a8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    activation_dtype: str = "int8",
+) -> bool:
+    m, n, k = _shape(x, weight)
+    return x.dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
+
+
+def w2a16_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """See `tritflow.kernels.w2a16_linear`; a few rows of bf16, as modulation has."""
+    from tritflow.kernels.hopper.skinny import w2a16_skinny
+
+    rows = x.reshape(-1, x.shape[-1])
+    return w2a16_skinny(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _supports_w2a16(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> bool:
+    m, _, k = _shape(x, weight)
+    return x.dtype == torch.bfloat16 and 0 < m <= _SKINNY_TOKENS and k % 256 == 0 and input_scale is None
+
+
+BACKEND = Backend(
+    name="hopper",
+    device_types=("cuda",),
+    why_not=lambda device: why_not(device.index or 0),
+    kernels={
+        "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
+        "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+    },
+)
