@@ -1,10 +1,12 @@
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 
-from tritflow.config import ConfigError
+from tritflow.calibration.prompt_sources import PromptsError
+from tritflow.config import CalibrationConfig, ConfigError, DistillationConfig, Recipe
 from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
 from tritflow.pipelines import quantize as module
@@ -156,3 +158,144 @@ def test_memory_is_one_tensor_at_a_time(tiny_flux, tmp_path, monkeypatch):
     monkeypatch.setattr(FolderSource, "tensor", counted)
     quantize(tiny_flux, tmp_path / "out", "fast")
     assert most <= 3
+
+
+LEARN = Recipe(
+    "learn",
+    compensation=True,
+    compensation_samples=24,
+    calibration=CalibrationConfig(num_inference_steps=4, batch_size=4, guidance_scales=(2.0, 3.5)),
+    distillation=DistillationConfig(
+        steps=24, batch_size=8, learning_rate=3e-4, scale_learning_rate=3e-3, warmup_steps=3, checkpoint_every=8
+    ),
+)
+PROMPTS = [f"{count} {color} {shape}" for count in ("one", "two") for color in ("red", "blue", "green")
+           for shape in ("cube", "star")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "mine.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+def velocity_error(folder, pipe):
+    """Mean square error against the dense model, on inputs no stage has seen."""
+    from diffusers import FluxTransformer2DModel
+
+    from tritflow.testing import transformer_inputs
+
+    student = FluxTransformer2DModel.from_pretrained(folder)
+    inputs = transformer_inputs(pipe.transformer, batch=16, seed=5)
+    with torch.no_grad():
+        return float((student(**inputs)[0] - pipe.transformer(**inputs)[0]).square().mean())
+
+
+def test_learned_recipes_beat_rounding(tiny_flux, prompts, tmp_path):
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(tiny_flux)
+    seen = []
+    learned = quantize(
+        tiny_flux, tmp_path / "learn", LEARN, prompts=prompts, device="cpu", on_progress=lambda *a: seen.append(a)
+    )
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
+        "record",
+        "compensate",
+        "distill",
+        "write",
+        "copy",
+    ]
+    assert list(learned.validation) == [0, 8, 16, 24]
+    assert learned.validation[24] < learned.validation[0]
+    compensated = quantize(
+        tiny_flux,
+        tmp_path / "compensated",
+        dataclasses.replace(LEARN, name="c", distillation=DistillationConfig()),
+        prompts=prompts,
+        device="cpu",
+    )
+    assert compensated.validation == {}
+    plain = quantize(tiny_flux, tmp_path / "plain", "fast")
+    errors = [velocity_error(r.transformer, pipe) for r in (compensated, plain)]
+    assert errors[0] < errors[1]
+    meta = json.loads((tmp_path / "learn" / "meta.json").read_text())
+    assert meta["prompts"]["count"] == len(PROMPTS)
+    assert meta["parents"]["prompts"] == meta["prompts"]["sha256"]
+    assert not (tmp_path / "learn" / ".work").exists()
+
+
+@pytest.mark.parametrize(("stage", "at"), [("record", 8), ("compensate", 1), ("distill", 13), ("write", 30)])
+def test_learning_killed_in_any_stage_resumes_to_the_same_bytes(tiny_flux, prompts, tmp_path, stage, at, learned_files):
+    def kill(now, done, total):
+        if now == stage and done >= at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_flux, tmp_path / "out", LEARN, prompts=prompts, device="cpu", on_progress=kill)
+    quantize(tiny_flux, tmp_path / "out", LEARN, prompts=prompts, device="cpu")
+    assert files_of(tmp_path / "out") == learned_files
+
+
+@pytest.fixture(scope="module")
+def learned_files(tiny_flux, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("learned") / "out"
+    quantize(tiny_flux, out, LEARN, prompts=prompts, device="cpu")
+    return files_of(out)
+
+
+def test_a_kill_9_while_distilling(tiny_flux, prompts, tmp_path, learned_files):
+    """A real process, really killed."""
+    import os
+    import signal
+    import subprocess
+    import sys
+
+    script = (
+        "import json, os, signal, sys\n"
+        "from tritflow.config import *\n"
+        "from tritflow.pipelines.quantize import quantize\n"
+        "a = json.loads(sys.argv[1])\n"
+        "recipe = Recipe('learn', compensation=True, compensation_samples=24,\n"
+        "    calibration=CalibrationConfig.from_dict(a['calibration']),\n"
+        "    distillation=DistillationConfig.from_dict(a['distillation']))\n"
+        "def kill(stage, done, total):\n"
+        "    if stage == 'distill' and done >= 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import torch; torch.set_num_threads(int(sys.argv[5]))\n"
+        "quantize(sys.argv[2], sys.argv[3], recipe, prompts=sys.argv[4], device='cpu', on_progress=kill)\n"
+    )
+    settings = {"calibration": LEARN.calibration.to_dict(), "distillation": LEARN.distillation.to_dict()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(settings), str(tiny_flux), str(tmp_path / "out"), str(prompts),
+         str(torch.get_num_threads())],
+        capture_output=True,
+        env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    quantize(tiny_flux, tmp_path / "out", LEARN, prompts=prompts, device="cpu")
+    assert files_of(tmp_path / "out") == learned_files
+
+
+def test_eight_bit_activations_are_in_the_loop(tiny_flux, prompts, tmp_path):
+    job = module.plan(tiny_flux, LEARN, mode="w2a8", prompts=prompts)
+    assert job.recipe.distillation.activation_bits == 8
+    assert module.plan(tiny_flux, LEARN, prompts=prompts).recipe.distillation.activation_bits == 16
+
+
+def test_where_prompts_and_text_encoders_come_from(tiny_flux, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITFLOW_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(PromptsError, match="tritflow prompts fetch"):
+        quantize(tiny_flux, tmp_path / "x", LEARN)
+    own = tmp_path / "own"
+    shutil.copytree(tiny_flux, own)
+    shutil.copy(prompts, own / "calibration_prompts.txt")
+    assert module.plan(own, LEARN).prompts.texts == PROMPTS
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_flux / "transformer", bare)
+    with pytest.raises(ValueError, match="--base FLUX_DIR"):
+        quantize(bare, tmp_path / "y", LEARN, prompts=prompts, device="cpu")
+    short = dataclasses.replace(LEARN, distillation=DistillationConfig())
+    report = quantize(bare, tmp_path / "z", short, prompts=prompts, base=tiny_flux, device="cpu")
+    assert not report.components
+    assert json.loads((tmp_path / "z" / "meta.json").read_text())["base"] == str(tiny_flux)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-# About 64 MiB of fp32 a temporary: sorting needs some four of them at once.
-CHUNK_ELEMENTS = 1 << 24
+# 16 MiB of fp32 a temporary: sorting needs some ten times that at once, fp64 sums and indices included.
+CHUNK_ELEMENTS = 1 << 22
 
 
 def absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
