@@ -103,9 +103,7 @@ def test_sample_is_stable_and_ordered():
 
 
 def _file(content: bytes) -> SourceFile:
-    return SourceFile(
-        "suite", "f.txt", "owner/name", "0" * 40, "f.txt", hashlib.sha256(content).hexdigest(), "MIT", 1
-    )
+    return SourceFile("suite", "f.txt", "owner/name", "0" * 40, "f.txt", hashlib.sha256(content).hexdigest(), "MIT", 1)
 
 
 def test_fetch_checks_what_came_and_fetches_once(tmp_path, monkeypatch):

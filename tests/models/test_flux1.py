@@ -21,9 +21,7 @@ def test_flux1_dev_has_494_block_linears_of_11_8_billion_weights():
     assert len(said) == 494
     assert sum(n * k for n, k in said.values()) == 11_834_228_736
     assert sum(p.numel() for p in model.parameters()) == 11_901_408_320
-    assert [n for n, _ in model.named_modules() if n in FLUX1.block_order(FLUX1_DEV)] == (
-        FLUX1.block_order(FLUX1_DEV)
-    )
+    assert [n for n, _ in model.named_modules() if n in FLUX1.block_order(FLUX1_DEV)] == (FLUX1.block_order(FLUX1_DEV))
 
 
 def test_targets_are_the_block_linears_and_nothing_else():

@@ -80,9 +80,7 @@ class PromptSet(Sequence[Prompt]):
         """How many prompts each `source/split` holds, sorted by name."""
         return dict(sorted(Counter(f"{p.source}/{p.split}" for p in self.prompts).items()))
 
-    def select(
-        self, *, source: str | None = None, category: str | None = None, split: str | None = None
-    ) -> PromptSet:
+    def select(self, *, source: str | None = None, category: str | None = None, split: str | None = None) -> PromptSet:
         """The prompts that agree with every argument given."""
         wanted = {"source": source, "category": category, "split": split}
         chosen = tuple(p for p in self.prompts if all(v is None or getattr(p, k) == v for k, v in wanted.items()))

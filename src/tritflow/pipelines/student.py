@@ -112,9 +112,7 @@ def _transformer(job: Job, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _compensate(
-    job: Job, model: Any, trajectories: Trajectories, store: RoundedStore, progress: Progress
-) -> None:
+def _compensate(job: Job, model: Any, trajectories: Trajectories, store: RoundedStore, progress: Progress) -> None:
     compensate_blocks_(
         model,
         lambda **kwargs: model(**kwargs, return_dict=False),
