@@ -23,6 +23,8 @@ def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
         pytest.skip("this PyTorch multiplies signed activations only")
     monkeypatch.setattr(cpu, "_QLINEAR_FROM", 0 if prepacked else 1 << 40)
     monkeypatch.setattr(cpu, "_signed", lambda: not unsigned)
+    monkeypatch.setattr(cpu, "_COLUMNS", 20)
+    monkeypatch.setattr(cpu, "_ROWS", 128)
     p = problem(tokens, 48, 131)
     p["x"][0] = 0.0
     form = cpu._Int8(p["weight"], torch.full((48,), 127.0), None, 131)
@@ -30,7 +32,9 @@ def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
     expected_q, expected_scale = reference.quantize_activation(p["x"])
     assert torch.equal(amax.squeeze(-1)[1:] / 127, expected_scale[1:])
     exact = expected_q.long() @ p["trits"].long().t()
-    assert torch.equal(form.product(q).long()[1:], exact[1:])  # the row of zeros is multiplied by 0 instead
+    sums = torch.cat([form.product(q, block) for block in form.blocks], dim=1)
+    assert len(form.blocks) == (3 if prepacked else 1)
+    assert torch.equal(sums.long()[1:], exact[1:])  # the row of zeros is multiplied by 0 instead
     args = (p["x"], p["weight"], p["weight_scale"], p["bias"], p["input_scale"])
     assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*args), 1e-6)
 

@@ -7,7 +7,7 @@ beside the packed .25: W2A16 the activations' dtype (2 for bf16), W2A8 1. A weig
 expanded for each call and nothing stays, which costs time instead of memory.
 
 W2A8: small weights go through `torch._int_mm` (lowest overhead), large ones through oneDNN's prepacked
-`qlinear` in row chunks, whose temporaries stay in cache. Both sums are exact integers, as the reference's.
+`qlinear` in blocks, whose results stay in cache while they are scaled. Both sums are exact integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import weakref
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from tritflow.kernels.reference import AMAX_FLOOR
 EXPANSION = "_tritflow_expansion"
 """Attribute of a packed weight that owns its expanded form."""
 
-_CHUNK = 256  # rows a qlinear call: enough for its blocking, and 4 * N bytes a row stay near the cores
+_ROWS, _COLUMNS = 1024, 1536  # of a product of qlinear: enough for its blocking, and a result that stays in cache
 _QUANTIZE_CHUNK = 64  # rows whose float temporaries fit the second-level cache
 _QLINEAR_FROM = 1 << 20  # weights from this many trits on are prepacked
 
@@ -182,31 +182,46 @@ def _qlinear(q: Tensor, zero_point: int, packed: Tensor, scale: Tensor, zeros: T
     return out
 
 
+class _Block(NamedTuple):
+    """Some rows of a weight as int8 trits, in the layout of their product."""
+
+    columns: slice  # of the result
+    trits: Tensor
+    scale: Tensor  # weight_scale / 127: the activations' 127 is divided out once a weight instead of once a call
+    extra: Tensor | None  # qlinear's zero points, or what unsigned activations add to a sum of `_int_mm`
+
+
 class _Int8:
-    """A weight of int8 trits, its scales in float32, and the function from 8-bit rows to scaled rows."""
+    """The expanded form of W2A8: int8 trits in blocks, and what the product needs beside them."""
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, in_features: int) -> None:
         trits = reference.trits(weight, in_features)
-        # The activations' 127 is divided out here, once a weight instead of once a call.
-        self.scale = (weight_scale.detach().double() / 127.0).float()
+        scale = (weight_scale.detach().double() / 127.0).float()
         self.input_scale = None if input_scale is None else input_scale.detach().float()
+        self.bytes, self.out_features = trits.nbytes, trits.shape[0]
         self.prepacked = trits.numel() >= _QLINEAR_FROM and _has_qlinear()
         self.unsigned = self.prepacked or not _signed()
-        self.bytes = trits.nbytes
-        if self.prepacked:
-            self.zeros = torch.zeros(trits.shape[0], dtype=torch.int64)
-            self.trits = _ql.qlinear_prepack(trits, [_CHUNK, in_features])
-        else:
-            self.trits = trits.t()
+        if not self.prepacked:
             # What 128 added to every activation adds to a sum; float32 holds it exactly.
-            self.offset = trits.sum(1).float() * 128 if self.unsigned else None
+            offset = trits.sum(1).float() * 128 if self.unsigned else None
+            self.blocks = [_Block(slice(0, len(trits)), trits.t(), scale, offset)]
+            return
+        self.blocks = []
+        step = -(-len(trits) // -(-len(trits) // _COLUMNS))
+        for start in range(0, len(trits), step):
+            part = slice(start, min(start + step, len(trits)))
+            packed = _ql.qlinear_prepack(trits[part].contiguous(), [_ROWS, in_features])
+            zeros = torch.zeros(part.stop - start, dtype=torch.int64)
+            self.blocks.append(_Block(part, packed, scale[part].clone(), zeros))
 
-    def product(self, q: Tensor) -> Tensor:
+    def product(self, q: Tensor, block: _Block) -> Tensor:
         """Exact sums of 8-bit rows (raised by 128 if `unsigned`) times weight_scale / 127, float32."""
+        _, trits, scale, extra = block
         if self.prepacked:
-            return _qlinear(q, 128, self.trits, self.scale, self.zeros)
-        sums = torch._int_mm(q, self.trits)
-        return sums * self.scale if self.offset is None else torch.sub(sums, self.offset).mul_(self.scale)
+            assert extra is not None
+            return _qlinear(q, 128, trits, scale, extra)
+        sums = torch._int_mm(q, trits)
+        return sums * scale if extra is None else torch.sub(sums, extra).mul_(scale)
 
 
 _Q127 = torch.tensor(127.0)
@@ -306,15 +321,17 @@ def w2a8_linear(
         q, amax = _quantize(x.reshape(-1, x.shape[-1]), form.input_scale, form.unsigned)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    tokens, features = q.shape[0], form.scale.shape[0]
-    if tokens <= _CHUNK or not form.prepacked:
-        out = _scaled(form.product(q), amax, bias).to(x.dtype)
+    tokens = q.shape[0]
+    if len(form.blocks) == 1 and (tokens <= _ROWS or not form.prepacked):
+        out = _scaled(form.product(q, form.blocks[0]), amax, bias).to(x.dtype)
     else:
-        out = torch.empty((tokens, features), dtype=x.dtype)
-        for start in range(0, tokens, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            out[part] = _scaled(form.product(q[part]), amax[part], bias)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], features)
+        out = torch.empty((tokens, form.out_features), dtype=x.dtype)
+        for block in form.blocks:
+            offset = None if bias is None else bias[block.columns]
+            for start in range(0, tokens, _ROWS):
+                part = slice(start, start + _ROWS)
+                out[part, block.columns] = _scaled(form.product(q[part], block), amax[part], offset)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], form.out_features)
 
 
 def _scaled(sums: Tensor, amax: Tensor, bias: Tensor | None) -> Tensor:
