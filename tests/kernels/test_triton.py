@@ -22,7 +22,7 @@ _INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 def test_through_the_interpreter():
     """Triton reads its switch while kernels are defined, hence a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
