@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tritflow.scenes import training_captions
 from tritflow.training.flow import SmallFlux
 from tritflow.training.models import SEQUENCE_LENGTH
+
+# Prompts that come with the folder for whoever quantizes it: training captions, so nothing held out is among them.
+CALIBRATION_PROMPTS = 6144
+CALIBRATION_SEED = 77
 
 
 def export_pipeline(
@@ -41,3 +46,5 @@ def export_pipeline(
         "max_sequence_length": SEQUENCE_LENGTH,
     }
     (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    captions = dict.fromkeys(training_captions(2 * CALIBRATION_PROMPTS, seed=CALIBRATION_SEED))
+    (folder / "calibration_prompts.txt").write_text("\n".join(list(captions)[:CALIBRATION_PROMPTS]) + "\n")

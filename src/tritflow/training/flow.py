@@ -105,6 +105,7 @@ def train_flow(
     decay: float = 0.3,
     synchronize: bool = True,
     compile: bool = True,
+    graph: bool = True,
     log: Callable[[int, float, float], None] | None = None,
     box: list[Trainer] | None = None,
 ) -> Trainer:
@@ -119,6 +120,7 @@ def train_flow(
         peak=peak,
         ema=0.9995,
         synchronize=synchronize,
+        graph=graph,
     )
     if box is not None:
         box.append(trainer)
@@ -138,6 +140,7 @@ def distil_guidance(
     scales: tuple[float, float] = (1.0, 5.0),
     muon: bool = True,
     compile: bool = True,
+    graph: bool = True,
     log: Callable[[int, float, float], None] | None = None,
 ) -> None:
     """Teach the guidance embedding: one forward at `guidance = w` equals the guided pair of the model as it is now.
@@ -172,7 +175,12 @@ def distil_guidance(
 
     parameters = list(model.transformer.parameters())
     trainer = Trainer(
-        loss, parameters, matrices=block_matrices(model.transformer) if muon else (), peak=peak, ema=0.999
+        loss,
+        parameters,
+        matrices=block_matrices(model.transformer) if muon else (),
+        peak=peak,
+        ema=0.999,
+        graph=graph,
     )
     trainer.run(seconds, warmup=100, decay=0.5, report=log)
     trainer.load_average()

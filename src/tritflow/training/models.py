@@ -42,7 +42,7 @@ def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
             vocab.setdefault(pieces[0], len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE_LENGTH + 16)
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE_LENGTH)
     pieces_t5 = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -6.0)]
     pieces_t5 += [(f"▁{word}", -3.0) for word in words] + [(chr(c), -8.0) for c in range(33, 127)]
     t5 = T5Tokenizer(vocab=pieces_t5, extra_ids=0, model_max_length=512)

@@ -15,6 +15,7 @@ from tritflow.training.models import LATENT_CHANNELS
 
 
 def _judge(task: tuple[list[Prompt], Any]) -> list[bool]:
+    torch.set_num_threads(1)  # many of these run side by side
     prompts, pixels = task
     return [judge(p, detect(x)).passed for p, x in zip(prompts, pixels, strict=True)]
 

@@ -35,7 +35,7 @@ def train_vae(
     seconds: float,
     size: int,
     device: torch.device,
-    batch: int = 192,
+    batch: int = 128,
     peak: float = 1.5e-3,
     compile: bool = True,
     log: Any = print,
