@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -39,6 +40,9 @@ PERIOD = 1 / 16
 SIZES = {"small": (0.105, 0.125), "medium": (0.135, 0.17), "large": (0.20, 0.24)}
 
 
+Combination = TypeVar("Combination", bound=tuple[Any, ...])
+
+
 @dataclass(frozen=True)
 class Object:
     """One object: what it is, its centre (x, y) and its radius, in shares of the side."""
@@ -61,7 +65,7 @@ class Scene:
     front: int = field(default=-1, compare=False)
 
 
-def _share(kind: str, combinations: list[tuple[object, ...]], share: float = 0.2) -> frozenset[tuple[object, ...]]:
+def _share(kind: str, combinations: list[Combination], share: float = 0.2) -> frozenset[Combination]:
     """The `share` of combinations with the smallest SHA-256: a choice by hash that nobody made."""
     ranked = sorted(combinations, key=lambda c: hashlib.sha256(f"{kind}:{'|'.join(map(str, c))}".encode()).hexdigest())
     return frozenset(ranked[: math.ceil(share * len(ranked))])
