@@ -21,9 +21,9 @@ CHROMA = 0.17
 # Pixels of an object as a share of the picture; the smallest drawn cover .01, specks of a bad picture less.
 MIN_AREA = 0.0032
 # The world draws at most 4 objects; a picture of more parts is junk, and only its largest parts are read.
-MAX_PARTS = 12
+MAX_PARTS = 8
 # Partly hidden silhouettes are searched for at most so often a picture; further ones are read as if whole.
-MAX_FITS = 6
+MAX_FITS = 4
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -48,7 +48,8 @@ def _as_float(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _chroma(pixels: np.ndarray) -> np.ndarray:
-    return pixels.max(-1) - pixels.min(-1)
+    r, g, b = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    return np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)
 
 
 def object_mask(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -84,15 +85,19 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     parts = _parts(mask, color)
     covered = [i for i, p in enumerate(parts) if p.covered][:MAX_FITS]
     fits = [fit(p.mask, mask & ~p.mask) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    value = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
+    claims = np.zeros(mask.shape, dtype=np.int64)
+    for best in fits:
+        if best.drawn is not None:
+            claims += best.drawn
     found = []
-    for i, (part, best) in enumerate(zip(parts, fits, strict=True)):
+    for part, best in zip(parts, fits, strict=True):
         won = 1.0
-        rivals = [f.drawn for j, f in enumerate(fits) if j != i and f.drawn is not None]
-        if best.drawn is not None and rivals:
-            contested = best.drawn & np.any(rivals, axis=0)
+        if best.drawn is not None:
+            contested = best.drawn & (claims > 1)
             if contested.sum() >= 4:
                 won = float((part.mask & contested).sum() / contested.sum())
-        texture = _texture(pixels, part.mask, max(mask.shape))
+        texture = _texture(value, part.mask)
         names = SHAPES[best.shape], COLORS[part.color], texture
         found.append(Detection(*names, best.box, round(best.score, 4), round(won, 4)))
     return sorted(found, key=lambda d: -(d.box[2] - d.box[0]) * (d.box[3] - d.box[1]))
@@ -132,26 +137,39 @@ def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np
     for c in large if len(large) > 1 else ():
         own = blob & (color == c)
         # Opening removes the thin rims of mixed hue between neighbours.
-        core, n = ndimage.label(ndimage.binary_opening(own, structure=_EIGHT), structure=_EIGHT)
+        core, n = ndimage.label(_grown(_shrunk(own)), structure=_EIGHT)
         if n == 0:
             continue
         sizes = np.bincount(core.ravel())
         sizes[0] = 0
         keep = (sizes >= 0.15 * sizes.max())[core] & (core > 0)
         if keep.sum() >= minimum:
-            parts.append((ndimage.binary_dilation(keep, structure=_EIGHT) & own, int(c)))
+            parts.append((_grown(keep) & own, int(c)))
     if len(parts) <= 1:
         return [(blob, int(counts.argmax()))]
     return parts
 
 
-def _texture(pixels: np.ndarray, part: np.ndarray, side: int) -> str:
+def _shrunk(mask: np.ndarray) -> np.ndarray:
+    """Pixels whose eight neighbours are set too; the picture's rim is not."""
+    out = np.zeros_like(mask)
+    rows = mask[:-2] & mask[1:-1] & mask[2:]
+    out[1:-1, 1:-1] = rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:]
+    return out
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """Set pixels and their eight neighbours."""
+    return ~_shrunk(np.pad(~mask, 1, constant_values=True))[1:-1, 1:-1]
+
+
+def _texture(value: np.ndarray, part: np.ndarray) -> str:
     """Solid, striped (bands across y) or checkered, from the brightness inside the silhouette."""
-    margin = max(1, side // 64)
-    core = ndimage.binary_erosion(part, iterations=margin)
+    core = part
+    for _ in range(max(1, max(part.shape) // 64)):
+        core = _shrunk(core)
     if core.sum() < 24:
         core = part
-    value = pixels.max(-1)
     inside = value[core]
     if inside.std() < 0.1 * max(inside.mean(), 1e-3) + 0.02:
         return "solid"

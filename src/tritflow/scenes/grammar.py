@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tritflow.scenes.world import SHAPES
+from tritflow.scenes.world import COLORS, SHAPES, SIZES, TEXTURES
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TAGS = (*GENEVAL_TAGS, "texture", "occlusion")
 
 PLURAL = {s: s + "s" for s in SHAPES} | {"cross": "crosses"}
+_SINGULAR = {plural: shape for shape, plural in PLURAL.items()}
 NUMBER = {2: "two", 3: "three", 4: "four"}
+_ADJECTIVES = {"count": tuple(NUMBER.values()), "size": tuple(SIZES), "color": COLORS, "texture": TEXTURES}
 RELATION_WORDS = {
     "left of": ("left of", "to the left of", "on the left of"),
     "right of": ("right of", "to the right of", "on the right of"),
@@ -68,6 +70,25 @@ class Prompt:
     text: str
     include: tuple[Clause, ...]
     held_out: str
+
+
+def groups_in(text: str) -> tuple[tuple[Clause, str | None], ...]:
+    """Every object group that a text of this grammar names, in order, with its size word; relations are left out.
+
+    A prompt's `include` holds what is judged; a true picture obeys the rest of the text, too.
+    """
+    found: list[tuple[Clause, str | None]] = []
+    seen: dict[str, str] = {}
+    for word in text.replace(",", " ").split():
+        shape = _SINGULAR.get(word, word)
+        if shape in SHAPES:
+            count = next((n for n, name in NUMBER.items() if name == seen.get("count")), 1)
+            found.append((Clause(shape, count, seen.get("color"), seen.get("texture")), seen.get("size")))
+            seen = {}
+        for kind, words in _ADJECTIVES.items():
+            if word in words:
+                seen[kind] = word
+    return tuple(found)
 
 
 def _article(words: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from tritflow.scenes.grammar import (
     HELD_OUT_OPENINGS,
@@ -13,6 +14,7 @@ from tritflow.scenes.grammar import (
     Prompt,
     describe,
     finish,
+    groups_in,
 )
 from tritflow.scenes.layout import (
     Retry,
@@ -160,31 +162,44 @@ _MAKERS = {
 
 
 def scene_of(prompt: Prompt, seed: int = 0) -> Scene:
-    """A true picture of an evaluation prompt, held-out combination included: the detector is proven on these."""
+    """A true picture of an evaluation prompt: what is judged and whatever else its text says, size, colours and ground
+    included. The detector is proven on these.
+
+    Raises:
+        ValueError: the scene has no room for what the prompt asks for.
+    """
     rng = random.Random(f"scene-{seed}-{prompt.text}")
     ground = next((b for b in BACKGROUNDS if prompt.text.endswith((f"{b} background", f"on {b}"))), None)
+    clauses, size = list(prompt.include), None
+    named = groups_in(prompt.text)
+    if [(c.shape, c.count) for c, _ in named] == [(c.shape, c.count) for c in clauses]:
+        clauses = [
+            replace(c, color=c.color or t.color, texture=c.texture or t.texture)
+            for c, (t, _) in zip(clauses, named, strict=True)
+        ]
+        size = named[0][1]
     for _ in range(500):
         try:
-            return _draw(rng, prompt, ground or rng.choice(BACKGROUNDS))
+            return _draw(rng, clauses, size, ground or rng.choice(BACKGROUNDS))
         except Retry:
             continue
     raise ValueError(f"found no room for '{prompt.text}'")
 
 
-def _draw(rng: random.Random, prompt: Prompt, ground: str) -> Scene:
-    first = prompt.include[0]
+def _draw(rng: random.Random, clauses: list[Clause], size: str | None, ground: str) -> Scene:
+    first = clauses[0]
     if first.count > 1:
         return scene_of_count(rng, first, ground)
     if first.relation == "in front of":
-        return scene_of_front(rng, first, prompt.include[1], ground)
+        return scene_of_front(rng, first, clauses[1], ground)
     if first.relation is not None:
-        second = prompt.include[1]
+        second = clauses[1]
         ra, rb = pick_radius(rng, 2), pick_radius(rng, 2)
         (ax, ay), (bx, by) = related(rng, first.relation, ra, rb)
         return Scene((fill(rng, first, ax, ay, ra), fill(rng, second, bx, by, rb)), ground)
-    radii = [pick_radius(rng, len(prompt.include)) for _ in prompt.include]
+    radii = [pick_radius(rng, len(clauses), size) for _ in clauses]
     places = scatter(rng, radii)
     return Scene(
-        tuple(fill(rng, c, x, y, r) for c, (x, y), r in zip(prompt.include, places, radii, strict=True)),
+        tuple(fill(rng, c, x, y, r) for c, (x, y), r in zip(clauses, places, radii, strict=True)),
         ground,
     )

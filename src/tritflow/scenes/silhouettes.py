@@ -16,8 +16,10 @@ Mask = NDArray[np.bool_]
 
 # Whole silhouettes are compared on GRID x GRID points of their box.
 GRID = 32
-# Fine masks of the unit shapes: FINE points a side over -REACH..REACH, with an empty rim for points beyond.
-FINE, REACH = 512, 1.25
+# Masks of the unit shapes: FINE points a side over -REACH..REACH, with an empty rim for points beyond.
+FINE, REACH = 256, 1.25
+# No shape reaches farther than this, in radii.
+EXTENT = 1.13
 # The coarse search's cells in half a part's longer side, and its radii in halves of that side.
 CELLS = 10
 SCALES = np.arange(0.88, 1.5, 0.08)
@@ -25,6 +27,8 @@ SCALES = np.arange(0.88, 1.5, 0.08)
 FINALISTS, POINTS = 3, 16
 # Below this coarse fit no fine search reaches what counts as an object.
 HOPELESS = 0.55
+# Shapes whose coarse fit is this much worse than the best are dropped; the fine search ends at this step in pixels.
+CLOSE, FINEST = 0.15, 0.2
 # Hidden area is a guess: a radius beyond the part's own costs this much a part's half side.
 GUESS = 0.02
 
@@ -65,8 +69,8 @@ def _coarse() -> NDArray[np.float32]:
 
 def _sample(shape: int, x: NDArray[np.float64], y: NDArray[np.float64]) -> Mask:
     """A unit shape at the points x [W] by y [H]: bool [H, W]."""
-    u, v = (((p / REACH + 1) * (FINE / 2)).astype(np.int64).clip(0, FINE - 1) for p in (x, y))
-    return _fine()[shape].take(v, axis=0).take(u, axis=1)
+    u, v = ((p * (FINE / 2 / REACH) + FINE / 2).astype(np.intp) for p in (x, y))
+    return _fine()[shape].take(v, axis=0, mode="clip").take(u, axis=1, mode="clip")
 
 
 def _bounds(part: Mask) -> tuple[int, int, int, int]:
@@ -93,19 +97,32 @@ def match(part: Mask) -> Fit:
 
 def fit(part: Mask, unknown: Mask) -> Fit:
     """Best shape, size and place of a silhouette [H, W] of which other objects may hide some: pixels of `unknown`
-    count neither for nor against. First all shapes on few cells, then the best few pixel by pixel."""
+    count neither for nor against. First all shapes on few cells, then the best few on finer steps, and the best of
+    these pixel by pixel."""
     x0, y0, x1, y1 = _bounds(part)
     low = max(x1 - x0, y1 - y0) / 2
     seen = _Seen(part, unknown, ((x0 + x1) / 2, (y0 + y1) / 2), low)
-    best: tuple[float, int, float, float, float] = (-1.0, 0, 0.0, 0.0, low)
-    for score, shape, cx, cy, radius in seen.candidates((x1 - x0) / 2 / low, (y1 - y0) / 2 / low):
-        found = (score, shape, cx, cy, radius)
-        best = max(best, found if score < HOPELESS else seen.refine(shape, cx, cy, radius))
-    score, shape, cx, cy, radius = best
-    cx, cy = cx + (x0 + x1) / 2, cy + (y0 + y1) / 2
+    found = seen.candidates((x1 - x0) / 2 / low, (y1 - y0) / 2 / low)
+    if found[0].score >= HOPELESS:
+        close = [p for p in found if p.score >= found[0].score - CLOSE]
+        best = max((seen.refine(p, low / CELLS, low / CELLS / 2) for p in close), key=lambda p: p.score)
+        found[0] = seen.refine(best, low / CELLS / 4, FINEST)
+    best = found[0]
+    cx, cy, radius = best.x + (x0 + x1) / 2, best.y + (y0 + y1) / 2, best.radius
     height, width = part.shape
-    whole = _sample(shape, (np.arange(width) + 0.5 - cx) / radius, (np.arange(height) + 0.5 - cy) / radius)
-    return Fit(shape, score, (cx - radius, cy - radius, cx + radius, cy + radius), whole)
+    whole = _sample(best.shape, (np.arange(width) + 0.5 - cx) / radius, (np.arange(height) + 0.5 - cy) / radius)
+    return Fit(best.shape, best.score, (cx - radius, cy - radius, cx + radius, cy + radius), whole)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A shape at a place, in pixels from the part's centre, and its score there."""
+
+    score: float
+    shape: int
+    x: float
+    y: float
+    radius: float
 
 
 class _Seen:
@@ -128,10 +145,10 @@ class _Seen:
         at = np.ix_(ys.clip(0, height - 1), xs.clip(0, width - 1))
         return self.part[at] & inside, ~(self.unknown[at] & inside)
 
-    def candidates(self, wide: float, high: float) -> list[tuple[float, int, float, float, float]]:
-        """(IoU, shape, x, y, radius) of the best place of each of the best shapes, from cells of low / CELLS."""
+    def candidates(self, wide: float, high: float) -> list[_Placed]:
+        """The best place of each of the best shapes on cells of low / CELLS, the best shape first."""
         bank = _coarse()
-        half = (int(round(bank.shape[-1] ** 0.5)) - 1) // 2
+        half = (round(bank.shape[-1] ** 0.5) - 1) // 2
         span = int(np.ceil((SCALES[-1] - min(wide, high)) * CELLS)) + 1
         cell = self.low / CELLS
         part, free = self._around(np.arange(-half - span, half + span + 1.0) * cell)
@@ -149,29 +166,38 @@ class _Seen:
         for shape in np.argsort(-by_shape.max(1), kind="stable")[:FINALISTS]:
             scale, place = divmod(int(by_shape[shape].argmax()), 9)
             x, y = dx[scale, place] * cell, dy[scale, place] * cell
-            found.append((float(by_shape[shape].max()), int(shape), float(x), float(y), float(SCALES[scale] * self.low)))
+            score, radius = float(by_shape[shape].max()), float(SCALES[scale] * self.low)
+            found.append(_Placed(score, int(shape), float(x), float(y), radius))
         return found
 
-    def score(self, shape: int, x: float, y: float, radius: float) -> float:
-        """IoU of a shape with the part where nothing is unknown, less the guess's cost."""
-        drawn = _sample(shape, (self.axis - x) / radius, (self.axis - y) / radius)
-        common = np.count_nonzero(drawn & self.fine_part)
-        union = np.count_nonzero((drawn & self.fine_free) | self.fine_part)
-        return common / max(union, 1) - GUESS * max(0.0, radius / self.low - 1)
+    def refine(self, start: _Placed, step: float, last: float) -> _Placed:
+        """Compass search: one step along an axis at a time, half the step when none helps, down to `last`."""
+        # Points farther out belong to neither part nor shape and cannot change the score.
+        reach = max(self.low, max(abs(start.x), abs(start.y)) + EXTENT * start.radius + 3 * step) + 1
+        near = slice(*np.searchsorted(self.axis, (-reach, reach)))
+        axis, part, free = self.axis[near], self.fine_part[near, near], self.fine_free[near, near]
+        area = np.count_nonzero(part)
 
-    def refine(self, shape: int, x: float, y: float, radius: float) -> tuple[float, int, float, float, float]:
-        """Compass search from a candidate: one step along an axis at a time, then half the step."""
-        here, best = [x, y, radius], self.score(shape, x, y, radius)
-        step = self.low / CELLS
-        while step > 0.2:
+        def score(x: float, y: float, radius: float) -> float:
+            if max(abs(x), abs(y)) + EXTENT * radius > reach:
+                return -1.0
+            drawn = _sample(start.shape, (axis - x) / radius, (axis - y) / radius)
+            common = np.count_nonzero(drawn & part)
+            iou = common / max(np.count_nonzero(drawn & free) + area - common, 1)
+            return iou - GUESS * max(0.0, radius / self.low - 1)
+
+        here = [start.x, start.y, start.radius]
+        best = score(*here)
+        while step >= last:
             moved = False
-            for axis in (0, 1, 2):
+            for axis_number in (0, 1, 2):
                 for way in (-step, step):
                     there = list(here)
-                    there[axis] += way
-                    value = self.score(shape, *there)
+                    there[axis_number] += way
+                    value = score(*there)
                     if value > best:
                         here, best, moved = there, value, True
+                        break
             if not moved:
                 step /= 2
-        return best, shape, here[0], here[1], here[2]
+        return _Placed(best, start.shape, *here)

@@ -33,6 +33,9 @@ from tritflow.scenes.world import (
     unordered,
 )
 
+# Tokens of the longest training caption: the small FLUX reads 48 with the tokenizer's marks.
+LONGEST_CAPTION = 45
+
 PLACES = {
     "in the top left corner": (0.25, 0.25),
     "at the top": (0.5, 0.24),
@@ -79,7 +82,7 @@ def _train_place(rng: random.Random, ground: str) -> tuple[str, Scene]:
         for b in objects[:i]:
             if max(abs(a.x - b.x), abs(a.y - b.y)) < (a.radius + b.radius) * 1.1 + 0.02:
                 raise Retry
-    if sum(len(p.split()) for p in parts) > 30:  # the small FLUX reads 48 tokens
+    if sum(len(p.split()) for p in parts) > 30:  # most of what `LONGEST_CAPTION` would refuse
         raise Retry
     body = parts[0] if crowd == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
     return finish(rng, body, ground), Scene(tuple(objects), ground)
@@ -170,8 +173,13 @@ def training_examples(seed: int) -> Iterator[tuple[str, Scene]]:
             caption, scene = maker(rng, ground)
         except Retry:
             continue
-        if scene_is_allowed(scene):
+        if scene_is_allowed(scene) and caption_tokens(caption) <= LONGEST_CAPTION:
             yield caption, scene
+
+
+def caption_tokens(caption: str) -> int:
+    """Words and commas: tokens of a word-level tokenizer, without its marks of beginning and end."""
+    return len(caption.split()) + caption.count(",")
 
 
 def training_captions(n: int, seed: int = 0) -> list[str]:
