@@ -1,4 +1,6 @@
-"""Read a picture back into objects: deterministic, no learned part, about a millisecond a picture.
+"""Read a picture back into objects: deterministic, no learned part.
+
+At 128 x 128 on one CPU core: about a millisecond a picture, 5 where objects overlap, under 30 for coloured noise.
 
 The ground is neutral and every colour of the world is saturated, so chroma separates objects from the ground, hue
 names the colour, the silhouette names the shape and the brightness inside it names the texture.

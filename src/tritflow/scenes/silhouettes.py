@@ -67,7 +67,7 @@ def _coarse() -> NDArray[np.float32]:
     return np.stack(rows).reshape(len(SCALES), len(SHAPES), -1).astype(np.float32)
 
 
-def _sample(shape: int, x: NDArray[np.float64], y: NDArray[np.float64]) -> Mask:
+def _sample(shape: int, x: NDArray[np.floating], y: NDArray[np.floating]) -> Mask:
     """A unit shape at the points x [W] by y [H]: bool [H, W]."""
     u, v = ((p * (FINE / 2 / REACH) + FINE / 2).astype(np.intp) for p in (x, y))
     return _fine()[shape].take(v, axis=0, mode="clip").take(u, axis=1, mode="clip")
@@ -176,14 +176,14 @@ class _Seen:
         reach = max(self.low, max(abs(start.x), abs(start.y)) + EXTENT * start.radius + 3 * step) + 1
         near = slice(*np.searchsorted(self.axis, (-reach, reach)))
         axis, part, free = self.axis[near], self.fine_part[near, near], self.fine_free[near, near]
-        area = np.count_nonzero(part)
+        area = int(np.count_nonzero(part))
 
         def score(x: float, y: float, radius: float) -> float:
             if max(abs(x), abs(y)) + EXTENT * radius > reach:
                 return -1.0
             drawn = _sample(start.shape, (axis - x) / radius, (axis - y) / radius)
-            common = np.count_nonzero(drawn & part)
-            iou = common / max(np.count_nonzero(drawn & free) + area - common, 1)
+            common = int(np.count_nonzero(drawn & part))
+            iou = common / max(int(np.count_nonzero(drawn & free)) + area - common, 1)
             return iou - GUESS * max(0.0, radius / self.low - 1)
 
         here = [start.x, start.y, start.radius]

@@ -68,7 +68,9 @@ def _train_place(rng: random.Random, ground: str) -> tuple[str, Scene]:
     """Dense captions: what stands where, in words for places."""
     crowd = rng.choice((1, 2, 2, 3, 3, 4))
     places = rng.sample(sorted(PLACES), crowd)
-    parts, objects, shapes = [], [], []
+    parts: list[str] = []
+    objects: list[Object] = []
+    shapes: list[str] = []
     for place in places:
         shape = rng.choice([s for s in SHAPES if all(s == o or unordered(s, o) not in HELD_OUT_PAIRS for o in shapes)])
         shapes.append(shape)

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import TypeVar
 from typing import Any, TypeVar
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
@@ -64,9 +63,6 @@ class Scene:
     background: str = "gray"
     # Index of the object that may cover another; -1 when no two objects touch.
     front: int = field(default=-1, compare=False)
-
-
-_Combination = TypeVar("_Combination", bound=tuple[object, ...])
 
 
 def _share(kind: str, combinations: list[Combination], share: float = 0.2) -> frozenset[Combination]:

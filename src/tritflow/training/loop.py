@@ -53,7 +53,9 @@ class Trainer:
         graph: bool = True,
         synchronize: bool = True,
     ) -> None:
-        self.loss_function, self.parameters, self.clip, self.ema = loss, list(parameters), clip, ema
+        self.loss_function, self.clip, self.ema = loss, clip, ema
+        # Typed as tensors: torch._foreach_* takes no list of parameters.
+        self.parameters: list[Tensor] = list(parameters)
         self.peak, self.synchronize = peak, synchronize and world_size() > 1
         device = self.parameters[0].device
         self.device = device
@@ -103,7 +105,7 @@ class Trainer:
             self.muon.step()
         # Not _foreach_lerp_: its weight is read on the host, which a graph cannot capture.
         torch._foreach_mul_(self.average, 1 - self.ema_weight)
-        torch._foreach_add_(self.average, torch._foreach_mul(self.parameters, self.ema_weight))
+        torch._foreach_add_(self.average, list(torch._foreach_mul(self.parameters, self.ema_weight)))
 
     def _capture(self) -> None:
         rate = float(self.rate) / self.peak

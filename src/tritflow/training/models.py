@@ -31,7 +31,7 @@ def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
 
     letters = [chr(c) for c in range(33, 127)]
     vocab = {p: i for i, p in enumerate(dict.fromkeys([*letters, *(c + "</w>" for c in letters)]))}
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []
     for word in words:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:

@@ -1,0 +1,40 @@
+"""The command line of `python -m tritflow.training`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; argparse prints what is wrong and exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tritflow.training",
+        description="Train the small FLUX and its VAE from nothing but the built-in world.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and the pipeline")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--examples", type=int, default=300_000, help="scenes rendered and encoded a GPU")
+    parser.add_argument("--vae-seconds", type=float, default=300)
+    parser.add_argument("--probe-seconds", type=float, default=0, help="two GPUs: AdamW and Muon side by side first")
+    parser.add_argument("--flow-seconds", type=float, default=1200)
+    parser.add_argument("--guidance-seconds", type=float, default=180)
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
+    parser.add_argument("--batch", type=int, default=512, help="pictures a step and GPU")
+    parser.add_argument("--peak", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a flow-*.safetensors checkpoint to go on from")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="default of the written pipeline")
+    parser.add_argument("--score-every", type=float, default=0, help="seconds between scores while training (0: never)")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-graph", action="store_true", help="do not capture the step in CUDA graphs")
+    args = parser.parse_args(argv)
+    if args.size < 32 or args.size % 16:
+        parser.error(f"--size {args.size}: pictures are cut into 16-pixel patches; give a multiple of 16 from 32 on")
+    for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    if args.resume is not None and not args.resume.is_file():
+        parser.error(f"--resume {args.resume}: no such checkpoint")
+    return args

@@ -1,0 +1,170 @@
+"""The stages of a training run: VAE, transformer with its text encoders, guidance, pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file
+
+from tritflow.scenes import SceneBatch
+from tritflow.training import data, flow, models, vae
+from tritflow.training.export import export_pipeline
+from tritflow.training.loop import rank, world_size
+from tritflow.training.run import Run
+from tritflow.training.score import draw, score
+
+
+def train_vae(run: Run, scenes: SceneBatch) -> Any:
+    """The VAE from this run's folder, or trained now."""
+    torch.manual_seed(run.args.seed)
+    model = models.build_vae()
+    kept = run.args.out / "vae.safetensors"
+    if kept.exists():
+        model.load_state_dict(load_file(kept))
+        model.to(run.device)
+        statistics = json.loads((run.args.out / "vae.json").read_text())
+        model.register_to_config(shift_factor=statistics["shift"], scaling_factor=statistics["scale"])
+        return model.eval()
+    torch.manual_seed(run.args.seed + 17 + rank())
+    vae.train_vae(
+        model,
+        scenes[slice(0, 60_000)],
+        seconds=run.args.vae_seconds,
+        size=run.args.size,
+        device=run.device,
+        compile=run.compile,
+        log=run.log,
+    )
+    model.eval()
+    run.save("vae.safetensors", model.state_dict())
+    if rank() == 0:
+        statistics = {"shift": model.config.shift_factor, "scale": model.config.scaling_factor}
+        (run.args.out / "vae.json").write_text(json.dumps(statistics))
+    if world_size() > 1:
+        # One VAE for all: rounding may differ between GPUs.
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+        shared = [model.config.shift_factor, model.config.scaling_factor]
+        dist.broadcast_object_list(shared, 0)
+        model.register_to_config(shift_factor=shared[0], scaling_factor=shared[1])
+    run.log(f"vae: latents shift {model.config.shift_factor} scale {model.config.scaling_factor}")
+    if rank() == 0:
+        run.log(f"vae: detector after the round trip {vae.detector_scores(model, 8, run.args.size)}")
+    return model
+
+
+def build(run: Run) -> flow.SmallFlux:
+    """The text encoders and the transformer with this run's seed, the same on every GPU."""
+    torch.manual_seed(run.args.seed + 1)
+    size = models.SmallFluxSize()
+    clip, t5 = models.build_text_encoders(size, *run.tokenizers)
+    model = flow.SmallFlux(clip, t5, models.build_transformer(size)).to(run.device)
+    torch.manual_seed(run.args.seed + 1000 + rank())
+    return model
+
+
+def reporter(
+    run: Run, model: flow.SmallFlux, autoencoder: Any, name: str, trainer_box: list[Any], every: float
+) -> Callable[[int, float, float], None]:
+    """A report callback that logs, and on GPU 0 scores the averaged weights and keeps them, every so often."""
+    shadow = copy.deepcopy(model).eval().requires_grad_(False) if every else model
+    state = {"told": time.monotonic()}
+
+    def report(steps: int, value: float, rate: float) -> None:
+        if rank() != 0:
+            return
+        run.log(f"{name}: step {steps} loss {value:.4f} rate {rate:.2f}")
+        if not every or time.monotonic() - state["told"] < every or not trainer_box:
+            return
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        mirror = dict(zip(trainable, trainer_box[0].average, strict=True))
+        for p, q in zip(model.parameters(), shadow.parameters(), strict=True):
+            q.copy_(mirror.get(p, p))
+        scores = score(
+            shadow, autoencoder, run.tokenizers, run.prompts, size=run.args.size, pool=run.pool, true_guidance=2.5
+        )
+        run.curve.append({"stage": name, "steps": steps, "seconds": time.monotonic() - run.begin, **scores})
+        (run.args.out / "curve.json").write_text(json.dumps(run.curve, indent=1))
+        run.log(f"{name}: guided 2.5 {rounded(scores)}")
+        run.save(f"{name}-last.safetensors", shadow.state_dict())
+        state["told"] = time.monotonic()
+
+    return report
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {k: round(v, 3) for k, v in scores.items()}
+
+
+def probe(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder: Any) -> bool:
+    """Two GPUs, two optimisers, the same time; everybody goes on with the better one's optimiser and weights.
+    Returns whether that is Muon."""
+    muon = rank() == 1
+    flow.train_flow(
+        model,
+        latents,
+        seconds=run.args.probe_seconds,
+        side=run.args.size // 16,
+        batch=run.args.batch,
+        peak=run.args.peak,
+        muon=muon,
+        decay=0.3,
+        synchronize=False,
+        compile=run.compile,
+        log=lambda s, value, rate: run.log(f"probe muon={muon}: step {s} loss {value:.4f}"),
+    )
+    scores = score(
+        model, autoencoder, run.tokenizers, run.prompts, size=run.args.size, pool=run.pool, true_guidance=2.5
+    )
+    run.log(f"probe muon={muon}: {rounded(scores)}")
+    overall = torch.tensor([scores["overall"]], device=run.device)
+    everybody = [torch.zeros_like(overall) for _ in range(world_size())]
+    dist.all_gather(everybody, overall)
+    winner = int(torch.cat(everybody).argmax())
+    for p in model.parameters():
+        dist.broadcast(p.data, winner)
+    run.log(f"probe: goes on with {'muon' if winner == 1 else 'adamw'}")
+    return winner == 1
+
+
+def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder: Any) -> None:
+    """The flow, then its guidance distilled into the embedding; both results are kept in the run's folder."""
+    args = run.args
+    muon = args.optimizer == "muon"
+    if args.probe_seconds and world_size() == 2:
+        muon = probe(run, model, latents, autoencoder)
+    if args.resume:
+        model.load_state_dict(load_file(args.resume))
+    common = {
+        "side": args.size // 16,
+        "batch": args.batch,
+        "muon": muon,
+        "compile": run.compile,
+        "graph": not args.no_graph,
+    }
+    box: list[Any] = []
+    report = reporter(run, model, autoencoder, "flow", box, every=args.score_every)
+    flow.train_flow(model, latents, seconds=args.flow_seconds, peak=args.peak, log=report, box=box, **common)
+    run.save("flow.safetensors", model.state_dict())
+    if args.guidance_seconds:
+        report = reporter(run, model, autoencoder, "guidance", [], every=0)
+        flow.distil_guidance(model, latents, seconds=args.guidance_seconds, log=report, **common)
+    run.save("guided.safetensors", model.state_dict())
+
+
+def finish(run: Run, model: flow.SmallFlux, autoencoder: Any) -> None:
+    """Draw a sheet of progress prompts and write the pipeline."""
+    size, guidance = run.args.size, run.args.guidance_scale
+    texts = [p.text for i, p in enumerate(run.prompts) if i % 32 < 8]
+    pixels = draw(model, autoencoder, run.tokenizers, texts, size=size, guidance=guidance).numpy()
+    rows = pixels.reshape(-1, 8, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 8 * size, 3)
+    Image.fromarray(rows).save(run.args.out / "sheet.png")
+    export_pipeline(run.args.out / "pipeline", model, autoencoder, run.tokenizers, size, guidance, shift=1.0)
+    run.log("written")
