@@ -135,6 +135,24 @@ def test_nothing_stays_on_a_plain_weight(problem, monkeypatch):
     assert len(built) == 4
 
 
+def test_a_small_weight_is_prepacked_once_its_results_are_large_and_stays_so(problem, monkeypatch):
+    if not cpu._has_qlinear():
+        pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    monkeypatch.setattr(cpu, "_QLINEAR_RESULT", 32 * 48)
+    monkeypatch.setattr(cpu, "_RESULT_CHUNK", 10 * 48)
+    p = problem(32, 48, 131)
+    weight = _owned(p["weight"])
+    forms = []
+    for tokens in (31, 32, 1, 32):  # 32 rows are scaled in chunks of 10
+        args = (p["x"][:tokens], weight, p["weight_scale"], p["bias"])
+        plain = (p["x"][:tokens], p["weight"], p["weight_scale"], p["bias"])
+        assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*plain), 1e-6)
+        forms.append(getattr(weight, cpu.EXPANSION).form)
+    assert [form.prepacked for form in forms] == [False, True, True, True]
+    assert forms[1] is forms[2] is forms[3]
+    assert getattr(weight, cpu.EXPANSION).bytes == 48 * 131
+
+
 def test_without_onednn_the_reference_takes_over(problem, monkeypatch):
     monkeypatch.setattr(cpu, "_has_int_mm", lambda: False)
     p = problem(4, 16, 64)

@@ -6,8 +6,9 @@ behind it change (in-place writes, `load_state_dict`) or the mode does. Moving a
 beside the packed .25: W2A16 the activations' dtype (2 for bf16), W2A8 1. A weight that carries no `Expansion` is
 expanded for each call and nothing stays, which costs time instead of memory.
 
-W2A8: small weights go through `torch._int_mm` (lowest overhead), large ones through oneDNN's prepacked
-`qlinear` in blocks, whose results stay in cache while they are scaled. Both sums are exact integers.
+W2A8: small products go through `torch._int_mm` (lowest overhead), others through oneDNN's prepacked `qlinear`, which
+scales its sums before they leave the registers; large ones in blocks whose results stay in cache meanwhile. Both sums
+are exact integers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ EXPANSION = "_tritflow_expansion"
 """Attribute of a packed weight that owns its expanded form."""
 
 _ROWS, _COLUMNS = 1024, 1536  # of a product of qlinear: enough for its blocking, and a result that stays in cache
-_QUANTIZE_CHUNK = 64  # rows whose float temporaries fit the second-level cache
-_QLINEAR_FROM = 1 << 20  # weights from this many trits on are prepacked
+_QUANTIZE_CHUNK = 1 << 17  # activations whose float temporaries fit the second-level cache
+_QLINEAR_FROM = 1 << 20  # weights from this many trits on are prepacked,
+_QLINEAR_RESULT = 1 << 14  # and smaller ones once a result has this many elements
+_RESULT_CHUNK = 1 << 19  # elements of a smaller weight's result in one go: more would be fresh pages at every call
 
 _ql: Any = torch.ops.onednn
 _mkldnn: Any = torch.ops.mkldnn
@@ -192,14 +195,20 @@ class _Block(NamedTuple):
 
 
 class _Int8:
-    """The expanded form of W2A8: int8 trits in blocks, and what the product needs beside them."""
+    """The expanded form of W2A8: int8 trits in blocks, and what the product needs beside them.
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, in_features: int) -> None:
+    `large` says that results are large, so that even a small weight is worth prepacking.
+    """
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, in_features: int, large: bool = False
+    ) -> None:
         trits = reference.trits(weight, in_features)
         scale = (weight_scale.detach().double() / 127.0).float()
         self.input_scale = None if input_scale is None else input_scale.detach().float()
         self.bytes, self.out_features = trits.nbytes, trits.shape[0]
-        self.prepacked = trits.numel() >= _QLINEAR_FROM and _has_qlinear()
+        self.prepacked = (large or trits.numel() >= _QLINEAR_FROM) and _has_qlinear()
+        self.rows = _ROWS if trits.numel() >= _QLINEAR_FROM else max(1, _RESULT_CHUNK // max(1, len(trits)))
         self.unsigned = self.prepacked or not _signed()
         if not self.prepacked:
             # What 128 added to every activation adds to a sum; float32 holds it exactly.
@@ -248,13 +257,13 @@ def _quantize_rows(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tup
 
 def _quantize(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
     """`_quantize_rows` in chunks whose float temporaries stay in cache."""
-    tokens = x.shape[0]
-    if tokens <= _QUANTIZE_CHUNK or x.numel() < 1 << 18:
+    tokens, step = x.shape[0], max(16, _QUANTIZE_CHUNK // x.shape[1])
+    if tokens <= step or x.numel() < 2 * _QUANTIZE_CHUNK:
         return _quantize_rows(x, input_scale, unsigned)
     q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
     amax = torch.empty((tokens, 1))
-    for start in range(0, tokens, _QUANTIZE_CHUNK):
-        part = slice(start, start + _QUANTIZE_CHUNK)
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
         q[part], amax[part] = _quantize_rows(x[part], input_scale, unsigned)
     return q, amax
 
@@ -309,12 +318,18 @@ def w2a8_linear(
 ) -> Tensor:
     """Exact int8 sums on expanded trits; scales and bias in float32, one rounding to x.dtype."""
 
+    large = x.numel() // x.shape[-1] * weight_scale.shape[0] >= _QLINEAR_RESULT
+
     def build() -> tuple[_Int8, int]:
-        form = _Int8(weight, weight_scale, input_scale, x.shape[-1])
+        form = _Int8(weight, weight_scale, input_scale, x.shape[-1], large)
         return form, form.bytes
 
     key = ("int8", _stamp(weight), _stamp(weight_scale), _stamp(input_scale))
     form: _Int8 = _expanded(weight, key, build)
+    if large and not form.prepacked and _has_qlinear():
+        # Once prepacked it stays so: batches of different sizes in turn shall not expand a weight again and again.
+        getattr(weight, EXPANSION).drop()
+        form = _expanded(weight, key, build)
     if form.input_scale is None:
         q, amax = _last.quantize(x, form.unsigned)
     else:
@@ -322,14 +337,14 @@ def w2a8_linear(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     tokens = q.shape[0]
-    if len(form.blocks) == 1 and (tokens <= _ROWS or not form.prepacked):
+    if len(form.blocks) == 1 and (tokens <= form.rows or not form.prepacked):
         out = _scaled(form.product(q, form.blocks[0]), amax, bias).to(x.dtype)
     else:
         out = torch.empty((tokens, form.out_features), dtype=x.dtype)
         for block in form.blocks:
             offset = None if bias is None else bias[block.columns]
-            for start in range(0, tokens, _ROWS):
-                part = slice(start, start + _ROWS)
+            for start in range(0, tokens, form.rows):
+                part = slice(start, start + form.rows)
                 out[part, block.columns] = _scaled(form.product(q[part], block), amax[part], offset)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], form.out_features)
 
