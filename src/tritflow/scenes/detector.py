@@ -22,6 +22,9 @@ from tritflow.scenes.world import COLORS, RGB, SHAPES
 CHROMA = 0.17
 # Pixels of an object as a share of the picture; the smallest drawn cover .01, specks of a bad picture less.
 MIN_AREA = 0.0032
+# Brightness that varies by less of its mean is solid: full patterns vary by a third, solid objects as the small FLUX
+# draws them by less than .006, checkers that its VAE washed out by .04 to .2.
+PATTERN = 0.05
 # The world draws at most 4 objects; a picture of more parts is junk, and only its largest parts are read.
 MAX_PARTS = 8
 # Partly hidden silhouettes are searched for at most so often a picture; further ones are read as if whole.
@@ -173,7 +176,7 @@ def _texture(value: np.ndarray, part: np.ndarray) -> str:
     if core.sum() < 24:
         core = part
     inside = value[core]
-    if inside.std() < 0.1 * max(inside.mean(), 1e-3) + 0.02:
+    if inside.std() < PATTERN * inside.mean():
         return "solid"
     rows = np.flatnonzero(core.any(1))
     weight = core[rows].sum(1)
