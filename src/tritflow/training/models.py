@@ -32,14 +32,14 @@ def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
     letters = [chr(c) for c in range(33, 127)]
     vocab = {p: i for i, p in enumerate(dict.fromkeys([*letters, *(c + "</w>" for c in letters)]))}
     merges: list[Any] = []
+    # Words grow from their last letter: its </w> occurs nowhere else, so that no other word's merge comes between.
     for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            pair = (pieces[0], pieces[1])
-            if pair not in merges:
-                merges.append(pair)
-            pieces[:2] = ["".join(pair)]
-            vocab.setdefault(pieces[0], len(vocab))
+        end = word[-1] + "</w>"
+        for letter in reversed(word[:-1]):
+            if (letter, end) not in merges:
+                merges.append((letter, end))
+            end = letter + end
+            vocab.setdefault(end, len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE_LENGTH)

@@ -1,0 +1,114 @@
+"""The whole way at a tiny size on the CPU: VAE, flow, guidance, a stock FluxPipeline folder that draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tritflow.training import models, run
+from tritflow.training.__main__ import main
+from tritflow.training.options import arguments
+
+TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
+
+
+class NoPool:
+    """No worker processes: nothing is scored in so short a run."""
+
+    def __init__(self, *args: object, **options: object) -> None: ...
+
+    def shutdown(self, **options: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("training") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "SmallFluxSize", lambda: TINY)
+        patch.setattr("tritflow.training.export.CALIBRATION_PROMPTS", 32)
+        patch.setattr(run, "ProcessPoolExecutor", NoPool)
+        patch.setattr("os.cpu_count", lambda: 1)
+        patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {})
+        patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
+        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --flow-seconds 1 --guidance-seconds 0.5"
+        patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
+        main(["--out", str(out), *options.split()])
+    return out
+
+
+def _smaller_batch() -> dict[str, object]:
+    from tritflow.training.vae import train_vae
+
+    return {**train_vae.__kwdefaults__, "batch": 8}
+
+
+def _prompts(seed: int) -> list[object]:
+    from tritflow.scenes import evaluation_prompts
+
+    # The sheet takes 8 of every 32.
+    return evaluation_prompts(32, seed, ("single_object",))  # type: ignore[return-value]
+
+
+def test_all_artifacts_are_there(folder: Path) -> None:
+    for name in ("vae.safetensors", "flow.safetensors", "guided.safetensors", "sheet.png", "pipeline/generation.json"):
+        assert (folder / name).is_file(), name
+    assert not list(folder.glob("*.tmp"))
+    log = (folder / "log-0.txt").read_text()
+    assert "64 examples" in log
+    assert log.rstrip().endswith("written")
+    statistics = json.loads((folder / "vae.json").read_text())
+    assert statistics["scale"] > 0
+    captions = (folder / "pipeline" / "calibration_prompts.txt").read_text().splitlines()
+    assert len(captions) == len(set(captions)) == 32
+
+
+def test_the_stock_pipeline_loads_and_draws(folder: Path) -> None:
+    from diffusers import FluxPipeline
+
+    defaults = json.loads((folder / "pipeline" / "generation.json").read_text())
+    assert defaults["height"] == defaults["width"] == 32
+    pipe = FluxPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    defaults["num_inference_steps"] = 3
+    drawn = [
+        np.asarray(pipe("a red star", generator=torch.Generator().manual_seed(s), **defaults).images[0])
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0].shape == (32, 32, 3)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+
+
+def test_guidance_changes_the_transformer_alone(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    before, after = load_file(folder / "flow.safetensors"), load_file(folder / "guided.safetensors")
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"transformer"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--out"),
+        (["--out", "x", "--size", "100"], "multiple of 16"),
+        (["--out", "x", "--batch", "0"], "--batch 0: give a number above 0"),
+        (["--out", "x", "--resume", "none.safetensors"], "no such checkpoint"),
+    ],
+)
+def test_bad_options_say_so(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        arguments(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        arguments(["--help"])
+    assert stop.value.code == 0
+    assert "python -m tritflow.training" in capsys.readouterr().out
