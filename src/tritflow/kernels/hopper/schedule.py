@@ -74,9 +74,7 @@ def make_schedule(
         plain = make_schedule(m, n, k, split=False, **size)
         cut = _schedule(m, n, k, split=True, least_steps=least_steps, **size)
         return cut if cut.critical_steps() + SUM_STEPS <= plain.critical_steps() else plain
-    return _schedule(
-        m, n, k, block_m=block_m, block_n=block_n, blocks=blocks, group=group, split=False, least_steps=1
-    )
+    return _schedule(m, n, k, block_m=block_m, block_n=block_n, blocks=blocks, group=group, split=False, least_steps=1)
 
 
 def _schedule(
