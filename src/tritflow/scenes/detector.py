@@ -8,14 +8,14 @@ names the colour, the silhouette names the shape and the brightness inside it na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tritflow.scenes.silhouettes import fit, match
+from tritflow.scenes.silhouettes import Fit, fit, match
 from tritflow.scenes.world import COLORS, RGB, SHAPES
 
 # Chroma (max - min channel) above which a pixel belongs to an object; the darkest tone of a texture has .29.
@@ -29,6 +29,8 @@ PATTERN = 0.05
 MAX_PARTS = 8
 # Partly hidden silhouettes are searched for at most so often a picture; further ones are read as if whole.
 MAX_FITS = 4
+# Two whole shapes that overlap by this share are one object; true ones in front of each other reach half of it.
+SAME = 0.6
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -90,6 +92,7 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     parts = _parts(mask, color)
     covered = [i for i, p in enumerate(parts) if p.covered][:MAX_FITS]
     fits = [fit(p.mask, mask & ~p.mask) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    parts, fits = _without_rims(parts, fits)
     value = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
     claims = np.zeros(mask.shape, dtype=np.int64)
     for best in fits:
@@ -132,6 +135,24 @@ def _parts(mask: np.ndarray, color: np.ndarray) -> list[_Part]:
             full[windows[i]] = part
             parts.append(_Part(full, c, len(split) > 1))
     return sorted(parts, key=lambda p: -int(p.mask.sum()))[:MAX_PARTS]
+
+
+def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], list[Fit]]:
+    """Give a part whose whole shape coincides with a larger part's to that one: a rim or stripe of mixed hue, as
+    decoders leave them, is no object of its own."""
+    kept: list[int] = []
+    masks = [p.mask for p in parts]
+    for i, best in enumerate(fits):
+        for j in kept:
+            other = fits[j].drawn
+            if best.drawn is None or other is None:
+                continue
+            if (best.drawn & other).sum() > SAME * (best.drawn | other).sum():
+                masks[j] = masks[j] | masks[i]
+                break
+        else:
+            kept.append(i)
+    return [replace(parts[i], mask=masks[i]) for i in kept], [fits[i] for i in kept]
 
 
 def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np.ndarray, int]]:
