@@ -134,7 +134,10 @@ def _parts(mask: np.ndarray, color: np.ndarray) -> list[_Part]:
             full = np.zeros(mask.shape, dtype=bool)
             full[windows[i]] = part
             parts.append(_Part(full, c, len(split) > 1))
-    return sorted(parts, key=lambda p: -int(p.mask.sum()))[:MAX_PARTS]
+    parts = sorted(parts, key=lambda p: -int(p.mask.sum()))[:MAX_PARTS]
+    # Opposite hues mix to grey, so that objects in touch may be blobs of their own, a pixel or two apart.
+    claimed = np.sum([_grown(p.mask) for p in parts], axis=0) if len(parts) > 1 else np.zeros(mask.shape)
+    return [replace(p, covered=p.covered or bool((claimed[_grown(p.mask)] > 1).any())) for p in parts]
 
 
 def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], list[Fit]]:
