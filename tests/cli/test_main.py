@@ -141,7 +141,8 @@ def test_completion_knows_verbs_and_their_options() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_interrupting_the_process_exits_130(tiny_flux: Path, tmp_path: Path) -> None:
     code = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
 import tritflow.pipelines.generate as generation
 from tritflow.cli.main import main
 

@@ -162,16 +162,17 @@ class Trainer:
         start: float = 0.0,
         report: Callable[[int, float, float], None] | None = None,
         every: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> int:
-        """Train for `seconds`: linear warm-up, flat, then linear decay to zero over the last `decay` of the time.
+        """Train for `seconds` of `clock`: linear warm-up, flat, then linear decay to zero over the last `decay` share.
 
         All processes take the same number of steps: process 0 keeps the time. Returns the steps taken.
         """
-        begin = told = time.monotonic()
+        begin = told = clock()
         share, steps = 0.0, 0
         while True:
             if steps % 10 == 0:
-                share = self._agree((time.monotonic() - begin) / seconds)
+                share = self._agree((clock() - begin) / seconds)
             if share >= 1:
                 return steps
             late = start + (1 - start) * share
@@ -180,8 +181,8 @@ class Trainer:
             self.ema_weight.fill_(max(1 - self.ema, 1 / (10 + steps)) if start == 0 else 1 - self.ema)
             self.step()
             steps += 1
-            if report is not None and time.monotonic() - told > every:
-                told = time.monotonic()
+            if report is not None and clock() - told > every:
+                told = clock()
                 report(steps, float(self.last), rate)
 
     def _agree(self, share: float) -> float:
