@@ -16,6 +16,9 @@ from torch import Tensor
 from tritflow.scenes import SceneBatch, render, training_examples
 from tritflow.training.models import SEQUENCE_LENGTH
 
+# Examples that a worker makes at a time.
+CHUNK = 4096
+
 
 def vocabulary(captions: list[str]) -> list[str]:
     """All words of the captions, commas apart, sorted."""
@@ -28,26 +31,26 @@ def training_words() -> list[str]:
     return vocabulary(captions)
 
 
-def _chunk(task: tuple[int, int]) -> tuple[list[str], SceneBatch]:
+def example_chunk(task: tuple[int, int, int]) -> tuple[list[str], SceneBatch]:
+    """`count` examples of chunk `number` of the stream `seed`; task is (seed, number, count)."""
     torch.set_num_threads(1)
-    seed, count = task
-    pairs = list(itertools.islice(training_examples(seed), count))
+    seed, number, count = task
+    pairs = list(itertools.islice(training_examples(seed * 1_000_003 + number), count))
     return [c for c, _ in pairs], SceneBatch.from_scenes([s for _, s in pairs])
 
 
 def make_examples(count: int, seed: int, workers: int) -> tuple[list[str], SceneBatch]:
     """`count` training captions with their scenes, made by `workers` processes; independent of their number."""
-    chunk = 4096
-    tasks = [(seed * 1_000_003 + i, min(chunk, count - i * chunk)) for i in range(-(-count // chunk))]
+    tasks = [(seed, i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
     captions: list[str] = []
     batches: list[SceneBatch] = []
     with ExitStack() as stack:
         results: Iterable[tuple[list[str], SceneBatch]]
         if workers <= 1:
-            results = map(_chunk, tasks)
+            results = map(example_chunk, tasks)
         else:
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            results = pool.map(_chunk, tasks)
+            results = pool.map(example_chunk, tasks)
         for part, batch in results:
             captions += part
             batches.append(batch)
@@ -94,15 +97,35 @@ def tokenize(captions: list[str], clip_tokenizer: Any, t5_tokenizer: Any) -> tup
     return clip.input_ids, t5.input_ids
 
 
+_EXAMPLES = ("latents", "clip_ids", "t5_ids", "kind", "place", "ground")
+
+
 @dataclass
 class LatentSet:
-    """Training data of the transformer: packed, normalised latents [N, T, C] (bf16) and token ids."""
+    """Training data of the transformer: packed, normalised latents [N, T, C] (bf16), token ids [N, L] and what the
+    scenes hold (`scenes.SceneBatch`: kind int8 [N, S, 3], place [N, S, 3], ground [N])."""
 
     latents: Tensor
     clip_ids: Tensor
     t5_ids: Tensor
+    kind: Tensor
+    place: Tensor
+    ground: Tensor
     empty_clip: Tensor
     empty_t5: Tensor
+
+    def first(self, count: int) -> LatentSet:
+        """The first `count` examples."""
+        own = {name: getattr(self, name)[:count] for name in _EXAMPLES}
+        return LatentSet(**own, empty_clip=self.empty_clip, empty_t5=self.empty_t5)
+
+    def replace(self, begin: int, other: LatentSet) -> int:
+        """Overwrite examples from `begin` on, in place (a captured graph sees the new ones), going on at the front
+        when the end is reached. Returns where to go on."""
+        rows = (begin + torch.arange(len(other.latents), device=self.latents.device)) % len(self.latents)
+        for name in _EXAMPLES:
+            getattr(self, name)[rows] = getattr(other, name)
+        return (begin + len(other.latents)) % len(self.latents)
 
 
 @torch.no_grad()
@@ -126,5 +149,12 @@ def encode_set(
     clip_ids, t5_ids = tokenize(captions, *tokenizers)
     empty_clip, empty_t5 = tokenize([""], *tokenizers)
     return LatentSet(
-        torch.cat(parts), clip_ids.to(device), t5_ids.to(device), empty_clip.to(device), empty_t5.to(device)
+        torch.cat(parts),
+        clip_ids.to(device),
+        t5_ids.to(device),
+        scenes.kind.to(device, torch.int8),
+        scenes.place.to(device),
+        scenes.ground.to(device),
+        empty_clip.to(device),
+        empty_t5.to(device),
     )
