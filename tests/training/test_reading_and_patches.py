@@ -10,7 +10,7 @@ import torch
 
 from tritflow.scenes import SHAPES, Object, Scene, SceneBatch
 from tritflow.training import models
-from tritflow.training.data import LatentSet, make_examples, tokenize, training_words
+from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
 from tritflow.training.flow import SmallFlux, image_ids
 from tritflow.training.patches import PatchHead, patch_owners
 from tritflow.training.reading import Reader, learn_to_read, named_objects, noun_table
@@ -21,15 +21,16 @@ TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=3
 
 @pytest.fixture(scope="module")
 def tokenizers() -> tuple[Any, Any]:
-    return models.build_tokenizers(training_words())
+    return word_tokenizers()
 
 
-def latent_set(captions: list[str], scenes: SceneBatch, tokenizers: tuple[Any, Any]) -> LatentSet:
-    clip_ids, t5_ids = tokenize(captions, *tokenizers)
-    empty_clip, empty_t5 = tokenize([""], *tokenizers)
-    latents = torch.randn(len(captions), 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    kind = scenes.kind.to(torch.int8)
-    return LatentSet(latents, clip_ids, t5_ids, kind, scenes.place, scenes.ground, empty_clip, empty_t5)
+def latent_set(examples: Examples) -> LatentSet:
+    """Examples with random latents: no VAE is needed here."""
+    empty_clip, empty_t5 = tokenize([""], *word_tokenizers())
+    latents = torch.randn(len(examples), 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scenes = examples.scenes
+    ids = examples.clip_ids.long(), examples.t5_ids.long()
+    return LatentSet(latents, *ids, scenes.kind.to(torch.int8), scenes.place, scenes.ground, empty_clip, empty_t5)
 
 
 def test_nouns_find_their_objects(tokenizers: tuple[Any, Any]) -> None:
@@ -62,7 +63,7 @@ def test_patches_belong_to_the_object_in_front() -> None:
 
 
 def test_a_head_learns_the_owners_from_tokens_that_hold_them() -> None:
-    _, scenes = make_examples(64, seed=3, workers=1)
+    scenes = make_examples(64, seed=3, workers=1).scenes
     slots, offset = patch_owners(scenes.kind, scenes.place, 4)
     facts = scenes.kind.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, 3))
     one_hot = [torch.nn.functional.one_hot(facts[..., i].clamp(min=0), 8).float() for i in range(3)]
@@ -80,8 +81,7 @@ def test_a_head_learns_the_owners_from_tokens_that_hold_them() -> None:
 
 
 def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
-    captions, scenes = make_examples(256, seed=5, workers=1)
-    data = latent_set(captions, scenes, tokenizers)
+    data = latent_set(make_examples(256, seed=5, workers=1))
     torch.manual_seed(0)
     clip, t5 = models.build_text_encoders(TINY, *tokenizers)
     reader = Reader(TINY.text_width, TINY.pooled_width, noun_table(tokenizers[1]))
@@ -115,16 +115,11 @@ def test_the_tapped_forward_is_the_stock_forward(tokenizers: tuple[Any, Any]) ->
     assert image_ids(4, torch.device("cpu")).shape == (16, 3)
 
 
-def test_fresh_examples_overwrite_the_oldest(tokenizers: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_examples_overwrite_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tritflow.training.supply.CHUNK", 8)
-    captions, scenes = make_examples(20, seed=6, workers=1)
-    data = latent_set(captions, scenes, tokenizers)
+    data = latent_set(make_examples(20, seed=6, workers=1))
     before = data.t5_ids.clone()
-
-    def encode(captions: list[str], scenes: SceneBatch, *_: object) -> LatentSet:
-        return latent_set(captions, scenes, tokenizers)
-
-    monkeypatch.setattr("tritflow.training.supply.encode_set", encode)
+    monkeypatch.setattr("tritflow.training.supply.encode_set", lambda examples, *_: latent_set(examples))
 
     class Now(ThreadPoolExecutor):
         def submit(self, work: Any, task: Any) -> Future[Any]:  # type: ignore[override]
@@ -136,11 +131,11 @@ def test_fresh_examples_overwrite_the_oldest(tokenizers: tuple[Any, Any], monkey
     supply = Supply(pool, seed=6, made=20, ahead=2)
     assert supply.next == 3 + 2  # chunks 0..2 hold the first 20
     pointer = data.t5_ids.data_ptr()
-    assert supply.refill(data, None, tokenizers, 32, most=2) == 16
+    assert supply.refill(data, None, 32, most=2) == 16
     changed = (data.t5_ids != before).any(1)
     assert changed[:16].float().mean() > 0.9
     assert not changed[16:].any()
-    supply.refill(data, None, tokenizers, 32, most=1)
+    supply.refill(data, None, 32)
     assert supply.place == 4  # around the end
     assert data.t5_ids.data_ptr() == pointer
     supply.close()

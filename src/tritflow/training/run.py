@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tritflow.scenes.held_out import evaluation_prompts
-from tritflow.training import data, models
+from tritflow.training import data
 from tritflow.training.loop import rank, world_size
 
 # Seeds of prompts that are only looked at while training; the reported scores use others.
@@ -42,7 +42,7 @@ class Run:
         self.pool = ProcessPoolExecutor(min(12, self.workers), mp_context=get_context("spawn"))
         self.compile = not args.no_compile and self.device.type == "cuda"
         self.words = data.training_words()
-        self.tokenizers = models.build_tokenizers(self.words)
+        self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         model,
         "flow",
         box,
-        renew=lambda: supply.refill(latents, autoencoder, run.tokenizers, args.size),
+        renew=lambda: supply.refill(latents, autoencoder, args.size),
     )
     flow.train_flow(model, latents, seconds=args.flow_seconds, peak=args.peak, log=report, box=box, **common)
     supply.close()

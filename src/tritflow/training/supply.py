@@ -6,8 +6,7 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from tritflow.scenes import SceneBatch
-from tritflow.training.data import CHUNK, LatentSet, encode_set, example_chunk
+from tritflow.training.data import CHUNK, Examples, LatentSet, encode_set, example_chunk
 
 
 class Supply:
@@ -20,10 +19,10 @@ class Supply:
         ahead: chunks under way at any time.
     """
 
-    def __init__(self, pool: Executor, seed: int, made: int, ahead: int = 12) -> None:
+    def __init__(self, pool: Executor, seed: int, made: int, ahead: int = 4) -> None:
         self.pool, self.seed, self.next = pool, seed, -(-made // CHUNK)
         self.place = self.total = 0
-        self.waiting: deque[Future[tuple[list[str], SceneBatch]]] = deque()
+        self.waiting: deque[Future[Examples]] = deque()
         self._order(ahead)
 
     def _order(self, count: int) -> None:
@@ -31,12 +30,11 @@ class Supply:
             self.waiting.append(self.pool.submit(example_chunk, (self.seed, self.next, CHUNK)))
             self.next += 1
 
-    def refill(self, latents: LatentSet, vae: Any, tokenizers: tuple[Any, Any], size: int, most: int = 4) -> int:
+    def refill(self, latents: LatentSet, vae: Any, size: int, most: int = 1) -> int:
         """Overwrite the oldest examples by at most `most` chunks that are ready; returns how many examples."""
         fresh = 0
         while self.waiting and self.waiting[0].done() and fresh < most * CHUNK:
-            captions, scenes = self.waiting.popleft().result()
-            part = encode_set(captions, scenes, vae, tokenizers, size, latents.latents.device)
+            part = encode_set(self.waiting.popleft().result(), vae, size, latents.latents.device)
             part = part.first(len(latents.latents))
             self.place = latents.replace(self.place, part)
             fresh += len(part.latents)

@@ -48,7 +48,7 @@ def watch(
     """Score `name` in `folder` whenever it changes, until `seconds` are over or `folder/stop` exists."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    tokenizers = models.build_tokenizers(data.training_words())
+    tokenizers = data.word_tokenizers()
     prompts = evaluation_prompts(per_tag, PROGRESS_SEED)
     sizes = models.SmallFluxSize()
     clip, t5 = models.build_text_encoders(sizes, *tokenizers)
