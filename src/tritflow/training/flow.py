@@ -1,4 +1,4 @@
-"""Train text encoders and transformer together by flow matching, and distil guidance into its embedding.
+"""Train the transformer by flow matching, and distil guidance into its embedding. Text encoders stay as they are.
 
 x_t = (1 - sigma) x_0 + sigma eps, target velocity v = eps - x_0 (rectified flow, as FLUX.1); the transformer receives
 sigma as its `timestep`. Guidance: v = v_empty + w (v_prompt - v_empty) (classifier-free guidance, Ho & Salimans 2022),
@@ -111,7 +111,9 @@ def flow_loss(
         x = x0 + sigma[:, None, None] * (noise - x0)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             guidance = torch.ones(batch, device=device)
-            v, middle = model.velocity_and_tokens(x, sigma, model.text(clip_ids, t5_ids), guidance, side)
+            with torch.no_grad():
+                text = model.text(clip_ids, t5_ids)
+            v, middle = model.velocity_and_tokens(x, sigma, text, guidance, side)
         seen = head.loss(middle.float(), data.kind[index].long(), data.place[index])
         return (v.float() - (noise - x0)).square().mean() + PATCH_WEIGHT * share * seen
 

@@ -71,7 +71,7 @@ class Reader(nn.Module):
         weight = weight / weight.sum().clamp(min=1)
         facts, spot = (v.gather(1, slots[..., None].expand(-1, -1, 3)) for v in (kind, place))
         color, texture, count, where = self.at_noun(states.float()).split(_NOUN, dim=-1)
-        total = 4 * ((where - spot).square().sum(-1) * weight).sum()
+        total = 8 * ((where - spot).square().sum(-1) * weight).sum()
         for logits, truth in ((color, facts[..., 1]), (texture, facts[..., 2]), (count, many - 1)):
             errors = F.cross_entropy(logits.flatten(0, 1), truth.clamp(min=0).flatten(), reduction="none")
             total = total + (errors.view_as(weight) * weight).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,16 @@ def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> N
     run.log(f"reading: error {error:.4f}")
 
 
+def resume(model: flow.SmallFlux, path: Path) -> bool:
+    """Weights of an earlier leg, in any float type; returns whether text encoders were among them."""
+    found = load_file(path)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    if unexpected or any(name.startswith("transformer.") for name in missing):
+        wrong = (list(unexpected) or list(missing))[0]
+        raise ValueError(f"{path} holds another model's weights ('{wrong}'); give a flow-*.safetensors of this size")
+    return any(name.startswith("t5.") for name in found)
+
+
 def reporter(
     run: Run, model: flow.SmallFlux, name: str, trainer_box: list[Any], renew: Callable[[], int] | None = None
 ) -> Callable[[int, float, float], None]:
@@ -150,10 +161,13 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
     muon = args.optimizer == "muon"
     if args.probe_seconds and world_size() == 2:
         muon = probe(run, model, latents, autoencoder)
-    if args.resume:
-        model.load_state_dict(load_file(args.resume))
-    elif args.reading_seconds:
+    reads = bool(args.resume) and resume(model, args.resume)
+    if args.reading_seconds and not reads:
         learn_to_read(run, model, latents)
+    # From here on as in FLUX: the encoders know language and stay. Trained along, T5's attention collapses to single
+    # tokens within a few thousand steps, and what is red or left of what can no longer be told.
+    model.clip.requires_grad_(False)
+    model.t5.requires_grad_(False)
     common = {
         "side": args.size // 16,
         "batch": args.batch,
