@@ -5,6 +5,7 @@ Nothing here is used by the product itself. diffusers and transformers are impor
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def tiny_flux_transformer(
     text_dim: int = 32,
     pooled_dim: int = 32,
     in_channels: int = 16,
+    out_channels: int | None = None,
 ) -> Any:
     """A stock `FluxTransformer2DModel` with random weights (float32, eval mode).
 
@@ -84,7 +86,8 @@ def tiny_flux_transformer(
         guidance: whether the guidance scale is embedded, as in FLUX.1-dev.
         text_dim: width of the per-token text states.
         pooled_dim: width of the pooled text state.
-        in_channels: packed latent channels (four times the VAE's).
+        in_channels: packed latent channels (four times the VAE's; more for Fill and Control).
+        out_channels: packed latent channels that are predicted; None: `in_channels`.
     """
     from diffusers import FluxTransformer2DModel
 
@@ -95,6 +98,7 @@ def tiny_flux_transformer(
         model: Any = FluxTransformer2DModel(
             patch_size=1,
             in_channels=in_channels,
+            out_channels=out_channels,
             num_layers=double,
             num_single_layers=single,
             attention_head_dim=hidden // heads,
@@ -105,6 +109,11 @@ def tiny_flux_transformer(
             axes_dims_rope=rope_axes(hidden // heads),
         )
     return model.eval()
+
+
+def dense_twin(model: Any) -> Any:
+    """A copy of a ternary diffusers model with dense linears of exactly the same weights, in the model's dtype."""
+    return copy.deepcopy(model).dequantize()
 
 
 def transformer_inputs(
