@@ -111,6 +111,40 @@ def tiny_flux_transformer(
     return model.eval()
 
 
+def tiny_flux2_transformer(
+    *, hidden: int = 32, heads: int = 2, double: int = 1, single: int = 2, seed: int = 0, text_dim: int = 48
+) -> Any:
+    """A stock `Flux2Transformer2DModel` with random weights (float32, eval mode), without guidance, as klein.
+
+    Args:
+        hidden: width of the residual stream; `hidden / heads` must be a multiple of 8.
+        heads: attention heads.
+        double: number of double blocks.
+        single: number of single blocks.
+        seed: of the weights; the global generator is left as it was.
+        text_dim: width of the text states (three layers of the text encoder side by side).
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=hidden // heads,
+            num_attention_heads=heads,
+            joint_attention_dim=text_dim,
+            axes_dims_rope=(hidden // heads // 4,) * 4,
+            guidance_embeds=False,
+        )
+        # Gates have no bias: from weights of the default size they are nearly zero, and blocks would do nothing.
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.data.mul_(20)
+    return model.eval()
+
+
 def dense_twin(model: Any) -> Any:
     """A copy of a ternary diffusers model with dense linears of exactly the same weights, in the model's dtype."""
     return copy.deepcopy(model).dequantize()
@@ -245,6 +279,83 @@ def tiny_flux_folder(
     }
     (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
     return folder
+
+
+def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a complete, distilled `Flux2KleinPipeline` folder with random weights and return its path.
+
+    As `tiny_flux_folder`: stock classes, safetensors, `generation.json` (32x32 pixels, 2 steps).
+
+    Args:
+        path: folder to write (created).
+        seed: of the weights.
+        dtype: in which the models are stored.
+    """
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _qwen_tokenizer()
+    transformer = tiny_flux2_transformer(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        vae: Any = AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            mid_block_add_attention=False,
+        ).eval()
+        # The pipeline reads the states after layers 9, 18 and 27.
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=27,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=512,
+            )
+        ).eval()
+    modules: tuple[Any, ...] = (transformer, vae, encoder)
+    for module in modules:
+        torch.nn.Module.to(module, dtype)
+    pipe: Any = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=True,
+    )
+    folder = Path(path)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    defaults = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 64,
+    }
+    (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    return folder
+
+
+def _qwen_tokenizer() -> Any:
+    """Single bytes with Qwen's special tokens and a chat template of its form."""
+    from transformers import Qwen2Tokenizer
+
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    letters = [*(chr(c) for c in range(33, 127)), "\u0120", "\u010a"]  # byte-level BPE's space and newline
+    vocab = {piece: i for i, piece in enumerate([*letters, *specials])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", model_max_length=512)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer
 
 
 def _clip_tokenizer() -> Any:

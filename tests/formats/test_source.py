@@ -161,7 +161,7 @@ def test_other_things_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytes
     sd = tmp_path / "sd"
     sd.mkdir()
     (sd / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]}))
-    check_refused(sd, "StableDiffusionPipeline, not a FLUX.1 pipeline")
+    check_refused(sd, "StableDiffusionPipeline, not a FLUX pipeline")
 
     check_refused(
         dense_folder(tmp_path / "sd3", dense(CONFIG), {**CONFIG, "_class_name": "SD3Transformer2DModel"}), "SD3"

@@ -20,9 +20,11 @@ import torch
 
 from tritflow.assets import ASSETS, asset_path
 from tritflow.config import TernaryConfig, nearest
+from tritflow.formats.locate import fetch
+from tritflow.models import FAMILIES, FLUX1
 
-PIPELINE_CLASSES = ("FluxPipeline",)
-TRANSFORMER_CLASSES = ("FluxTransformer2DModel",)
+PIPELINE_CLASSES = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+"""Text to picture; diffusers' other FLUX pipelines take a ternary transformer by its own `from_pretrained`."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,7 +40,7 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """How a model wants to be sampled: pixels, sampler steps, embedded guidance, text tokens.
+    """How a model wants to be sampled: pixels, sampler steps, guidance, text tokens.
 
     The defaults are FLUX.1-dev's; a folder overrides them in its `generation.json`.
     """
@@ -70,10 +72,41 @@ class GenerationDefaults:
         return cls(**{key: known[key](value) for key, value in data.items()})
 
 
+SCHNELL = GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256)
+FLUX2_DEV = GenerationDefaults(num_inference_steps=50, guidance_scale=4.0)
+FLUX2_KLEIN = GenerationDefaults(num_inference_steps=4, guidance_scale=1.0)
+"""Black Forest Labs' own settings of FLUX.1-schnell, FLUX.2-dev and -klein-base, and of the distilled klein."""
+
+
 def generation_defaults(pipe: Any) -> GenerationDefaults:
-    """The defaults of the folder that `pipe` was loaded from, however it was loaded."""
-    folder = getattr(pipe, "config", {}).get("_name_or_path") or ""
-    return GenerationDefaults.read(folder) if folder and Path(folder).is_dir() else GenerationDefaults()
+    """How `pipe` is sampled unless asked otherwise, however it was loaded.
+
+    By the `generation.json` of its folder or hub repository; without one, by the kind of its model.
+    """
+    origin = str(getattr(pipe, "config", {}).get("_name_or_path") or "")
+    if origin and Path(origin).is_dir():
+        folder: Path | None = Path(origin)
+    else:
+        file = _hub_file(origin, "generation.json") if _HUB_ID.fullmatch(origin) else None
+        folder = file.parent if file else None
+    if folder is not None and (folder / "generation.json").is_file():
+        return GenerationDefaults.read(folder)
+    transformer: Any = getattr(pipe, "transformer", None)
+    if transformer is None:
+        return GenerationDefaults()
+    if type(transformer).__name__ == FLUX1.transformer_class:
+        return GenerationDefaults() if transformer.config.guidance_embeds else SCHNELL
+    return FLUX2_KLEIN if pipe.config.get("is_distilled") else FLUX2_DEV
+
+
+def _hub_file(repository: str, name: str) -> Path | None:
+    """One small file of a hub repository, from the cache or fetched; None if there is none, or no way to it."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+    except (OSError, ValueError):  # all that the hub raises, and names it does not take
+        return None
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -161,14 +194,15 @@ def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
     if index.is_file():
         name = _read_json(index).get("_class_name")
         if name not in PIPELINE_CLASSES:
-            raise ModelError(f"{path} is a {name}; tritflow runs {' and '.join(PIPELINE_CLASSES)} folders")
+            raise ModelError(_other_pipeline(str(path), name))
         check_weights(path)
         return ModelSource(str(path))
     for folder in (path, path / "transformer"):
         if (folder / "config.json").is_file():
             name = _read_json(folder / "config.json").get("_class_name")
-            if name not in TRANSFORMER_CLASSES:
-                raise ModelError(f"{folder} is a {name}; tritflow runs {' and '.join(TRANSFORMER_CLASSES)}")
+            known = [family.transformer_class for family in FAMILIES.values()]
+            if name not in known:
+                raise ModelError(f"{folder} is a {name}; tritflow runs {', '.join(known)}")
             check_weights(folder)
             return ModelSource(_base_of(path, base), folder)
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
@@ -177,6 +211,19 @@ def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
             f"{path} holds a pickle ({pickles[0]}) and no model_index.json; tritflow reads safetensors only"
         )
     raise ModelError(f"{path} is no model folder: it has neither model_index.json nor transformer/config.json")
+
+
+def _fetched(source: ModelSource, base: str | Path | None) -> ModelSource:
+    """Fetch a hub repository that holds a transformer alone; whole pipelines are left to diffusers."""
+    name = source.pipeline
+    bare = source.transformer is None and not Path(name).is_dir() and not _hub_file(name, "model_index.json")
+    if not bare or not any(_hub_file(name, place) for place in ("config.json", "transformer/config.json")):
+        return source
+    return _resolve_folder(fetch(name), base)
+
+
+def _other_pipeline(model: str, name: Any) -> str:
+    return f"{model} is a {name}; tritflow runs {', '.join(PIPELINE_CLASSES)}"
 
 
 def _base_of(path: Path, base: str | Path | None) -> str:
@@ -226,7 +273,7 @@ def load_pipeline(
     mode: str | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Load a dense or ternary FLUX pipeline with stock diffusers classes.
+    """Load a dense or ternary FLUX.1 or FLUX.2 pipeline with stock diffusers classes.
 
     Args:
         model: see `resolve_model`.
@@ -237,7 +284,7 @@ def load_pipeline(
         backend: overrides the checkpoint's kernel choice.
 
     Returns:
-        A `diffusers.FluxPipeline` on the device.
+        A diffusers pipeline of one of `PIPELINE_CLASSES` on the device.
 
     Raises:
         ModelError, DeviceError, CheckpointError, AssetError: one line each, naming what is wrong.
@@ -246,16 +293,21 @@ def load_pipeline(
     as_type = pick_dtype(dtype, on)
     overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
     TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
-    source = resolve_model(model, base)
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    source = _fetched(resolve_model(model, base), base)
+    import diffusers
 
     with _one_line(model):
         parts: dict[str, Any] = {}
         if source.transformer is not None:
-            parts["transformer"] = FluxTransformer2DModel.from_pretrained(
+            name = _read_json(source.transformer / "config.json")["_class_name"]
+            parts["transformer"] = getattr(diffusers, name).from_pretrained(
                 source.transformer, torch_dtype=as_type, use_safetensors=True
             )
-        pipe: Any = FluxPipeline.from_pretrained(source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts)
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+            source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts
+        )
+    if type(pipe).__name__ not in PIPELINE_CLASSES:  # a hub id told nothing beforehand
+        raise ModelError(_other_pipeline(str(model), type(pipe).__name__))
     if overrides:
         configure_(pipe, **overrides)
     return pipe.to(on)
