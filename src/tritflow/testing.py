@@ -305,7 +305,7 @@ def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = t
             norm_num_groups=4,
             sample_size=32,
             mid_block_add_attention=False,
-        ).eval()
+        )
         # The pipeline reads the states after layers 9, 18 and 27.
         encoder = Qwen3ForCausalLM(
             Qwen3Config(
@@ -318,10 +318,10 @@ def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = t
                 head_dim=8,
                 max_position_embeddings=512,
             )
-        ).eval()
+        )
     modules: tuple[Any, ...] = (transformer, vae, encoder)
     for module in modules:
-        torch.nn.Module.to(module, dtype)
+        torch.nn.Module.to(module.eval(), dtype)
     pipe: Any = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,

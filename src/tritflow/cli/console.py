@@ -67,7 +67,7 @@ def explain(error: BaseException) -> tuple[str, int]:
             f"out of memory: {first}; try smaller --height and --width, --batch-size 1, or --device cpu",
             NO_ROOM,
         )
-    if kind == "DeviceError":
+    if kind in ("DeviceError", "MemoryPlanError"):
         return first, NO_ROOM
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return first, FAILURE

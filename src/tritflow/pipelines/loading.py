@@ -7,106 +7,33 @@ other components from a base pipeline.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritflow.assets import ASSETS, asset_path
 from tritflow.config import TernaryConfig, nearest
 from tritflow.formats.locate import fetch
-from tritflow.models import FAMILIES, FLUX1
+from tritflow.models import FAMILIES
+from tritflow.pipelines.defaults import HUB_ID, ModelError, hub_file, read_json_file
+from tritflow.pipelines.defaults import GenerationDefaults as GenerationDefaults
+from tritflow.pipelines.defaults import generation_defaults as generation_defaults
+
+if TYPE_CHECKING:
+    from tritflow.pipelines.memory_plan import MemoryPlan
 
 PIPELINE_CLASSES = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
 """Text to picture; diffusers' other FLUX pipelines take a ternary transformer by its own `from_pretrained`."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class ModelError(ValueError):
-    """The named model is missing, incomplete, of another family, or stored as a pickle. Says what to do."""
 
 
 class DeviceError(ValueError):
     """The named device is not there, or not known to this PyTorch."""
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """How a model wants to be sampled: pixels, sampler steps, guidance, text tokens.
-
-    The defaults are FLUX.1-dev's; a folder overrides them in its `generation.json`.
-    """
-
-    height: int = 1024
-    width: int = 1024
-    num_inference_steps: int = 28
-    guidance_scale: float = 3.5
-    max_sequence_length: int = 512
-
-    @classmethod
-    def read(cls, folder: str | Path) -> GenerationDefaults:
-        """From `folder/generation.json`; FLUX.1-dev's when there is none.
-
-        Raises:
-            ModelError: the file is not an object of known names and positive numbers.
-        """
-        path = Path(folder) / "generation.json"
-        if not path.is_file():
-            return cls()
-        data = _read_json(path)
-        known: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
-        for key, value in data.items():
-            if key not in known:
-                raise ModelError(f"{path}: unknown setting '{key}'{nearest(key, list(known))}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value < 0 or (known[key] is int and (value < 1 or value != int(value))):
-                raise ModelError(f"{path}: '{key}' must be a positive number, not {value!r}")
-        return cls(**{key: known[key](value) for key, value in data.items()})
-
-
-SCHNELL = GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256)
-FLUX2_DEV = GenerationDefaults(num_inference_steps=50, guidance_scale=4.0)
-FLUX2_KLEIN = GenerationDefaults(num_inference_steps=4, guidance_scale=1.0)
-"""Black Forest Labs' own settings of FLUX.1-schnell, FLUX.2-dev and -klein-base, and of the distilled klein."""
-
-
-def generation_defaults(pipe: Any) -> GenerationDefaults:
-    """How `pipe` is sampled unless asked otherwise, however it was loaded.
-
-    By the `generation.json` of its folder or hub repository; without one, by the kind of its model.
-    """
-    origin = str(getattr(pipe, "config", {}).get("_name_or_path") or "")
-    if origin and Path(origin).is_dir():
-        folder: Path | None = Path(origin)
-    else:
-        file = _hub_file(origin, "generation.json") if _HUB_ID.fullmatch(origin) else None
-        folder = file.parent if file else None
-    if folder is not None and (folder / "generation.json").is_file():
-        return GenerationDefaults.read(folder)
-    transformer: Any = getattr(pipe, "transformer", None)
-    if transformer is None:
-        return GenerationDefaults()
-    if type(transformer).__name__ == FLUX1.transformer_class:
-        return GenerationDefaults() if transformer.config.guidance_embeds else SCHNELL
-    return FLUX2_KLEIN if pipe.config.get("is_distilled") else FLUX2_DEV
-
-
-def _hub_file(repository: str, name: str) -> Path | None:
-    """One small file of a hub repository, from the cache or fetched; None if there is none, or no way to it."""
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, name))
-    except (OSError, ValueError):  # all that the hub raises, and names it does not take
-        return None
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -182,24 +109,38 @@ def resolve_model(model: str | Path, base: str | Path | None = None) -> ModelSou
         if path.suffix in _PICKLES:
             raise ModelError(f"{path} is a pickle, which tritflow never loads; convert it to safetensors first")
         raise ModelError(f"{path} is a single file; `tritflow quantize {path} OUT` makes a model folder of it")
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if HUB_ID.fullmatch(name) and not name.startswith("."):
         return ModelSource(name)
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(path.name, [*siblings, *ASSETS])
     raise ModelError(f"no model '{name}': neither a folder, a hub id (owner/name) nor a built-in name{hint}")
 
 
+def locate_model(model: str | Path, base: str | Path | None = None) -> ModelSource:
+    """As `resolve_model`, and a hub repository that holds a transformer alone is fetched.
+
+    Whole pipelines are left to diffusers, which fetches what its class needs. Errors as in `resolve_model`, and
+    `CheckpointError` for a hub that cannot be reached.
+    """
+    source = resolve_model(model, base)
+    name = source.pipeline
+    whole = source.transformer is not None or Path(name).is_dir() or hub_file(name, "model_index.json")
+    if whole or not any(hub_file(name, place) for place in ("config.json", "transformer/config.json")):
+        return source
+    return _resolve_folder(fetch(name), base)
+
+
 def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
     index = path / "model_index.json"
     if index.is_file():
-        name = _read_json(index).get("_class_name")
+        name = read_json_file(index).get("_class_name")
         if name not in PIPELINE_CLASSES:
             raise ModelError(_other_pipeline(str(path), name))
         check_weights(path)
         return ModelSource(str(path))
     for folder in (path, path / "transformer"):
         if (folder / "config.json").is_file():
-            name = _read_json(folder / "config.json").get("_class_name")
+            name = read_json_file(folder / "config.json").get("_class_name")
             known = [family.transformer_class for family in FAMILIES.values()]
             if name not in known:
                 raise ModelError(f"{folder} is a {name}; tritflow runs {', '.join(known)}")
@@ -213,15 +154,6 @@ def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
     raise ModelError(f"{path} is no model folder: it has neither model_index.json nor transformer/config.json")
 
 
-def _fetched(source: ModelSource, base: str | Path | None) -> ModelSource:
-    """Fetch a hub repository that holds a transformer alone; whole pipelines are left to diffusers."""
-    name = source.pipeline
-    bare = source.transformer is None and not Path(name).is_dir() and not _hub_file(name, "model_index.json")
-    if not bare or not any(_hub_file(name, place) for place in ("config.json", "transformer/config.json")):
-        return source
-    return _resolve_folder(fetch(name), base)
-
-
 def _other_pipeline(model: str, name: Any) -> str:
     return f"{model} is a {name}; tritflow runs {', '.join(PIPELINE_CLASSES)}"
 
@@ -230,7 +162,7 @@ def _base_of(path: Path, base: str | Path | None) -> str:
     """The pipeline that completes a bare transformer: named by the caller, or recorded when it was made."""
     if base is None:
         for meta in (path / "meta.json", path.parent / "meta.json"):
-            recorded = _read_json(meta).get("base") if meta.is_file() else None
+            recorded = read_json_file(meta).get("base") if meta.is_file() else None
             if recorded:
                 base = recorded if recorded in ASSETS or Path(recorded).is_absolute() else meta.parent / recorded
                 if not (str(base) in ASSETS or Path(base).is_dir()):
@@ -272,6 +204,7 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     mode: str | None = None,
     backend: str | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Any:
     """Load a dense or ternary FLUX.1 or FLUX.2 pipeline with stock diffusers classes.
 
@@ -282,24 +215,29 @@ def load_pipeline(
         dtype: of everything that is not ternary; default bfloat16 on accelerators, float32 on the CPU.
         mode: overrides the checkpoint's `w2a16` or `w2a8`.
         backend: overrides the checkpoint's kernel choice.
+        plan: where components lie, from `plan_memory`; None: all on the device.
 
     Returns:
         A diffusers pipeline of one of `PIPELINE_CLASSES` on the device.
 
     Raises:
-        ModelError, DeviceError, CheckpointError, AssetError: one line each, naming what is wrong.
+        ModelError, DeviceError, CheckpointError, AssetError, MemoryPlanError: one line each, naming what is wrong.
     """
     on = pick_device(device)
     as_type = pick_dtype(dtype, on)
     overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
     TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
-    source = _fetched(resolve_model(model, base), base)
+    from tritflow.pipelines.offloading import apply_plan, keep_plan
+
+    source = locate_model(model, base)
+    if plan is not None:
+        keep_plan(plan, on)
     import diffusers
 
     with _one_line(model):
         parts: dict[str, Any] = {}
         if source.transformer is not None:
-            name = _read_json(source.transformer / "config.json")["_class_name"]
+            name = read_json_file(source.transformer / "config.json")["_class_name"]
             parts["transformer"] = getattr(diffusers, name).from_pretrained(
                 source.transformer, torch_dtype=as_type, use_safetensors=True
             )
@@ -310,6 +248,9 @@ def load_pipeline(
         raise ModelError(_other_pipeline(str(model), type(pipe).__name__))
     if overrides:
         configure_(pipe, **overrides)
+    if plan is not None:
+        apply_plan(pipe, plan, on)
+        return pipe
     return pipe.to(on)
 
 
@@ -377,13 +318,3 @@ def _one_line(model: str | Path) -> Iterator[None]:
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot load '{model}': {first}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return data
