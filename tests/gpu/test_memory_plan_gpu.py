@@ -5,8 +5,10 @@ The pipeline has FLUX.1's shape at a quarter of its width and a tenth of its dep
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,71 +29,86 @@ CUDA = torch.device("cuda:0")
 WORK = Workload(1024, 1024, text_tokens=128)
 
 
+def make(folder: Path) -> Any:
+    """The pipeline, on the CPU."""
+    small = FluxPipeline.from_pretrained(tiny_flux_folder(folder, dtype=torch.bfloat16))
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=128,
+            num_attention_heads=12,
+            joint_attention_dim=1024,
+            pooled_projection_dim=32,
+            axes_dims_rope=rope_axes(128),
+            guidance_embeds=True,
+        )
+
+    def ternary(name: str, linear: torch.nn.Linear) -> TernaryLinear:
+        g = torch.Generator().manual_seed(len(name))
+        trits = torch.randint(-1, 2, (linear.out_features, linear.in_features), generator=g, dtype=torch.int8)
+        scale = torch.full((linear.out_features,), 0.8 * linear.in_features**-0.5)
+        return TernaryLinear.from_linear(random_linear(1, linear.out_features), trits, scale)
+
+    swap_linears_(transformer, lambda name, _: "blocks." in name, ternary)
+    for module in transformer.modules():
+        if not isinstance(module, TernaryLinear) and any(p.is_meta for p in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            for parameter in module.parameters(recurse=False):
+                torch.nn.init.normal_(parameter, std=0.02)
+    vae: Any = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        layers_per_block=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(small.tokenizer_2),
+            d_model=1024,
+            d_ff=4096,
+            num_layers=12,
+            num_heads=16,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    for module in (transformer, vae, t5):
+        torch.nn.Module.to(module, torch.bfloat16).eval()
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=small.text_encoder,
+        tokenizer=small.tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=small.tokenizer_2,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make(tmp_path_factory.mktemp("planned") / "flux")
+
+
 @pytest.fixture
-def build(tmp_path: Any) -> Iterator[Any]:
-    """Makes the same pipeline again and again, on the CPU; the allocator's limit is lifted in the end."""
-    small = FluxPipeline.from_pretrained(tiny_flux_folder(tmp_path / "flux", dtype=torch.bfloat16))
+def build(original: Any) -> Iterator[Any]:
+    """Copies of the same pipeline on the CPU; the allocator's limit is lifted in the end."""
 
-    def made() -> Any:
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            transformer = FluxTransformer2DModel(
-                num_layers=2,
-                num_single_layers=4,
-                attention_head_dim=128,
-                num_attention_heads=12,
-                joint_attention_dim=1024,
-                pooled_projection_dim=32,
-                axes_dims_rope=rope_axes(128),
-                guidance_embeds=True,
-            )
-
-        def ternary(name: str, linear: torch.nn.Linear) -> TernaryLinear:
-            g = torch.Generator().manual_seed(len(name))
-            trits = torch.randint(-1, 2, (linear.out_features, linear.in_features), generator=g, dtype=torch.int8)
-            scale = torch.full((linear.out_features,), 0.8 * linear.in_features**-0.5)
-            return TernaryLinear.from_linear(random_linear(1, linear.out_features), trits, scale)
-
-        swap_linears_(transformer, lambda name, _: "blocks." in name, ternary)
-        for module in transformer.modules():
-            if not isinstance(module, TernaryLinear) and any(p.is_meta for p in module.parameters(recurse=False)):
-                module.to_empty(device="cpu", recurse=False)
-                for parameter in module.parameters(recurse=False):
-                    torch.nn.init.normal_(parameter, std=0.02)
-        vae: Any = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            latent_channels=16,
-            layers_per_block=2,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-        t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(small.tokenizer_2),
-                d_model=1024,
-                d_ff=4096,
-                num_layers=12,
-                num_heads=16,
-                feed_forward_proj="gated-gelu",
-            )
-        )
-        for module in (transformer, vae, t5):
-            torch.nn.Module.to(module, torch.bfloat16).eval()
-        pipe = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae,
-            text_encoder=small.text_encoder,
-            tokenizer=small.tokenizer,
-            text_encoder_2=t5,
-            tokenizer_2=small.tokenizer_2,
-            transformer=transformer,
-        )
+    def copied() -> Any:
+        parts = {name: copy.deepcopy(part) for name, part in original.components.items()}
+        pipe = FluxPipeline(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    yield made
+    yield copied
     torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
 
 
@@ -134,8 +151,8 @@ def test_plans_are_kept(build: Any) -> None:
         apply_plan(pipe, plan, CUDA)
         for _ in range(2):
             found = draw(pipe)
-            if plan.tile is None:
-                assert torch.equal(found, expected), plan.lines()
+            if plan.tile is None:  # cuDNN may choose another algorithm where a workspace does not fit
+                assert (found - expected).abs().mean() < 0.005, plan.lines()
         reserved = torch.cuda.max_memory_reserved()
         print(f"{plan.lines()}: reserved {reserved / GIB:.2f} of {(plan.budget - CONTEXT) / GIB:.2f} GiB")
         assert reserved <= plan.budget - CONTEXT

@@ -64,7 +64,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted; the same command goes on where it can", INTERRUPTED
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return (
-            f"out of memory: {first}; try smaller --height and --width, --batch-size 1, or --device cpu",
+            f"out of memory: {first}; try smaller --height and --width, --batch-size 1, --device cpu, or let "
+            "`tritflow generate --max-memory SIZE` plan for less",
             NO_ROOM,
         )
     if kind in ("DeviceError", "MemoryPlanError"):

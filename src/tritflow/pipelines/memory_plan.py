@@ -44,7 +44,7 @@ class Placement(StrEnum):
 # What a choice costs, in no unit but its order: text is encoded once, the transformer runs at every step.
 _TEXT_COST = {Placement.RESIDENT: 0, Placement.OFFLOADED: 1, Placement.STREAMED: 2, Placement.CPU: 8}
 _CORE_COST = {Placement.RESIDENT: 0, Placement.OFFLOADED: 1, Placement.STREAMED: 10}
-_TILE_COST: dict[int | None, int] = {None: 0, 512: 6, 256: 7}
+_TILE_COST: dict[int | None, int] = {None: 0, 512: 6, 256: 12}
 
 
 @dataclass(frozen=True)
