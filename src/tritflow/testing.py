@@ -112,9 +112,16 @@ def tiny_flux_transformer(
 
 
 def tiny_flux2_transformer(
-    *, hidden: int = 32, heads: int = 2, double: int = 1, single: int = 2, seed: int = 0, text_dim: int = 48
+    *,
+    hidden: int = 32,
+    heads: int = 2,
+    double: int = 1,
+    single: int = 2,
+    seed: int = 0,
+    text_dim: int = 48,
+    guidance: bool = False,
 ) -> Any:
-    """A stock `Flux2Transformer2DModel` with random weights (float32, eval mode), without guidance, as klein.
+    """A stock `Flux2Transformer2DModel` with random weights (float32, eval mode).
 
     Args:
         hidden: width of the residual stream; `hidden / heads` must be a multiple of 8.
@@ -123,6 +130,7 @@ def tiny_flux2_transformer(
         single: number of single blocks.
         seed: of the weights; the global generator is left as it was.
         text_dim: width of the text states (three layers of the text encoder side by side).
+        guidance: whether the guidance scale is embedded, as in dev; klein does without.
     """
     from diffusers import Flux2Transformer2DModel
 
@@ -136,7 +144,7 @@ def tiny_flux2_transformer(
             num_attention_heads=heads,
             joint_attention_dim=text_dim,
             axes_dims_rope=(hidden // heads // 4,) * 4,
-            guidance_embeds=False,
+            guidance_embeds=guidance,
         )
         # Gates have no bias: from weights of the default size they are nearly zero, and blocks would do nothing.
         for name, parameter in model.named_parameters():

@@ -156,6 +156,10 @@ def test_plans_are_kept(build: Any) -> None:
         reserved = torch.cuda.max_memory_reserved()
         print(f"{plan.lines()}: reserved {reserved / GIB:.2f} of {(plan.budget - CONTEXT) / GIB:.2f} GiB")
         assert reserved <= plan.budget - CONTEXT
+        free, total = torch.cuda.mem_get_info(CUDA)
+        outside = total - free - torch.cuda.memory_reserved()  # by the driver's count, on a GPU of one's own
+        print(f"outside of PyTorch's allocator: {outside / GIB:.2f} GiB")
+        assert outside <= CONTEXT
         # Estimates may be high, but not so high that they refuse what fits easily.
         assert torch.cuda.max_memory_allocated() > 0.5 * (plan.peak - CONTEXT), plan.lines()
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
@@ -181,11 +185,3 @@ def test_every_placement_runs(build: Any) -> None:
         del pipe
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def test_cuda_itself_takes_no_more_than_is_reserved_for_it() -> None:
-    torch.zeros(1, device=CUDA)
-    free, total = torch.cuda.mem_get_info(CUDA)
-    outside = total - free - torch.cuda.memory_reserved(CUDA)
-    print(f"outside of PyTorch's allocator: {outside / GIB:.2f} GiB")
-    assert outside < CONTEXT

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from typer.testing import CliRunner
 
 import tritflow
@@ -16,7 +16,7 @@ from tritflow.cli.main import app
 from tritflow.formats.checkpoint import verify_folder
 from tritflow.pipelines.loading import load_pipeline
 from tritflow.pipelines.quantize import QuantizeError
-from tritflow.testing import assert_close, dense_twin, relative_error, tiny_flux2_folder
+from tritflow.testing import assert_close, dense_twin, relative_error, tiny_flux2_folder, tiny_flux2_transformer
 
 SAME = 1e-4
 
@@ -73,6 +73,24 @@ def test_on_the_fly_saves_and_verifies(dense: Path, tmp_path: Path) -> None:
     again: Any = Flux2Transformer2DModel.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.view(torch.uint8), again.state_dict()[name].view(torch.uint8))
+
+
+def test_dev_embeds_its_guidance(klein: Any, tmp_path: Path) -> None:
+    tiny_flux2_transformer(guidance=True, seed=2).save_pretrained(tmp_path)
+    model: Any = Flux2Transformer2DModel.from_pretrained(tmp_path, quantization_config=TritflowConfig())
+    states = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(0))
+
+    def drawn(transformer: Any, guidance: float) -> torch.Tensor:
+        parts = {"scheduler": klein.scheduler, "vae": klein.vae, "text_encoder": None, "tokenizer": None}
+        pipe = Flux2Pipeline(**parts, transformer=transformer)
+        pipe.set_progress_bar_config(disable=True)
+        settings: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt_embeds=states, guidance_scale=guidance, generator=generator, **settings).images
+
+    assert sum(isinstance(m, TernaryLinear) for m in model.modules()) == 16
+    assert_close(drawn(model, 4.0), drawn(dense_twin(model), 4.0), SAME)
+    assert not torch.equal(drawn(model, 4.0), drawn(model, 1.0))
 
 
 @pytest.mark.parametrize("style", ["diffusers", "bfl"])

@@ -84,6 +84,26 @@ def test_offloaded_components_take_turns(folder: Path) -> None:
     assert alone.vae._hf_hook.prev_module_hook is None
 
 
+def test_a_lora_loaded_before_the_plan_is_drawn_with(folder: Path) -> None:
+    pytest.importorskip("peft")
+    g = torch.Generator().manual_seed(1)
+    pictures = []
+    for where in ((ON, ON, ON, ON), (OFF, STREAMED, OFF, OFF), (OFF, OFF, STREAMED, OFF)):
+        pipe = load_pipeline(folder, device="cpu")
+        before = sizes_of(pipe)[2]
+        g.manual_seed(1)
+        at = "single_transformer_blocks.0.proj_out"
+        linear = pipe.transformer.get_submodule(at)
+        a, b = torch.randn(4, linear.in_features, generator=g), torch.randn(linear.out_features, 4, generator=g)
+        pipe.load_lora_weights({f"transformer.{at}.lora_A.weight": a, f"transformer.{at}.lora_B.weight": b})
+        after = sizes_of(pipe)[2]
+        assert after.total == before.total + a.nbytes + b.nbytes
+        apply_plan(pipe, planned(pipe, where), torch.device("cpu"))
+        pictures.append(generate(pipe, "a red star")[0].tobytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert pictures[0] != generate(load_pipeline(folder, device="cpu"), "a red star")[0].tobytes()
+
+
 def test_tiles_change_little(folder: Path) -> None:
     pipe = load_pipeline(folder, device="cpu")
     whole = generate(pipe, "a red star", 0, height=64, width=64)[0]
