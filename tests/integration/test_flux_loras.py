@@ -19,6 +19,7 @@ from tritflow.pipelines.lora import LoraError
 from tritflow.testing import assert_close, dense_twin, relative_error
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 RANK = 4
 HIDDEN = 32

@@ -1,11 +1,13 @@
 """LoRA on ternary transformers: adapters stay beside the ternary weights, and are never fused into them.
 
 Loading, weighing, disabling and unloading are diffusers' and peft's own: a `TernaryLinear` is an `nn.Linear` of the
-logical shape, so peft adds `scaling * B(A(x))` to its output and never touches its bits.
+logical shape, so peft adds `scaling * B(A(x))` to its output and never touches its bits. Two methods of a ternary
+model are replaced on the instance: `load_lora_adapter`, which every `load_lora_weights` ends in, and `fuse_lora`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 from torch import nn
@@ -18,6 +20,8 @@ class LoraError(ValueError):
 def refuse_to_fuse(*args: Any, **kwargs: Any) -> NoReturn:
     """Stands in for `fuse_lora` of ternary models: a ternary weight plus a low-rank update is not ternary.
 
+    peft would add the update to the packed bytes, layer by layer, until one of them does not fit.
+
     Raises:
         LoraError: always, before any layer is changed.
     """
@@ -27,14 +31,23 @@ def refuse_to_fuse(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def forbid_fusing_(model: nn.Module) -> None:
-    """Make `model.fuse_lora`, which pipelines call, refuse in one line.
+def load_and_adopt(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Stands in for `load_lora_adapter` of ternary models: diffusers' own, then peft's layers made faster."""
+    type(model).load_lora_adapter(model, *args, **kwargs)
+    from tritflow.pipelines.lora_layer import adopt_  # peft is there if a LoRA was loaded
 
-    peft would add the update to the packed bytes, layer by layer, until one of them does not fit.
-    """
-    model.fuse_lora = refuse_to_fuse  # type: ignore[assignment]
+    adopt_(model)
 
 
-def allow_fusing_(model: nn.Module) -> None:
-    """Undo `forbid_fusing_`; a model that was never forbidden is left as it is."""
-    model.__dict__.pop("fuse_lora", None)
+def prepare_for_lora_(model: nn.Module) -> None:
+    """Replace both methods on a diffusers model that has become ternary."""
+    if hasattr(type(model), "load_lora_adapter"):
+        # Partials, because a copy of the model must load into itself.
+        model.load_lora_adapter = functools.partial(load_and_adopt, model)  # type: ignore[assignment]
+        model.fuse_lora = refuse_to_fuse  # type: ignore[assignment]
+
+
+def release_from_lora_(model: nn.Module) -> None:
+    """Undo `prepare_for_lora_`, for a model that is dense again."""
+    for name in ("load_lora_adapter", "fuse_lora"):
+        model.__dict__.pop(name, None)
