@@ -12,6 +12,7 @@ import torch
 
 from tritflow.config import ConfigError
 from tritflow.formats.errors import CheckpointError
+from tritflow.pipelines.component_sizes import read_sizes
 from tritflow.pipelines.loading import (
     DeviceError,
     GenerationDefaults,
@@ -208,6 +209,14 @@ def test_a_hub_ids_own_settings_are_fetched(hub: Path, tiny_flux: Path) -> None:
     assert generation_defaults(pipe) == GenerationDefaults()
     shutil.copytree(tiny_flux, hub / "owner--name")
     assert generation_defaults(pipe) == GenerationDefaults(32, 32, 2, 3.5, 32)
+
+
+def test_memory_is_planned_from_a_hub_ids_configs(hub: Path, tiny_flux: Path) -> None:
+    shutil.copytree(tiny_flux, hub / "owner--name")
+    for weights in (hub / "owner--name").rglob("*.safetensors"):
+        weights.unlink()
+    found = read_sizes(resolve_model("owner/name"), torch.float32)
+    assert found == read_sizes(resolve_model(tiny_flux), torch.float32)
 
 
 def test_a_hub_id_may_hold_a_transformer_alone(hub: Path, tiny_flux: Path) -> None:
