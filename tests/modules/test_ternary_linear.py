@@ -124,7 +124,7 @@ def test_on_meta_the_weight_has_the_shape_of_its_bytes_too(make_ternary):
     weight = make_ternary().to("meta").weight
     assert weight.shape == (64, 200)
     assert weight.shape == torch.Size((64, 64))  # accelerate's test before it puts bytes back
-    assert not weight.shape != torch.Size((64, 64))
+    assert (weight.shape != torch.Size((64, 64))) is False
     assert weight.shape != (64, 65)
     assert tuple(weight.shape) == (64, 200)
     assert weight.shape.numel() == weight.numel() == 64 * 200

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from tritflow.formats.architecture import Shape, register_shapes
 from tritflow.formats.errors import CheckpointError
-from tritflow.models.family import Family
+from tritflow.models.shaped import ShapedFamily
 
 FLUX2_DEV: dict[str, Any] = {
     "_class_name": "Flux2Transformer2DModel",
@@ -49,7 +49,7 @@ FLUX2_KLEIN_9B: dict[str, Any] = FLUX2_DEV | {
 """FLUX.2-klein-9B's config (sizes from Black Forest Labs' flux2 repository)."""
 
 
-class Flux2(Family):
+class Flux2(ShapedFamily):
     """`Flux2Transformer2DModel`. 12 linears a double block, 2 a single block: 100 in klein-4B, 192 in dev."""
 
     name: ClassVar[str] = "flux2"
@@ -57,7 +57,7 @@ class Flux2(Family):
     targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*", "single_transformer_blocks.*")
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, Shape]:
-        """See `Family.shapes`."""
+        """See `ShapedFamily.shapes`."""
         c = _values(config)
         head, hidden = c["attention_head_dim"], c["attention_head_dim"] * c["num_attention_heads"]
         mlp = int(hidden * c["mlp_ratio"])
