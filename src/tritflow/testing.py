@@ -5,6 +5,7 @@ Nothing here is used by the product itself. diffusers and transformers are impor
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def tiny_flux_transformer(
     text_dim: int = 32,
     pooled_dim: int = 32,
     in_channels: int = 16,
+    out_channels: int | None = None,
 ) -> Any:
     """A stock `FluxTransformer2DModel` with random weights (float32, eval mode).
 
@@ -84,7 +86,8 @@ def tiny_flux_transformer(
         guidance: whether the guidance scale is embedded, as in FLUX.1-dev.
         text_dim: width of the per-token text states.
         pooled_dim: width of the pooled text state.
-        in_channels: packed latent channels (four times the VAE's).
+        in_channels: packed latent channels (four times the VAE's; more for Fill and Control).
+        out_channels: packed latent channels that are predicted; None: `in_channels`.
     """
     from diffusers import FluxTransformer2DModel
 
@@ -95,6 +98,7 @@ def tiny_flux_transformer(
         model: Any = FluxTransformer2DModel(
             patch_size=1,
             in_channels=in_channels,
+            out_channels=out_channels,
             num_layers=double,
             num_single_layers=single,
             attention_head_dim=hidden // heads,
@@ -105,6 +109,53 @@ def tiny_flux_transformer(
             axes_dims_rope=rope_axes(hidden // heads),
         )
     return model.eval()
+
+
+def tiny_flux2_transformer(
+    *,
+    hidden: int = 32,
+    heads: int = 2,
+    double: int = 1,
+    single: int = 2,
+    seed: int = 0,
+    text_dim: int = 48,
+    guidance: bool = False,
+) -> Any:
+    """A stock `Flux2Transformer2DModel` with random weights (float32, eval mode).
+
+    Args:
+        hidden: width of the residual stream; `hidden / heads` must be a multiple of 8.
+        heads: attention heads.
+        double: number of double blocks.
+        single: number of single blocks.
+        seed: of the weights; the global generator is left as it was.
+        text_dim: width of the text states (three layers of the text encoder side by side).
+        guidance: whether the guidance scale is embedded, as in dev; klein does without.
+    """
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=hidden // heads,
+            num_attention_heads=heads,
+            joint_attention_dim=text_dim,
+            axes_dims_rope=(hidden // heads // 4,) * 4,
+            guidance_embeds=guidance,
+        )
+        # Gates have no bias: from weights of the default size they are nearly zero, and blocks would do nothing.
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.data.mul_(20)
+    return model.eval()
+
+
+def dense_twin(model: Any) -> Any:
+    """A copy of a ternary diffusers model with dense linears of exactly the same weights, in the model's dtype."""
+    return copy.deepcopy(model).dequantize()
 
 
 def transformer_inputs(
@@ -236,6 +287,83 @@ def tiny_flux_folder(
     }
     (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
     return folder
+
+
+def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a complete, distilled `Flux2KleinPipeline` folder with random weights and return its path.
+
+    As `tiny_flux_folder`: stock classes, safetensors, `generation.json` (32x32 pixels, 2 steps).
+
+    Args:
+        path: folder to write (created).
+        seed: of the weights.
+        dtype: in which the models are stored.
+    """
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _qwen_tokenizer()
+    transformer = tiny_flux2_transformer(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        vae: Any = AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            mid_block_add_attention=False,
+        )
+        # The pipeline reads the states after layers 9, 18 and 27.
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=27,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=512,
+            )
+        )
+    modules: tuple[Any, ...] = (transformer, vae, encoder)
+    for module in modules:
+        torch.nn.Module.to(module.eval(), dtype)
+    pipe: Any = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=True,
+    )
+    folder = Path(path)
+    pipe.save_pretrained(folder, safe_serialization=True)
+    defaults = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 64,
+    }
+    (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    return folder
+
+
+def _qwen_tokenizer() -> Any:
+    """Single bytes with Qwen's special tokens and a chat template of its form."""
+    from transformers import Qwen2Tokenizer
+
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    letters = [*(chr(c) for c in range(33, 127)), "\u0120", "\u010a"]  # byte-level BPE's space and newline
+    vocab = {piece: i for i, piece in enumerate([*letters, *specials])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], pad_token="<|endoftext|>", model_max_length=512)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer
 
 
 def _clip_tokenizer() -> Any:

@@ -161,7 +161,7 @@ def test_other_things_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytes
     sd = tmp_path / "sd"
     sd.mkdir()
     (sd / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]}))
-    check_refused(sd, "StableDiffusionPipeline, not a FLUX.1 pipeline")
+    check_refused(sd, "StableDiffusionPipeline, not a FLUX pipeline")
 
     check_refused(
         dense_folder(tmp_path / "sd3", dense(CONFIG), {**CONFIG, "_class_name": "SD3Transformer2DModel"}), "SD3"
@@ -255,3 +255,8 @@ def test_hub_names_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert open_source("org/name").path == folder
     assert seen["repository"] == "org/name"
     assert not any(p.endswith((".bin", ".ckpt", ".pt")) or p == "*.safetensors" for p in seen["allow_patterns"])
+
+
+def test_a_flux2_single_file_is_told_from_flux1(tmp_path: Path) -> None:
+    save_file({"double_stream_modulation_img.lin.weight": torch.zeros(6, 1)}, tmp_path / "klein.safetensors")
+    check_refused(tmp_path / "klein.safetensors", "is a FLUX.2 transformer in one file; give its diffusers folder")

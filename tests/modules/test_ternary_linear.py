@@ -120,6 +120,28 @@ def test_moves_through_meta_keep_the_parameter_and_drop_the_expansion(make_terna
     assert source.expanded_bytes == 0
 
 
+def test_on_meta_the_weight_has_the_shape_of_its_bytes_too(make_ternary):
+    weight = make_ternary().to("meta").weight
+    assert weight.shape == (64, 200)
+    assert weight.shape == torch.Size((64, 64))  # accelerate's test before it puts bytes back
+    assert (weight.shape != torch.Size((64, 64))) is False
+    assert weight.shape != (64, 65)
+    assert tuple(weight.shape) == (64, 200)
+    assert weight.shape.numel() == weight.numel() == 64 * 200
+    assert hash(weight.shape) == hash((64, 200))
+
+
+def test_a_parameter_rebuilt_from_bytes_finds_its_width_again(make_ternary):
+    layer = make_ternary()
+    x = torch.randn(2, 200)
+    expected = layer(x)
+    layer._parameters["weight"] = PackedWeight(layer.packed)  # as accelerate does: it knows the bytes alone
+    assert layer._parameters["weight"].in_features == 256
+    assert layer.weight.shape == (64, 200)
+    assert layer._parameters["weight"].in_features == 200
+    assert torch.equal(layer(x), expected)
+
+
 def test_keep_expanded_trades_memory(make_ternary):
     kept, lean = make_ternary(), make_ternary(keep_expanded=False)
     x = torch.randn(2, 200)

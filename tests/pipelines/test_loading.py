@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tritflow.config import ConfigError
 from tritflow.formats.errors import CheckpointError
+from tritflow.pipelines.component_sizes import read_sizes
 from tritflow.pipelines.loading import (
     DeviceError,
     GenerationDefaults,
@@ -22,6 +24,8 @@ from tritflow.pipelines.loading import (
     pick_dtype,
     resolve_model,
 )
+from tritflow.pipelines.quantize import plan, quantize
+from tritflow.testing import tiny_flux2_folder, tiny_flux_folder
 
 
 @pytest.fixture
@@ -154,3 +158,85 @@ def test_overrides_need_a_ternary_model(tiny_flux: Path) -> None:
     pipe = load_pipeline(tiny_flux, device="cpu")
     with pytest.raises(ModelError, match="dense"):
         configure_(pipe, mode="w2a8")
+
+
+def test_defaults_without_a_file_follow_the_kind_of_model(tmp_path: Path) -> None:
+    schnell = tiny_flux_folder(tmp_path / "schnell", guidance=False)
+    (schnell / "generation.json").unlink()
+    assert generation_defaults(load_pipeline(schnell, device="cpu")) == GenerationDefaults(1024, 1024, 4, 0.0, 256)
+    klein = tiny_flux2_folder(tmp_path / "klein")
+    assert generation_defaults(load_pipeline(klein, device="cpu")).num_inference_steps == 2
+    (klein / "generation.json").unlink()
+    pipe = load_pipeline(klein, device="cpu")
+    assert generation_defaults(pipe) == GenerationDefaults(1024, 1024, 4, 1.0, 512)
+    pipe.register_to_config(is_distilled=False)
+    assert generation_defaults(pipe) == GenerationDefaults(1024, 1024, 50, 4.0, 512)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that stands for the hub: `hub/owner--name` is the repository `owner/name`."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(repository: str, name: str, **_: object) -> str:
+        file = tmp_path / repository.replace("/", "--") / name
+        if not file.is_file():
+            raise LocalEntryNotFoundError("no such file")
+        return str(file)
+
+    def snapshot(repository: str, **kwargs: list[str]) -> str:
+        folder = tmp_path / repository.replace("/", "--")
+        if not folder.is_dir():
+            raise LocalEntryNotFoundError("no such repository")
+        fetched = tmp_path / "cache" / folder.name
+        patterns = kwargs["allow_patterns"]
+        for file in (p for p in folder.rglob("*") if p.is_file()):
+            name = str(file.relative_to(folder))
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, fetched / name)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return tmp_path
+
+
+def test_a_hub_ids_own_settings_are_fetched(hub: Path, tiny_flux: Path) -> None:
+    pipe = load_pipeline(tiny_flux, device="cpu")
+    pipe.register_to_config(_name_or_path="owner/name")  # as diffusers leaves it
+    assert generation_defaults(pipe) == GenerationDefaults()
+    shutil.copytree(tiny_flux, hub / "owner--name")
+    assert generation_defaults(pipe) == GenerationDefaults(32, 32, 2, 3.5, 32)
+
+
+def test_memory_is_planned_from_a_hub_ids_configs(hub: Path, tiny_flux: Path) -> None:
+    shutil.copytree(tiny_flux, hub / "owner--name")
+    for weights in (hub / "owner--name").rglob("*.safetensors"):
+        weights.unlink()
+    found = read_sizes(resolve_model("owner/name"), torch.float32)
+    assert found == read_sizes(resolve_model(tiny_flux), torch.float32)
+
+
+def test_a_hub_id_may_hold_a_transformer_alone(hub: Path, tiny_flux: Path) -> None:
+    quantize(tiny_flux, hub / "made", "absmean", device="cpu")
+    shutil.copytree(hub / "made" / "transformer", hub / "owner--bare" / "transformer")
+    with pytest.raises(ModelError, match="--base"):
+        load_pipeline("owner/bare", device="cpu")
+    pipe = load_pipeline("owner/bare", base=tiny_flux, device="cpu", mode="w2a8")
+    assert generation_defaults(pipe).height == 32
+    (hub / "owner--bare" / "meta.json").write_text(json.dumps({"base": str(tiny_flux)}))
+    assert load_pipeline("owner/bare", device="cpu").transformer.dtype == torch.float32
+
+
+def test_quantizing_a_hub_id_finds_its_prompts_and_keeps_its_settings(hub: Path, tiny_flux: Path) -> None:
+    shutil.copytree(tiny_flux, hub / "owner--name")
+    (hub / "owner--name" / "calibration_prompts.txt").write_text("a red star\na blue ring\n")
+    (hub / "owner--name" / "single_file.safetensors").write_bytes(b"a copy of everything")
+    job = plan("owner/name", "demo", device="cpu")
+    assert job.prompts is not None
+    assert job.prompts.texts == ["a red star", "a blue ring"]
+    assert not (hub / "cache" / "owner--name" / "single_file.safetensors").exists()
+    quantize("owner/name", hub / "out", "absmean", device="cpu")
+    assert GenerationDefaults.read(hub / "out").height == 32

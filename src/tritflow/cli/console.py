@@ -64,10 +64,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted; the same command goes on where it can", INTERRUPTED
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return (
-            f"out of memory: {first}; try smaller --height and --width, --batch-size 1, or --device cpu",
+            f"out of memory: {first}; try smaller --height and --width, --batch-size 1, --device cpu, or let "
+            "`tritflow generate --max-memory SIZE` plan for less",
             NO_ROOM,
         )
-    if kind == "DeviceError":
+    if kind in ("DeviceError", "MemoryPlanError"):
         return first, NO_ROOM
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return first, FAILURE

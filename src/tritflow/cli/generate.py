@@ -19,6 +19,7 @@ _EXAMPLES = """Examples:
   tritflow generate "a red circle above a blue star"
   tritflow generate "a green ring" "two yellow crosses" --model OUT --out pictures.png
   tritflow generate "a red cube on a blue sphere" -m OUT --base FLUX_DIR --device cuda -n 4 --seed 7
+  tritflow generate "a red cube on a blue sphere" -m OUT --device cuda --max-memory 6GiB
 """
 
 
@@ -42,6 +43,10 @@ def generate(
     dtype: o.Dtype = "auto",
     mode: o.Mode = None,
     backend: o.Backend = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="Of the GPU, such as 6GiB: plan what lies where, say it, and keep to it."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Draw pictures from prompts, from noise that depends on the seed alone.
@@ -52,8 +57,25 @@ def generate(
     from tritflow.pipelines.generate import save_pictures
     from tritflow.pipelines.loading import load_pipeline, quiet
 
+    plan = None
+    if max_memory is not None:
+        from tritflow.pipelines.offloading import plan_memory
+
+        plan = plan_memory(
+            model,
+            max_memory,
+            height=height,
+            width=width,
+            batch=min(batch_size, count * len(prompts)),
+            max_sequence_length=max_tokens,
+            base=base,
+            device=device,
+            dtype=dtype,
+        )
+        for line in plan.lines():
+            say(line)
     with quiet():
-        pipe = load_pipeline(model, base=base, device=device, dtype=dtype, mode=mode, backend=backend)
+        pipe = load_pipeline(model, base=base, device=device, dtype=dtype, mode=mode, backend=backend, plan=plan)
     texts = [text for text in prompts for _ in range(count)]
     seeds = [seed + i for _ in prompts for i in range(count)]
     start = time.perf_counter()
@@ -75,7 +97,8 @@ def generate(
     paths = save_pictures(images, out, notes)
     if json:
         rows = [{"path": str(p), "prompt": t, "seed": s} for p, t, s in zip(paths, texts, seeds, strict=True)]
-        print_json({"model": model, "pictures": rows, "seconds": round(seconds, 3)})
+        plans = {} if plan is None else {"memory_plan": plan.to_dict()}
+        print_json({"model": model, "pictures": rows, "seconds": round(seconds, 3), **plans})
     else:
         for path in paths:
             print(path)

@@ -47,6 +47,7 @@ def inspect(
             return
     if path is None:
         raise typer.BadParameter("give a model to inspect, or --env")
+    import tritflow.models  # noqa: F401 - families register their tensors' shapes
     from tritflow.assets import ASSETS, asset_path
     from tritflow.formats.accounting import account
 

@@ -231,7 +231,7 @@ def storage_estimate(
     """What a transformer will take on disk once it is ternary.
 
     Args:
-        shapes: tensor name -> logical shape, from `architecture.flux1_shapes(config)` or `Source.shapes()`.
+        shapes: tensor name -> logical shape, from `architecture.shapes_of(config)` or `Source.shapes()`.
         packing: how trits lie on disk.
         config: targets and column scales (default: all block linears, row scales only).
         dense_dtype: of everything that stays dense, as safetensors spells it.

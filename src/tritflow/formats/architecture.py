@@ -1,12 +1,12 @@
-"""Names and shapes of a FLUX.1 transformer's tensors, from its config alone.
+"""Names and shapes of a transformer's tensors, from its config alone.
 
 With it a folder can be checked, and its size computed, without building the network. Verified against diffusers'
-own class in the tests.
+own class in the tests. FLUX.1 is known here; other families register themselves when `tritflow.models` is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tritflow.formats.errors import CheckpointError
@@ -32,9 +32,38 @@ FLUX1_DEV: dict[str, Any] = {
 Shape = tuple[int, ...]
 
 
+Shapes = Callable[[Mapping[str, Any]], dict[str, Shape]]
+"""From a config to every tensor's name and shape, in the model's order; raises `CheckpointError`."""
+
+_SHAPES: dict[str, Shapes] = {}
+
+
+def register_shapes(class_name: str, shapes: Shapes) -> None:
+    """Make a diffusers transformer class known to the readers and writers of checkpoints."""
+    _SHAPES[class_name] = shapes
+
+
+def known_classes() -> tuple[str, ...]:
+    """The diffusers transformer classes that can be quantized."""
+    return tuple(_SHAPES)
+
+
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether `flux1_shapes` covers this config's class."""
-    return config.get("_class_name") == FLUX1
+    """Whether `shapes_of` covers this config's class."""
+    return config.get("_class_name") in _SHAPES
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Every tensor of the model that `config` describes, in the model's own order.
+
+    Raises:
+        CheckpointError: another class of model, or a value that no model of the class has.
+    """
+    if not is_known(config):
+        raise CheckpointError(
+            f"config.json: '{str(config.get('_class_name'))[:80]}' is none of {', '.join(known_classes())}"
+        )
+    return _SHAPES[config["_class_name"]](config)
 
 
 def flux1_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -122,7 +151,7 @@ def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: 
     Raises:
         CheckpointError: naming the first tensor that is missing, unknown or of another shape.
     """
-    expected = flux1_shapes(config)
+    expected = shapes_of(config)
     for name, shape in expected.items():
         if name not in shapes:
             raise CheckpointError(f"{where}: tensor '{name}' is missing; the config asks for it")
@@ -132,4 +161,7 @@ def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, Shape], where: 
             )
     for name in shapes:
         if name not in expected:
-            raise CheckpointError(f"{where}: tensor '{name[:120]}' is unknown to this config's FLUX.1 transformer")
+            raise CheckpointError(f"{where}: tensor '{name[:120]}' is unknown to this config's transformer")
+
+
+register_shapes(FLUX1, flux1_shapes)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritflow.formats.architecture import is_known
 from tritflow.formats.errors import CheckpointError
 from tritflow.formats.folder import read_json_object
 from tritflow.formats.safetensors_file import refuse_pickle
@@ -14,11 +15,14 @@ HUB_PATTERNS = [
     "model_index.json",
     "config.json",
     "generation.json",
+    "calibration_prompts.txt",
+    "meta.json",
     "diffusion_pytorch_model*.safetensors*",
     "*/*.safetensors",
     "*/*.json",
     "*/*.txt",
     "*/*.model",
+    "*/*.jinja",
 ]
 """What is fetched of a hub repository. A single-file copy in its root is left there."""
 
@@ -48,7 +52,7 @@ def resolve(path: str | Path) -> Location:
     """
     found = Path(path)
     if not found.exists():
-        found = _from_hub(str(path))
+        found = fetch(str(path))
     if found.is_file():
         refuse_pickle(found, b"")
         if found.suffix == ".gguf":
@@ -58,9 +62,9 @@ def resolve(path: str | Path) -> Location:
         index = read_json_object(found / "model_index.json")
         entry = index.get("transformer")
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if kind != "FluxTransformer2DModel":
+        if not is_known({"_class_name": kind}):
             what = f"its transformer is a {str(kind)[:80]}" if kind else "it has no transformer"
-            raise CheckpointError(f"{found} is a {str(index.get('_class_name'))[:80]}, not a FLUX.1 pipeline: {what}")
+            raise CheckpointError(f"{found} is a {str(index.get('_class_name'))[:80]}, not a FLUX pipeline: {what}")
         return Location(found / "transformer", found)
     if (found / "config.json").exists():
         around = found.resolve().parent
@@ -80,7 +84,15 @@ def resolve_transformer(path: str | Path) -> Path:
     return resolve(path).transformer
 
 
-def _from_hub(name: str) -> Path:
+def fetch(name: str) -> Path:
+    """A hub repository's model (`HUB_PATTERNS`), or one file of it, in the hub's cache.
+
+    Args:
+        name: `org/name`, or `org/name/file.safetensors`.
+
+    Raises:
+        CheckpointError: no such name, or a hub that cannot be reached.
+    """
     match = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", name, re.ASCII)
     if not match or ".." in name:
         raise CheckpointError(f"{name} does not exist")

@@ -194,6 +194,8 @@ def infer_config(shapes: Mapping[str, Shape], where: str, config: Mapping[str, A
         )
     )
     missing = [k for k in keys if k not in shapes]
+    if any("double_stream_modulation_img" in name for name in shapes):
+        raise CheckpointError(f"{where} is a FLUX.2 transformer in one file; give its diffusers folder or hub id")
     if missing:
         raise CheckpointError(
             f"{where} is not a FLUX.1 transformer: it has no '{missing[0]}' "

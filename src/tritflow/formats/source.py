@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritflow.formats.architecture import FLUX1, Shape, check_shapes, flux1_shapes
+from tritflow.formats.architecture import Shape, check_shapes, flux1_shapes, is_known, known_classes, shapes_of
 from tritflow.formats.errors import CheckpointError
 from tritflow.formats.folder import TensorFolder, read_json_object
 from tritflow.formats.locate import resolve_transformer
@@ -26,7 +26,7 @@ _IGNORED = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 
 
 class Source(ABC):
-    """A dense FLUX.1 transformer on disk. Nothing is read but headers until a tensor is asked for.
+    """A dense transformer of a known class on disk. Nothing is read but headers until a tensor is asked for.
 
     Attributes:
         path: the transformer folder, or the single file.
@@ -48,7 +48,7 @@ class Source(ABC):
 
     @functools.cached_property
     def _shapes(self) -> dict[str, Shape]:
-        return flux1_shapes(self.config)
+        return shapes_of(self.config)
 
     def shape(self, name: str) -> Shape:
         """Raises `CheckpointError` when there is no such tensor."""
@@ -95,13 +95,14 @@ class FolderSource(Source):
         self.path = path
         config = read_json_object(path / "config.json")
         kind = config.get("_class_name")
-        if kind != FLUX1:
-            raise CheckpointError(f"{path} is a {str(kind)[:80]}; tritflow quantizes FLUX.1 transformers ({FLUX1})")
+        if not is_known(config):
+            known = ", ".join(known_classes())
+            raise CheckpointError(f"{path} is a {str(kind)[:80]}; tritflow quantizes FLUX transformers ({known})")
         quantization = config.get("quantization_config")
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(f"{path} is quantized already ({str(method)[:60]}); give the dense model")
-        flux1_shapes(config)
+        shapes_of(config)
         self.config = config
         self._folder = TensorFolder(path)
         self.files = self._folder.files

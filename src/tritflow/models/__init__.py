@@ -7,8 +7,9 @@ from typing import Any
 
 from tritflow.models.family import Family, FamilyError
 from tritflow.models.flux1 import FLUX1
+from tritflow.models.flux2 import FLUX2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX1,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX1, FLUX2)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -26,4 +27,4 @@ def family_of(config: Mapping[str, Any]) -> Family:
     raise FamilyError(f"'{name}' is not a transformer that tritflow knows; supported: {known}")
 
 
-__all__ = ["FAMILIES", "FLUX1", "Family", "FamilyError", "family_of"]
+__all__ = ["FAMILIES", "FLUX1", "FLUX2", "Family", "FamilyError", "family_of"]

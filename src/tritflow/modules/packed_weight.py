@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,39 @@ from tritflow.formats.packing import BLOCK, packed_width
 from tritflow.kernels.cpu import EXPANSION, Expansion
 
 
+class OffloadedShape(tuple[int, ...]):
+    """(N, K) of a weight on the meta device, which also equals the shape of its bytes.
+
+    accelerate's offloading hooks put a state dict's bytes in the place of a meta parameter, and refuse where the two
+    shapes differ. (torch.Size itself cannot be subclassed.)
+    """
+
+    packed: torch.Size
+
+    def __new__(cls, logical: torch.Size, packed: torch.Size) -> Self:
+        self = super().__new__(cls, logical)
+        self.packed = packed
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) or self.packed == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+    def numel(self) -> int:
+        """N * K."""
+        return math.prod(self)
+
+
 class PackedWeight(nn.Parameter):
     """uint8 bytes [N, 32 * ceil(K / 128)] whose `shape`, `size()` and `numel()` are those of the [N, K] matrix.
 
     LoRA loaders and parameter counts read the logical shape; bytes are counted by `nbytes` and `nelement()`, and
     every operation on the tensor (also `detach`, so also `state_dict`) sees the bytes. It never asks for a gradient.
+    On the meta device, `shape` equals both.
 
     Args:
         data: packed bytes.
@@ -56,8 +84,12 @@ class PackedWeight(nn.Parameter):
     def shape(self) -> torch.Size:  # type: ignore[override]
         rows, width = torch.Tensor.size(self)
         # A compiler that traces describes the tensor by these sizes; it must see the bytes' own.
-        tracing = torch._guards.TracingContext.try_get() is not None
-        return torch.Size((rows, width if tracing else self.in_features))
+        if torch._guards.TracingContext.try_get() is not None:
+            return torch.Size((rows, width))
+        logical = torch.Size((rows, self.in_features))
+        if self.is_meta:
+            return cast(torch.Size, OffloadedShape(logical, torch.Size((rows, width))))
+        return logical
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]

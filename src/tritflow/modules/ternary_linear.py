@@ -157,6 +157,13 @@ class TernaryLinear(nn.Linear):
             return w2a8_linear(*args, self.activation_dtype, self.backend)
         return w2a16_linear(*args, self.backend)
 
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        if name == "weight" and value.in_features != self.in_features:
+            # accelerate's hooks rebuild the parameter from its bytes, which do not tell where padding begins.
+            value.in_features = self.in_features
+        return value
+
     def reset_parameters(self) -> None:
         """Nothing is random here; there because `nn.Linear` has it."""
 

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tritflow.formats.atomic import write_atomic
+from tritflow.models import FLUX2
 from tritflow.pipelines.loading import generation_defaults
 
 MAX_TEXT_TOKENS = 512
@@ -75,14 +76,15 @@ def generate(
     batch_size: int = 4,
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """Draw one picture a prompt with a FluxPipeline's own sampler.
+    """Draw one picture a prompt with a FLUX.1 or FLUX.2 pipeline's own sampler.
 
     Args:
-        pipe: a `diffusers.FluxPipeline`, dense or ternary.
+        pipe: a `diffusers.FluxPipeline`, `Flux2Pipeline` or `Flux2KleinPipeline`, dense or ternary.
         prompts: one or many. An empty prompt is drawn, with a `PromptWarning`.
         seeds: of the noise, one a prompt, or one for all.
         height, width: pixels, multiples of 16; default: the model folder's own (`generation_defaults`), as for
-            `num_inference_steps`, `guidance_scale` (embedded) and `max_sequence_length` (text tokens).
+            `num_inference_steps`, `guidance_scale` (embedded, but for undistilled klein) and `max_sequence_length`
+            (text tokens).
         batch_size: pictures drawn at once.
         on_step: called as `on_step(done, total)` after every sampler step of every batch.
 
@@ -119,13 +121,9 @@ def generate(
     images: list[Image.Image] = []
     with _no_progress_bar(pipe):
         for batch in batches:
-            with _no_truncation_log():
-                embeds, pooled, _ = pipe.encode_prompt([texts[i] for i in batch], None, max_sequence_length=tokens)
             noise = [picture_noise(numbers[i], channels, latent_height, latent_width) for i in batch]
             pictures = pipe(
-                prompt_embeds=embeds,
-                pooled_prompt_embeds=pooled,
-                latents=torch.cat(noise),
+                **_inputs(pipe, [texts[i] for i in batch], torch.cat(noise), latent_height, tokens),
                 height=height,
                 width=width,
                 num_inference_steps=steps,
@@ -141,6 +139,17 @@ def generate(
                 )
             images += pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pictures))
     return images
+
+
+def _inputs(pipe: Any, texts: list[str], noise: Tensor, latent_height: int, tokens: int) -> dict[str, Any]:
+    """Prompts and noise as the pipeline's family takes them."""
+    if type(pipe.transformer).__name__ == FLUX2.transformer_class:
+        # The same numbers as a picture of 2x2 patches: FLUX.2's pipelines lay out the tokens themselves.
+        picture = noise.mT.reshape(len(texts), noise.shape[2], latent_height // 2, -1)
+        return {"prompt": texts, "latents": picture}
+    with _no_truncation_log():
+        embeds, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=tokens)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "latents": noise}
 
 
 def save_pictures(
@@ -197,12 +206,14 @@ def _check(texts: list[str], seeds: list[int], steps: int, guidance: float, toke
 
 def _warn_about(pipe: Any, texts: list[str], tokens: int) -> None:
     """One line a prompt that the model will not read as it was written."""
+    last = getattr(pipe, "tokenizer_2", None) or pipe.tokenizer  # FLUX.1's CLIP reads a summary alone
+    tokenizer = getattr(last, "tokenizer", last)  # FLUX.2-dev has a processor around its own
     for text in dict.fromkeys(texts):
         shown = text if len(text) <= 40 else text[:37] + "..."
         if not text.strip():
             warnings.warn("the prompt is empty: the model draws whatever it likes", PromptWarning, stacklevel=3)
         with _no_truncation_log():
-            count = len(pipe.tokenizer_2(text).input_ids)
+            count = len(tokenizer(text).input_ids)
         if count > tokens:
             message = f"the prompt '{shown}' has {count} text tokens; only the first {tokens} are read"
             warnings.warn(message, PromptWarning, stacklevel=3)

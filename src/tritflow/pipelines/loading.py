@@ -7,73 +7,33 @@ other components from a base pipeline.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tritflow.assets import ASSETS, asset_path
 from tritflow.config import TernaryConfig, nearest
+from tritflow.formats.locate import fetch
+from tritflow.models import FAMILIES
+from tritflow.pipelines.defaults import HUB_ID, ModelError, hub_file, read_json_file
+from tritflow.pipelines.defaults import GenerationDefaults as GenerationDefaults
+from tritflow.pipelines.defaults import generation_defaults as generation_defaults
 
-PIPELINE_CLASSES = ("FluxPipeline",)
-TRANSFORMER_CLASSES = ("FluxTransformer2DModel",)
+if TYPE_CHECKING:
+    from tritflow.pipelines.memory_plan import MemoryPlan
+
+PIPELINE_CLASSES = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline")
+"""Text to picture; diffusers' other FLUX pipelines take a ternary transformer by its own `from_pretrained`."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class ModelError(ValueError):
-    """The named model is missing, incomplete, of another family, or stored as a pickle. Says what to do."""
 
 
 class DeviceError(ValueError):
     """The named device is not there, or not known to this PyTorch."""
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """How a model wants to be sampled: pixels, sampler steps, embedded guidance, text tokens.
-
-    The defaults are FLUX.1-dev's; a folder overrides them in its `generation.json`.
-    """
-
-    height: int = 1024
-    width: int = 1024
-    num_inference_steps: int = 28
-    guidance_scale: float = 3.5
-    max_sequence_length: int = 512
-
-    @classmethod
-    def read(cls, folder: str | Path) -> GenerationDefaults:
-        """From `folder/generation.json`; FLUX.1-dev's when there is none.
-
-        Raises:
-            ModelError: the file is not an object of known names and positive numbers.
-        """
-        path = Path(folder) / "generation.json"
-        if not path.is_file():
-            return cls()
-        data = _read_json(path)
-        known: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
-        for key, value in data.items():
-            if key not in known:
-                raise ModelError(f"{path}: unknown setting '{key}'{nearest(key, list(known))}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value < 0 or (known[key] is int and (value < 1 or value != int(value))):
-                raise ModelError(f"{path}: '{key}' must be a positive number, not {value!r}")
-        return cls(**{key: known[key](value) for key, value in data.items()})
-
-
-def generation_defaults(pipe: Any) -> GenerationDefaults:
-    """The defaults of the folder that `pipe` was loaded from, however it was loaded."""
-    folder = getattr(pipe, "config", {}).get("_name_or_path") or ""
-    return GenerationDefaults.read(folder) if folder and Path(folder).is_dir() else GenerationDefaults()
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -149,26 +109,41 @@ def resolve_model(model: str | Path, base: str | Path | None = None) -> ModelSou
         if path.suffix in _PICKLES:
             raise ModelError(f"{path} is a pickle, which tritflow never loads; convert it to safetensors first")
         raise ModelError(f"{path} is a single file; `tritflow quantize {path} OUT` makes a model folder of it")
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if HUB_ID.fullmatch(name) and not name.startswith("."):
         return ModelSource(name)
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     hint = nearest(path.name, [*siblings, *ASSETS])
     raise ModelError(f"no model '{name}': neither a folder, a hub id (owner/name) nor a built-in name{hint}")
 
 
+def locate_model(model: str | Path, base: str | Path | None = None) -> ModelSource:
+    """As `resolve_model`, and a hub repository that holds a transformer alone is fetched.
+
+    Whole pipelines are left to diffusers, which fetches what its class needs. Errors as in `resolve_model`, and
+    `CheckpointError` for a hub that cannot be reached.
+    """
+    source = resolve_model(model, base)
+    name = source.pipeline
+    whole = source.transformer is not None or Path(name).is_dir() or hub_file(name, "model_index.json")
+    if whole or not any(hub_file(name, place) for place in ("config.json", "transformer/config.json")):
+        return source
+    return _resolve_folder(fetch(name), base)
+
+
 def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
     index = path / "model_index.json"
     if index.is_file():
-        name = _read_json(index).get("_class_name")
+        name = read_json_file(index).get("_class_name")
         if name not in PIPELINE_CLASSES:
-            raise ModelError(f"{path} is a {name}; tritflow runs {' and '.join(PIPELINE_CLASSES)} folders")
+            raise ModelError(_other_pipeline(str(path), name))
         check_weights(path)
         return ModelSource(str(path))
     for folder in (path, path / "transformer"):
         if (folder / "config.json").is_file():
-            name = _read_json(folder / "config.json").get("_class_name")
-            if name not in TRANSFORMER_CLASSES:
-                raise ModelError(f"{folder} is a {name}; tritflow runs {' and '.join(TRANSFORMER_CLASSES)}")
+            name = read_json_file(folder / "config.json").get("_class_name")
+            known = [family.transformer_class for family in FAMILIES.values()]
+            if name not in known:
+                raise ModelError(f"{folder} is a {name}; tritflow runs {', '.join(known)}")
             check_weights(folder)
             return ModelSource(_base_of(path, base), folder)
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
@@ -179,11 +154,15 @@ def _resolve_folder(path: Path, base: str | Path | None) -> ModelSource:
     raise ModelError(f"{path} is no model folder: it has neither model_index.json nor transformer/config.json")
 
 
+def _other_pipeline(model: str, name: Any) -> str:
+    return f"{model} is a {name}; tritflow runs {', '.join(PIPELINE_CLASSES)}"
+
+
 def _base_of(path: Path, base: str | Path | None) -> str:
     """The pipeline that completes a bare transformer: named by the caller, or recorded when it was made."""
     if base is None:
         for meta in (path / "meta.json", path.parent / "meta.json"):
-            recorded = _read_json(meta).get("base") if meta.is_file() else None
+            recorded = read_json_file(meta).get("base") if meta.is_file() else None
             if recorded:
                 base = recorded if recorded in ASSETS or Path(recorded).is_absolute() else meta.parent / recorded
                 if not (str(base) in ASSETS or Path(base).is_dir()):
@@ -225,8 +204,9 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     mode: str | None = None,
     backend: str | None = None,
+    plan: MemoryPlan | None = None,
 ) -> Any:
-    """Load a dense or ternary FLUX pipeline with stock diffusers classes.
+    """Load a dense or ternary FLUX.1 or FLUX.2 pipeline with stock diffusers classes.
 
     Args:
         model: see `resolve_model`.
@@ -235,29 +215,42 @@ def load_pipeline(
         dtype: of everything that is not ternary; default bfloat16 on accelerators, float32 on the CPU.
         mode: overrides the checkpoint's `w2a16` or `w2a8`.
         backend: overrides the checkpoint's kernel choice.
+        plan: where components lie, from `plan_memory`; None: all on the device.
 
     Returns:
-        A `diffusers.FluxPipeline` on the device.
+        A diffusers pipeline of one of `PIPELINE_CLASSES` on the device.
 
     Raises:
-        ModelError, DeviceError, CheckpointError, AssetError: one line each, naming what is wrong.
+        ModelError, DeviceError, CheckpointError, AssetError, MemoryPlanError: one line each, naming what is wrong.
     """
     on = pick_device(device)
     as_type = pick_dtype(dtype, on)
     overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
     TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
-    source = resolve_model(model, base)
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from tritflow.pipelines.offloading import apply_plan, keep_plan
+
+    source = locate_model(model, base)
+    if plan is not None:
+        keep_plan(plan, on)
+    import diffusers
 
     with _one_line(model):
         parts: dict[str, Any] = {}
         if source.transformer is not None:
-            parts["transformer"] = FluxTransformer2DModel.from_pretrained(
+            name = read_json_file(source.transformer / "config.json")["_class_name"]
+            parts["transformer"] = getattr(diffusers, name).from_pretrained(
                 source.transformer, torch_dtype=as_type, use_safetensors=True
             )
-        pipe: Any = FluxPipeline.from_pretrained(source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts)
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+            source.pipeline, torch_dtype=as_type, use_safetensors=True, **parts
+        )
+    if type(pipe).__name__ not in PIPELINE_CLASSES:  # a hub id told nothing beforehand
+        raise ModelError(_other_pipeline(str(model), type(pipe).__name__))
     if overrides:
         configure_(pipe, **overrides)
+    if plan is not None:
+        apply_plan(pipe, plan, on)
+        return pipe
     return pipe.to(on)
 
 
@@ -325,13 +318,3 @@ def _one_line(model: str | Path) -> Iterator[None]:
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot load '{model}': {first}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return data

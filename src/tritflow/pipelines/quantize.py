@@ -27,14 +27,14 @@ from tritflow.formats.atomic import atomic_file
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
 from tritflow.formats.writer import TransformerWriter
-from tritflow.models import Family, family_of
+from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
 
 WORK = ".work"
 COMPONENTS_LIMIT = 1 << 30
-_COPIED = {".json", ".txt", ".model", ".safetensors", ".md"}
+_COPIED = {".json", ".txt", ".model", ".safetensors", ".md", ".jinja"}
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total). Stages: `round`, `record`, `compensate`, `distill`, `write`, `copy`."""
@@ -210,6 +210,11 @@ def plan(
     for pattern in skip:
         if not any(TernaryConfig(targets=(pattern,)).matches(name) for name in inside):
             raise QuantizeError(f"--skip {pattern} matches none of the {len(inside)} block linears of {src}")
+    if needs_teacher(chosen) and family is not FLUX1:
+        raise QuantizeError(
+            f"recipe '{chosen.name}' runs the model, which tritflow does for FLUX.1 only, and {src} is {family.name}; "
+            "take --recipe fast or absmean"
+        )
     found = _calibration_prompts(location, prompts) if needs_teacher(chosen) else None
     return Job(
         location=location,

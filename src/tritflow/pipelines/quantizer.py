@@ -22,6 +22,7 @@ from tritflow.formats.packing import check_packed, repack
 from tritflow.formats.safetensors_file import SafetensorsFile
 from tritflow.modules.swap import swap_linears_
 from tritflow.modules.ternary_linear import TernaryLinear
+from tritflow.pipelines.lora import prepare_for_lora_, release_from_lora_
 from tritflow.quantization.ternarize import mse_optimal, mse_optimal_columns
 
 _MEND = "run `tritflow inspect` on the folder, then fetch or quantize it again"
@@ -225,6 +226,7 @@ class TritflowQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"tensor '{name}' is missing from the checkpoint; {_MEND}")
         self._loaded, self._names = set(), set()
         self.quantization_config.attach(model)
+        prepare_for_lora_(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -258,6 +260,7 @@ class TritflowQuantizer(DiffusersQuantizer):
             dense.bias = ternary.bias
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, dense)
+        release_from_lora_(model)
         config = {k: v for k, v in model.config.items() if k != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
         return model
