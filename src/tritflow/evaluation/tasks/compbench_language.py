@@ -115,7 +115,7 @@ def noun_phrases(prompt: str) -> list[str]:
     """
     phrases: list[list[str]] = [[]]
     tokens = re.findall(r"[\w'-]+|[^\w\s]", prompt)
-    for token, after in zip(tokens, [*tokens[1:], "."], strict=True):
+    for token, after in zip(tokens, [*tokens[1:], "."], strict=False):
         word, current = token.lower(), phrases[-1]
         if word == "and" and after in _COLORS and current and current[-1] in _COLORS:
             current.append(token)  # "a black and white cat" is one cat
