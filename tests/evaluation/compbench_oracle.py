@@ -134,7 +134,7 @@ def numeracy(wanted, detections):
     labels, boxes = [], []
     for d in detections:
         doubled = False
-        for label, box in zip(labels, boxes):
+        for label, box in zip(labels, boxes, strict=True):
             if label == d["label"] and same_object(d["box"], box):
                 doubled = True
         if not doubled:

@@ -40,7 +40,7 @@ def relations(a, b, margin=0.1):
     offset = [ax - bx, ay - by]
     sizes = [abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1])]
     left_over = []
-    for o, size in zip(offset, sizes):
+    for o, size in zip(offset, sizes, strict=True):
         rest = abs(o) - margin * size
         rest = rest if rest > 0 else 0.0
         left_over.append(rest if o > 0 else -rest if o < 0 else 0.0)

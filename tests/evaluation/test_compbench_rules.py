@@ -60,7 +60,7 @@ def test_three_dimensional_relations_agree_on_thirty_thousand_sets() -> None:
     lists = [m.tolist() for m in maps]
     for _ in range(30_000):
         k = r.randrange(len(maps))
-        found = random_detections(r, 4, 24, LABELS[:5] + ("wildcat",))
+        found = random_detections(r, 4, 24, (*LABELS[:5], "wildcat"))
         relation = r.choice(("in front of", "behind", "hidden"))
         a, b = r.choice(("cat", "dog", "man", "picture")), r.choice(("cat", "dog", "girl", "frame"))
         wanted = oracle.spatial_3d(relation, a, b, found, lists[k])

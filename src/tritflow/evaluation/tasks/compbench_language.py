@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 from tritflow.evaluation.api import EvaluationError
 
@@ -25,7 +26,20 @@ RELATIONS_3D = ("in front of", "behind", "hidden")
 
 _NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # The nouns that the suite counts (its list of 88, Karine-Huang/T2I-CompBench, MIT), by how their plural is made.
+_WITH_S = _words(
+    """
+    airplane apple backpack bag balloon banana bear bee bicycle bird boat book bottle bowl boy bread cake camel camera
+    candle car cat chair chicken clock computer cow cup desk dog drum duck egg flag frog giraffe girl guitar hamburger
+    helicopter helmet horse key kite lamp lemon microphone microwave paddle painting pear pen phone pig pillow plate
+    printer rabbit refrigerator ship sink sofa stool suitcase swan table television tent toy train truck turtle vase
+    """
+)
 _IRREGULAR = {
     "butterfly": "butterflies",
     "strawberry": "strawberries",
@@ -36,15 +50,7 @@ _IRREGULAR = {
     "person": "people",
     **{same: same for same in ("deer", "fish", "goldfish", "sheep", "shrimp")},
 }
-_WITH_ES = ("couch", "peach", "tomato")
-_WITH_S = (
-    "airplane apple backpack bag balloon banana bear bee bicycle bird boat book bottle bowl boy bread cake camel "
-    "camera candle car cat chair chicken clock computer cow cup desk dog drum duck egg flag frog giraffe girl guitar "
-    "hamburger helicopter helmet horse key kite lamp lemon microphone microwave paddle painting pear pen phone pig "
-    "pillow plate printer rabbit refrigerator ship sink sofa stool suitcase swan table television tent toy train "
-    "truck turtle vase"
-).split()
-_PLURALS = {**{w: w + "s" for w in _WITH_S}, **{w: w + "es" for w in _WITH_ES}, **_IRREGULAR}
+_PLURALS = {**{w: w + "s" for w in _WITH_S}, **{w: w + "es" for w in ("couch", "peach", "tomato")}, **_IRREGULAR}
 _SINGULARS = {plural: word for word, plural in _PLURALS.items()}
 
 
@@ -71,7 +77,7 @@ def counted_objects(prompt: str) -> list[tuple[str, int]]:
     """
     words = re.findall(r"[\w'-]+|[^\w\s]", prompt)
     found = []
-    for number, noun in zip(words, words[1:], strict=False):
+    for number, noun in pairwise(words):
         if number not in _NUMBERS:
             continue
         if noun in _PLURALS and _NUMBERS[number] == 1:
@@ -83,27 +89,30 @@ def counted_objects(prompt: str) -> list[tuple[str, int]]:
     return found
 
 
-_DETERMINERS = frozenset("a an the its his her their this these those one two three".split())
-_PRONOUNS = frozenset("that which who whom him he she it they them".split())
+_DETERMINERS = frozenset(_words("a an the its his her their this these those one two three"))
+_PRONOUNS = frozenset(_words("that which who whom him he she it they them"))
 # What ends a noun phrase: prepositions, conjunctions, auxiliaries, and the verbs of the suite's sentences, whose forms
 # are no nouns there.
 _BREAKS = frozenset(
-    """
-    of in on at by with without from to into onto over under above below behind between against through near next for
-    while as and or but nor than both so is are was were be been being has have had do does did could will would
-    may might must made make makes sit sits sitting stands standing stood lie lies lying lay hang hangs hanging
-    hung hold holds holding held keep kept keeps provide provides provided provided display displays displayed
-    decorate decorates decorated release releases mix mixes serve serves boil boils stir stirs attract attracts
-    attracted illuminate illuminates measure measures write writes bake bakes cook cooks pound pounds cut cuts beat
-    beats rest rests nap naps perch jot down parked placed mounted stacked neatly nearby shines featuring flash reads
-    sparkled propelled controlled floated flowed led created dominated used waving arranged attached struggled
-    fascinated left visible up out off away like contrasted sat wearing riding walking looking
-    """.split()
+    _words(
+        """
+        of in on at by with without from to into onto over under above below behind between against through near next
+        for while as and or but nor than both so is are was were be been being has have had do does did could will
+        would may might must made make makes sit sits sitting stands standing stood lie lies lying lay hang hangs
+        hanging hung hold holds holding held keep kept keeps provide provides provided display displays displayed
+        decorate decorates decorated release releases mix mixes serve serves boil boils stir stirs attract attracts
+        attracted illuminate illuminates measure measures write writes bake bakes cook cooks pound pounds cut cuts
+        beat beats rest rests nap naps perch jot down parked placed mounted stacked neatly nearby shines featuring
+        flash reads sparkled propelled controlled floated flowed led created dominated used waving arranged attached
+        struggled fascinated left visible up out off away like contrasted sat wearing riding walking looking
+        """
+    )
 )
-
 # Nouns before whatever else ends a phrase ("a slice of", "a lamp stand."), verbs before anything else.
-_EITHER = frozenset("slice stand features feature can".split())
-_COLORS = frozenset("black white red green blue yellow brown gray grey gold silver tan pink orange purple beige".split())
+_EITHER = frozenset(_words("slice stand features feature can"))
+_COLORS = frozenset(
+    _words("black white red green blue yellow brown gray grey gold silver tan pink orange purple beige")
+)
 
 
 def noun_phrases(prompt: str) -> list[str]:
