@@ -136,7 +136,12 @@ def _known_set(recorded: dict[str, Any], folder: Path, base: str | None) -> list
     from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import load_prompts, paper_prompts
 
-    places = [folder] + ([asset_path(base) if base in ASSETS else folder / base] if base else [])
+    # The student that ships with the package lies beside the teacher it was made from and names no base.
+    assets = [asset_path(name) for name in ASSETS]
+    if base is None and folder in assets:
+        places = [folder, *assets]
+    else:
+        places = [folder] + ([asset_path(base) if base in ASSETS else folder / base] if base else [])
     for place in places:
         path = place / "calibration_prompts.txt"
         if path.is_file():

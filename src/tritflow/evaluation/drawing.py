@@ -87,15 +87,21 @@ def _begin(folder: Path, meta: dict[str, Any], records: Sequence[PromptRecord], 
                     f"{folder}: was begun with another {key.replace('_', ' ')} "
                     f"({_describe(key, old.get(key))}, now {_describe(key, meta[key])}); use another folder"
                 )
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    # Another rank may have begun between the two looks.
+    elif any(not p.name.startswith(".") for p in folder.iterdir()) and not (folder / META).exists():
         raise ImageSetError(f"{folder}: is not empty and not a folder of pictures; choose another one")
     # meta.json comes first: a folder that has it is ours to go on with, whatever else a kill left out.
-    write_atomically(folder / META, (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
+    _keep(folder / META, (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
     for path, data in task.sidecars(records).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        _replace(folder / path, data)
-    lines = "".join(canonical(r.to_dict()) + "\n" for r in records)
-    write_atomically(folder / PROMPTS, lines.encode())
+        _keep(folder / path, data)
+    _keep(folder / PROMPTS, "".join(canonical(r.to_dict()) + "\n" for r in records).encode())
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write a file that is the same for every rank and every resumed run, unless it is there."""
+    if not path.exists() or path.read_bytes() != data:
+        _replace(path, data)
 
 
 def plan(
