@@ -38,7 +38,7 @@ class Projection:
         if self.bytes_needed > self.bytes_free:
             raise EvaluationError(
                 f"{self.pictures - self.present:,} pictures of {self.model} need about "
-                f"{self.bytes_needed / 1e9:.1f} GB, and {self.bytes_free / 1e9:.1f} GB are free; "
+                f"{_size(self.bytes_needed)}, and {_size(self.bytes_free)} are free; "
                 "make room or choose another --out"
             )
 
@@ -50,7 +50,7 @@ class Projection:
         time = f", {duration(self.seconds)}" if self.seconds is not None else "; time is known after two batches"
         return (
             f"{self.model}: {self.pictures:,} pictures{there}; to draw {left:,}: about "
-            f"{self.bytes_needed / 1e9:.2f} GB of {self.bytes_free / 1e9:.0f} GB free{time}"
+            f"{_size(self.bytes_needed)} of {_size(self.bytes_free)} free{time}"
         )
 
 
@@ -86,6 +86,10 @@ def _pace(files: list[Path]) -> float | None:
     step = max(8, len(times) // 64)
     gaps = sorted(b - a for a, b in zip(times, times[step:], strict=False))
     return gaps[len(gaps) // 2] / step
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:

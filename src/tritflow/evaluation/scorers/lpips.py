@@ -79,9 +79,7 @@ class Lpips:
         for (weight, bias), linear, (_, _, stride, padding, pooled) in zip(
             self.convolutions, self.linears, _LAYERS, strict=True
         ):
-            a, b = (
-                relu(conv2d(max_pool2d(x, 3, 2) if pooled else x, weight, bias, stride, padding)) for x in (a, b)
-            )
+            a, b = (relu(conv2d(max_pool2d(x, 3, 2) if pooled else x, weight, bias, stride, padding)) for x in (a, b))
             total += conv2d((_unit(a) - _unit(b)) ** 2, linear).mean((1, 2, 3))
         return [float(v) for v in total.tolist()]
 

@@ -53,7 +53,7 @@ class Owlv2Detector:
             return [[] for _ in pictures]
         ids, mask = self._queries(names, most)
         out = self.model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
-        found = []
+        found: list[list[Detection]] = []
         for i, mine in enumerate(names):
             if not mine:
                 found.append([])
