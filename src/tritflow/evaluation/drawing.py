@@ -157,11 +157,11 @@ def draw_images(
             something is missing (a finished folder then costs no model load).
         samples: pictures a prompt.
         base_seed: of all seeds (`seed_of`).
-        shard: (rank, world): draw every world-th batch; each rank keeps its own manifest part, and the last
-            `draw_images` of a complete folder joins them.
+        shard: (rank, world): draw every world-th batch; each rank keeps its own manifest part, and rank 0, called
+            when all of them are done, joins the parts (two that finished together would get in each other's way).
         device, versions: where pictures are drawn; a folder begun elsewhere is refused.
 
-    Returns the finished set, or None while other ranks' pictures are missing.
+    Returns the finished set, or None while other ranks' pictures are missing and on ranks other than 0.
     Raises `ImageSetError` when the folder was begun with other settings, and `EvaluationError` when `draw`
     returns the wrong number or size of pictures.
     """
@@ -219,6 +219,8 @@ def draw_images(
                 finished += _note(waiting, manifest, done)
         if progress is not None:
             progress(finished, total)
+    if rank != 0:
+        return None
     if world > 1:  # other ranks have written meanwhile
         done = {e["path"]: e for e in _drawn(folder)}
     if any(e["path"] not in done for e in entries):
