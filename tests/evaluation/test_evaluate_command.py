@@ -107,7 +107,7 @@ def test_what_a_model_was_trained_on(two_models: tuple[Path, Path], tmp_path: Pa
 
 
 def test_the_shipped_student_knows_its_prompts() -> None:
-    """Its meta.json names a set by SHA-256; the set lies with the teacher, of which the student's folder says nothing."""
+    """Its meta.json names a set by SHA-256; the set lies with the teacher, which meta.json does not name."""
     from tritflow.assets import student_path, teacher_path
     from tritflow.calibration.prompts import load_prompts
 

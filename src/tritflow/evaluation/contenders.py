@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,16 +133,18 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 def _known_set(recorded: dict[str, Any], folder: Path, base: str | None) -> list[str] | None:
     """The texts of a set that meta.json describes, when a set with its SHA-256 can be found."""
-    from tritflow.assets import ASSETS, asset_path
+    from tritflow.assets import ASSETS, AssetError, asset_path
     from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import load_prompts, paper_prompts
 
-    # The student that ships with the package lies beside the teacher it was made from and names no base.
-    assets = [asset_path(name) for name in ASSETS]
-    if base is None and folder in assets:
-        places = [folder, *assets]
+    places = [folder]
+    if base:
+        places.append(asset_path(base) if base in ASSETS else folder / base)
     else:
-        places = [folder] + ([asset_path(base) if base in ASSETS else folder / base] if base else [])
+        # A complete folder names no base. The set is known by its hash, so looking with the shipped teacher, whose
+        # prompts the shipped student and the demo's were made from, cannot find a wrong one.
+        with contextlib.suppress(AssetError):
+            places.append(asset_path("small"))
     for place in places:
         path = place / "calibration_prompts.txt"
         if path.is_file():

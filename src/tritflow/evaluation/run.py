@@ -223,6 +223,7 @@ def _described(task: Task, official: bool) -> dict[str, Any]:
         "scorers": scorers if official else dict(task.scorers),
         "substitutes": {} if official else dict(task.substitutes),
         "official": official,
+        "scored_by": "official scorer" if official else "substitutes" if task.substitutes else "tritflow",
     }
 
 
