@@ -169,7 +169,7 @@ def evaluate(
         from tritflow.evaluation.scorers.lpips import Lpips
 
         perceptual = Lpips(lpips, on)
-    known = trained_prompts(model, trained_on)
+    known = trained_prompts(model, trained_on, prompts)
     plan = Plan(noise_seed, official, draw_only, fidelity, perceptual, shard)
     ahead = projections(records, student, folder, teacher=teacher, sampling=sampling, plan=plan)
     missing = sum(p.pictures - p.present for p in ahead)
