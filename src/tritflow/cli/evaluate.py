@@ -187,7 +187,7 @@ def evaluate(
             label=label,
             trained_on=known,
             mask=task.object_mask(),
-            stage=stage,
+            stage=stage if shard[0] == 0 else None,
             plan=plan,
         )
     if not run:
