@@ -164,7 +164,8 @@ def official(images: ImageSet, scale: float = 0.5) -> None:
         }.get(tag, ("sharegpt4v", numbers))
         folder = images.folder / tag / path
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"question_id": q, "answer": f"{scale * n / 30:.4f}"} for q, n in zip(ids, numbers, strict=True)]
+        unit = 100 if tag in ("non_spatial", "complex") else 1  # the judge's script writes per cent
+        rows = [{"question_id": q, "answer": f"{unit * scale * n / 30:.4f}"} for q, n in zip(ids, numbers, strict=True)]
         (folder / "vqa_result.json").write_text(json.dumps(rows))
 
 

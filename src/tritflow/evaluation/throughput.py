@@ -85,7 +85,15 @@ def _owlv2() -> tuple[Any, Any]:
 def _dpt() -> tuple[Any, Any]:
     from transformers import DPTConfig, DPTForDepthEstimation
 
-    return DPTForDepthEstimation(DPTConfig(is_hybrid=True)), None
+    hybrid: dict[str, Any] = {
+        "is_hybrid": True,
+        "backbone_out_indices": [2, 5, 8, 11],
+        "neck_hidden_sizes": [256, 512, 768, 768],
+        "neck_ignore_stages": [0, 1],
+        "reassemble_factors": [1, 1, 1, 0.5],
+        "readout_type": "project",
+    }
+    return DPTForDepthEstimation(DPTConfig(**hybrid)), None
 
 
 MAKE: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -198,6 +198,8 @@ class CompBenchTask(Task):
                 # BLIP's script counts the files in the order of their numbers instead of giving the numbers.
                 numbers = sorted(_number(e) for e in images.entries if e["tag"] == tag)
                 scores = {n: scores[k] for k, n in enumerate(numbers) if k in scores}
+            if tag in GRADED_BY_JUDGE:  # the judge's script writes per cent
+                scores = {n: s / 100 for n, s in scores.items()}
             tables[tag] = scores
         found = []
         for e in images.entries:
