@@ -112,13 +112,13 @@ def evaluate(
     """Score a model on a suite, alone or against its teacher; a killed run resumes.
 
     \b
-    tritflow evaluate scenes --model small-student --against small
-    tritflow evaluate scenes --model OUT --against FLUX_DIR --mode w2a8 --per-tag 20
     tritflow evaluate geneval --model OUT --against FLUX_DIR --limit 12     # dry run, projects the whole
     tritflow evaluate geneval --model OUT --against FLUX_DIR --scorer detector=MASK2FORMER_DIR
     torchrun --nproc-per-node 8 -m tritflow.cli.main evaluate t2i-compbench --model OUT --against FLUX_DIR
     tritflow evaluate t2i-compbench --model OUT --draw-only                 # then the suite's own scripts, then
     tritflow evaluate t2i-compbench --model OUT --official
+    tritflow evaluate scenes --model small-student --against small
+    tritflow evaluate scenes --model OUT --against FLUX_DIR --mode w2a8 --per-tag 20
     """
     from rich.console import Console
 
