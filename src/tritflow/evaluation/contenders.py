@@ -133,7 +133,8 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 def _known_set(recorded: dict[str, Any], folder: Path, base: str | None, suites: str | Path | None) -> list[str] | None:
     """The texts of a set that meta.json describes, when a set with its SHA-256 can be found."""
-    from tritflow.assets import ASSETS, AssetError, asset_path
+    from tritflow import assets
+    from tritflow.assets import ASSETS, asset_path
     from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import load_prompts, paper_prompts
 
@@ -143,10 +144,7 @@ def _known_set(recorded: dict[str, Any], folder: Path, base: str | None, suites:
     else:
         # A complete folder names no base. The set is known by its hash, so looking with the shipped teacher, whose
         # prompts the shipped student and the demo's were made from, cannot find a wrong one.
-        try:
-            places.append(asset_path("small"))
-        except AssetError:
-            pass
+        places.append(Path(assets.__file__).parent / ASSETS["small"])
     for place in places:
         path = place / "calibration_prompts.txt"
         if path.is_file():
