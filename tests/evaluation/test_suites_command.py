@@ -66,6 +66,10 @@ def test_geneval_against_a_teacher(
     assert set(run["task"]["substitutes"]) == {"detector", "colors"}
     assert run["task"]["scorers"]["detector"].startswith("transformers Mask2Former mask2former (")
     assert run["prompts"]["pictures"] == 7
+    (origin, checksum), *more = run["prompts"]["sources"].items()
+    assert origin.startswith("djghosh13/geneval@af4902f24d")
+    assert len(checksum) == 64
+    assert not more
     assert run["prompts"]["overlap"] == {"known": True, "count": 1, "ids": ["00000"]}
     assert set(run["paired"]["tags"]) == set(run["scores"]["tags"])
     assert run["seed_sets"]["base_seeds"] == [0, 5]
@@ -129,6 +133,8 @@ def test_t2i_compbench(models: tuple[Path, Path], scorers: dict[str, Path], prom
     assert done.exit_code == 0, done.output
     run = json.loads(done.stdout)
     assert run["prompts"]["pictures"] == 10
+    assert run["prompts"]["split"] == "val"
+    assert len(run["prompts"]["sources"]) == 8
     assert set(run["scores"]["tags"]) == {
         *("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
     }

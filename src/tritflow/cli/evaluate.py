@@ -170,7 +170,7 @@ def evaluate(
 
         perceptual = Lpips(lpips, on)
     known = trained_prompts(model, trained_on, prompts)
-    plan = Plan(noise_seed, official, draw_only, fidelity, perceptual, shard)
+    plan = Plan(noise_seed, official, draw_only, fidelity, perceptual, split, shard)
     ahead = projections(records, student, folder, teacher=teacher, sampling=sampling, plan=plan)
     missing = sum(p.pictures - p.present for p in ahead)
     if shard[0] == 0:

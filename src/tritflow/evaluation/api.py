@@ -144,6 +144,10 @@ class Task(ABC):
         Raises `EvaluationError` for an unknown split or tag.
         """
 
+    def sources(self, split: str) -> dict[str, str]:
+        """Where the prompts of a split come from: "project@commit/path" to SHA-256; empty when they are made here."""
+        return {}
+
     @abstractmethod
     def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
         """One judgement a picture, in the set's order."""

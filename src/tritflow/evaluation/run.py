@@ -80,6 +80,7 @@ class Plan:
         draw_only: stop when all pictures are there.
         fidelity: compare pictures with the teacher's.
         perceptual: for LPIPS.
+        split: of the suite's prompts, for the record; the suite's first one by default.
         shard: (rank, number of processes); every rank draws its share, and rank 0 does the rest.
         patience: seconds that rank 0 waits for the others without any new picture.
     """
@@ -89,6 +90,7 @@ class Plan:
     draw_only: bool = False
     fidelity: bool = True
     perceptual: Lpips | None = None
+    split: str | None = None
     shard: tuple[int, int] = (0, 1)
     patience: float = 1800.0
 
@@ -168,6 +170,8 @@ def evaluate(
         "prompts": {
             "count": len(records),
             "hash": prompts_hash(records),
+            "split": plan.split or task.splits[0],
+            "sources": task.sources(plan.split or task.splits[0]),
             "tags": {t: sum(r.tag == t for r in records) for t in task.tags if any(r.tag == t for r in records)},
             "pictures": len(mine.entries),
             "samples": sampling.samples,

@@ -66,6 +66,9 @@ class GenEvalTask(Task):
                 records.append(PromptRecord(f"{i:05d}", tag, row["prompt"], row))
         return records
 
+    def sources(self, split: str) -> dict[str, str]:
+        return {_PROMPTS.origin: _PROMPTS.sha256}
+
     def picture_path(self, record: PromptRecord, index: int, sample: int) -> str:
         return f"{record.id}/samples/{sample:04d}.png"
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tritflow.calibration.prompt_sources import CATEGORIES, FILES, prompts_folder
+from tritflow.calibration.prompt_sources import CATEGORIES, FILES, SourceFile, prompts_folder
 from tritflow.evaluation.api import NO_OPTIONS, EvaluationError, Judgement, Progress, PromptRecord, Task, TaskOptions
 from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.scorers.detection import Detection
@@ -63,17 +63,23 @@ class CompBenchTask(Task):
 
         Raises `PromptsError` when a file is not there or not the pinned one.
         """
-        split = "val" if split == "test" else split
-        if split not in self.splits:
-            raise EvaluationError(f"t2i-compbench has no split '{split}' (it has val and train)")
         records = []
         for category in self.check_tags(tags):
-            file = next(f for f in FILES if f.name == f"{category}_{split}.txt")
+            file = self._file(category, split)
             lines = file.read(self.options.prompts or prompts_folder()).splitlines()
             texts = [line.strip() for line in lines if line.strip()]
             for i, text in enumerate(texts[:per_tag]):
                 records.append(PromptRecord(f"{category}-{split}-{i:04d}", category, text, {"number": i}))
         return records
+
+    def _file(self, category: str, split: str) -> SourceFile:
+        if split not in self.splits:
+            raise EvaluationError(f"t2i-compbench has no split '{split}' (it has val and train)")
+        return next(f for f in FILES if f.name == f"{category}_{split}.txt")
+
+    def sources(self, split: str) -> dict[str, str]:
+        files = [self._file(category, split) for category in self.tags]
+        return {f.origin: f.sha256 for f in files}
 
     def picture_path(self, record: PromptRecord, index: int, sample: int) -> str:
         """Raises `EvaluationError` beyond `SAMPLES` pictures: the suite's numbering has no place for them."""
@@ -107,6 +113,7 @@ class CompBenchTask(Task):
                     found[e["path"]] = result
                 if progress is not None:
                     progress(len(found), len(images.entries))
+            del scorer  # before the next one is loaded
         return [Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], *found[e["path"]]) for e in images.entries]
 
     def _model(self, role: str, module: Any, kind: str) -> Any:
