@@ -9,8 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import hypothesis
 import pytest
 import torch
+
+# The machine is shared: a slow example is no failure.
+hypothesis.settings.register_profile("tritflow", deadline=None)
+hypothesis.settings.load_profile("tritflow")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -145,3 +145,11 @@ def test_offline_is_one_clear_line(tmp_path, monkeypatch):
 def test_files_are_pinned():
     assert len({f.at(Path()) for f in FILES}) == len(FILES) == 19
     assert all(len(f.commit) == 40 and len(f.sha256) == 64 and f.commit in f.url for f in FILES)
+
+
+@needs_files
+def test_what_compbench_shares_with_the_papers_prompts():
+    """The paper trains on CompBench's train prompts and scores on its val prompts: six are in both."""
+    val = suite_prompts("t2i-compbench", SHARED).select(split="val")
+    assert len(overlap(val, paper_prompts(SHARED))) == 6
+    assert overlap(suite_prompts("geneval", SHARED), paper_prompts(SHARED)) == []

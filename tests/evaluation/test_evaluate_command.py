@@ -106,6 +106,18 @@ def test_what_a_model_was_trained_on(two_models: tuple[Path, Path], tmp_path: Pa
     assert trained_prompts(str(student), tmp_path / "p.txt") == ["one", "two"]
 
 
+def test_the_shipped_student_knows_its_prompts() -> None:
+    """Its meta.json names a set by SHA-256; the set lies with the teacher, which meta.json does not name."""
+    from tritflow.assets import student_path, teacher_path
+    from tritflow.calibration.prompts import load_prompts
+
+    known = trained_prompts("small-student")
+    assert known == load_prompts(teacher_path() / "calibration_prompts.txt").texts
+    recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
+    assert len(known or []) == recorded["count"]
+    assert trained_prompts(str(student_path())) == known
+
+
 def test_a_quantized_model_names_its_prompts_by_hash(tmp_path: Path) -> None:
     from tritflow.calibration.prompts import load_prompts
 

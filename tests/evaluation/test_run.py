@@ -13,7 +13,8 @@ from PIL import Image
 from tritflow.evaluation.api import EvaluationError, Judgement, get_task
 from tritflow.evaluation.images import ModelId
 from tritflow.evaluation.models import fingerprint
-from tritflow.evaluation.run import Contender, Sampling, compare, evaluate, read_judgements, summarise
+from tritflow.evaluation.run import Contender, Sampling, evaluate, read_judgements
+from tritflow.evaluation.summaries import compare, summarise
 from tritflow.results import append, canonical
 
 

@@ -157,3 +157,22 @@ def test_a_damaged_picture_set_is_named(evaluated: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=re.escape(str(victim))):
         write_report(collect([copy]), tmp_path / "out")
     assert isinstance(ImageSet.open(evaluated / victim.relative_to(copy).parts[0]), ImageSet)
+
+
+def test_a_second_seed_set_is_no_student(tmp_path: Path) -> None:
+    """Its pictures come from other noise, so they are neither laid over the teacher's nor put in the grid."""
+    from evaluation_fakes import SETTINGS, ToyTask, draw
+
+    from tritflow.evaluation.images import ModelId
+    from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate
+    from tritflow.results import append
+
+    task = ToyTask()
+    model = Contender(ModelId("one", "oooooooo"), SETTINGS, lambda: draw)
+    other = Contender(ModelId("two", "tttttttt"), SETTINGS, lambda: draw)
+    records = task.prompts(per_tag=2)
+    run = evaluate(task, records, model, tmp_path, teacher=other, sampling=Sampling(2), plan=Plan(noise_seed=4))
+    append(tmp_path / "results.json", "toy", run)
+    written = write_report(collect([tmp_path]), tmp_path / "report")
+    pages = [p.parent.name for p in written if p.name == "index.html"]
+    assert pages == ["one-oooooooo-w2a16"]

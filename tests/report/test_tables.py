@@ -184,3 +184,48 @@ def test_collect_sorts_by_what_things_are(evaluated: Path, tmp_path: Path) -> No
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(ReportError, match="neither results"):
         collect([tmp_path / "x.bin"])
+
+
+REFERENCE = load_specs(
+    """
+[paper]
+topic = "toy"
+each = ["label"]
+columns = [
+  { name = "", value = "label" },
+  { name = "scored by", value = "task.scored_by" },
+  { name = "overall", value = "scores.overall", format = "point4" },
+]
+reference = [["theirs", "official scorer", 0.5876], ["nothing", "", ""]]
+"""
+)["paper"]
+
+
+def test_published_rows_stand_above_ours_and_never_alone() -> None:
+    assert build(REFERENCE, []).cells == ()
+    task = {"scored_by": "substitutes", "scorers": {"detector": "one"}, "substitutes": {"detector": "another"}}
+    table = build(REFERENCE, [run("ours", 0.25, task=task)])
+    assert table.cells == (
+        ("theirs", "official scorer", "0.5876"),
+        ("nothing", "–", "–"),
+        ("ours", "substitutes", "0.2500"),
+    )
+    # A substitute's number is never without this.
+    assert "Substitute scorers, so not the suite's official metric: detector: one for another." in markdown(table)
+
+
+def test_a_published_row_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ReportError, match="a reference row needs a value for each of the 1 columns"):
+        load_specs('[t]\ntopic = "x"\ncolumns = [{ name = "a", value = "b" }]\nreference = [["a", 1]]\n')
+
+
+def test_the_papers_tables_hold_its_numbers() -> None:
+    """Averages in the paper are of its own columns: each row's columns say its overall score again."""
+    specs = load_specs()
+    for name, digits in (("geneval", 0.0101), ("t2i-compbench", 0.0004)):
+        spec = specs[name]
+        first = [c.name for c in spec.columns].index("overall" if name == "geneval" else "average")
+        for row in spec.reference:
+            mean, parts = row[first], row[first + 1 : -1]
+            assert len(parts) == {"geneval": 6, "t2i-compbench": 8}[name]
+            assert abs(sum(parts) / len(parts) - mean) < digits

@@ -75,6 +75,11 @@ class SourceFile:
         """The raw file at the pinned commit, from the project itself."""
         return f"https://raw.githubusercontent.com/{self.project}/{self.commit}/{self.path}"
 
+    @property
+    def origin(self) -> str:
+        """`owner/name@commit/path`, for results."""
+        return f"{self.project}@{self.commit}/{self.path}"
+
     def at(self, folder: Path) -> Path:
         """Where the file lies below a prompts folder."""
         return folder / self.suite / self.name

@@ -122,13 +122,16 @@ def paper_prompts(folder: Path | str | None = None) -> PromptSet:
 
 
 def suite_prompts(suite: str, folder: Path | str | None = None) -> PromptSet:
-    """All prompts of one suite: `partiprompts`, `t2i_compbench` (train and val) or `geneval`.
+    """All prompts of one suite: `partiprompts`, `t2i_compbench` (train and val) or `geneval`, or the `paper`'s.
+
+    A hyphen in a name counts as an underscore.
 
     Raises:
         PromptsError: unknown suite, missing or damaged files.
     """
     from tritflow.config import nearest
 
+    suite = suite.replace("-", "_")
     known = sorted({f.suite for f in FILES})
     if suite == "paper":
         return paper_prompts(folder)

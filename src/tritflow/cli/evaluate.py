@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +13,48 @@ import typer
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage (drawing, scoring, ...) on stderr, with the time left; nothing when it is no terminal."""
+    """A bar a stage (drawing, scoring, ...) on stderr, with the time left; one line a stage when it is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tritflow.cli.console import say
+    from tritflow.evaluation.projection import duration
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shown: dict[str, Any] = {}
+        seen: dict[str, list[tuple[float, int]]] = {}
 
         def stage(name: str, done: int, total: int) -> None:
             if name not in shown:
                 shown[name] = bar.add_task(name, total=total)
             bar.update(shown[name], completed=done)
+            # The first batch also loads the model, so the second one tells the pace.
+            reports = seen.setdefault(name, [])
+            if len(reports) < 3 and (not reports or done > reports[-1][1]):
+                reports.append((time.monotonic(), done))
+                if len(reports) == 3 and name.startswith("drawing"):
+                    (before, had), (now, has) = reports[1:]
+                    say(f"{name}: about {duration((now - before) / (has - had) * (total - has))} left")
 
         yield stage
 
 
+def _scorers(given: list[str] | None) -> dict[str, str]:
+    from tritflow.evaluation.api import EvaluationError
+
+    chosen = {}
+    for item in given or ():
+        role, equals, source = item.partition("=")
+        if not equals or not role or not source:
+            raise EvaluationError(f"--scorer {item}: write ROLE=FOLDER or ROLE=HUB_ID")
+        chosen[role] = source
+    return chosen
+
+
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="Which suite: scenes.")] = "scenes",
+    suite: Annotated[str, typer.Argument(help="Which suite: scenes, geneval or t2i-compbench.")] = "scenes",
     model: Annotated[
         str, typer.Option("--model", "-m", help="Model folder, hub id, small or small-student.")
     ] = "small-student",
@@ -38,6 +62,14 @@ def evaluate(
         str | None, typer.Option(help="Teacher: paired differences and fidelity from the same noise.")
     ] = None,
     per_tag: Annotated[int | None, typer.Option(min=1, help="Prompts a tag (default: the suite's own).")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many prompts, all tags in turn: a dry run."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the prompts: val (default) or train of t2i-compbench.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Folder of the suite's prompt files (default: what `prompts fetch` got).")
+    ] = None,
     tags: Annotated[str | None, typer.Option(help="Only these tags, joined by commas.")] = None,
     seeds_per_prompt: Annotated[
         int | None, typer.Option(min=1, help="Pictures a prompt (default: the suite's own).")
@@ -57,6 +89,22 @@ def evaluate(
     trained_on: Annotated[
         Path | None, typer.Option(help="Prompts the model was trained on (.txt, .jsonl or a folder).")
     ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="ROLE=FOLDER or ROLE=HUB_ID: detector, colors; vqa, detector, depth, judge, parser."),
+    ] = None,
+    scorer_batch: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 8,
+    official: Annotated[
+        bool, typer.Option("--official", help="Read what the suite's own scorer left with the pictures.")
+    ] = False,
+    draw_only: Annotated[bool, typer.Option("--draw-only", help="Stop when all pictures are there.")] = False,
+    noise_seed: Annotated[
+        int | None, typer.Option(help="Draw a second set from this seed too: how much seeds alone change.")
+    ] = None,
+    fidelity: Annotated[bool, typer.Option(help="Compare pictures with the teacher's.")] = True,
+    lpips: Annotated[
+        str | None, typer.Option(help="Safetensors file, folder or hub id with LPIPS (AlexNet) weights.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of pictures and verdicts; resumes there.")] = None,
     results: Annotated[Path | None, typer.Option(help="Also append the run to this folder of results.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON and nothing else.")] = False,
@@ -64,21 +112,36 @@ def evaluate(
     """Score a model on a suite, alone or against its teacher; a killed run resumes.
 
     \b
+    tritflow evaluate geneval --model OUT --against FLUX_DIR --limit 12     # dry run, projects the whole
+    tritflow evaluate geneval --model OUT --against FLUX_DIR --scorer detector=MASK2FORMER_DIR
+    torchrun --nproc-per-node 8 -m tritflow.cli.main evaluate t2i-compbench --model OUT --against FLUX_DIR
+    tritflow evaluate t2i-compbench --model OUT --draw-only                 # then the suite's own scripts, then
+    tritflow evaluate t2i-compbench --model OUT --official
     tritflow evaluate scenes --model small-student --against small
     tritflow evaluate scenes --model OUT --against FLUX_DIR --mode w2a8 --per-tag 20
     """
     from rich.console import Console
 
-    from tritflow.cli.console import print_json
-    from tritflow.evaluation.api import get_task
+    from tritflow.cli.console import print_json, say
+    from tritflow.evaluation.api import TaskOptions, get_task, limited
     from tritflow.evaluation.contenders import contender, trained_prompts
-    from tritflow.evaluation.run import Sampling
+    from tritflow.evaluation.projection import extrapolate
+    from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
+    from tritflow.evaluation.run import Plan, Sampling, projections
     from tritflow.evaluation.run import evaluate as run_evaluation
+    from tritflow.pipelines.loading import pick_device
     from tritflow.report.console import evaluation_tables
     from tritflow.results import append, path_for
 
-    task = get_task(suite)
-    records = task.prompts(per_tag=per_tag, tags=[t.strip() for t in tags.split(",")] if tags else None)
+    shard = shard_of_environment()
+    device = device_of_environment(device)
+    on = str(pick_device(device))
+    task = get_task(suite, TaskOptions(prompts, _scorers(scorer), on, scorer_batch))
+    chosen = [t.strip() for t in tags.split(",")] if tags else None
+    records = task.prompts(split or task.splits[0], per_tag=per_tag, tags=chosen)
+    whole = len(records)
+    if limit is not None:
+        records = limited(records, limit)
     sampling = Sampling(seeds_per_prompt or task.default_samples, seed, batch_size)
     common: dict[str, Any] = {"base": base, "device": device, "dtype": dtype}
     asked: dict[str, Any] = {
@@ -101,6 +164,18 @@ def evaluate(
             guidance_scale=same.guidance_scale,
         )
     folder = out or Path("runs/eval") / f"{suite}-{len(records)}x{sampling.samples}-seed{seed}"
+    perceptual = None
+    if lpips is not None:
+        from tritflow.evaluation.scorers.lpips import Lpips
+
+        perceptual = Lpips(lpips, on)
+    known = trained_prompts(model, trained_on, prompts)
+    plan = Plan(noise_seed, official, draw_only, fidelity, perceptual, split, shard)
+    ahead = projections(records, student, folder, teacher=teacher, sampling=sampling, plan=plan)
+    missing = sum(p.pictures - p.present for p in ahead)
+    if shard[0] == 0:
+        for projection in ahead:
+            say(str(projection))
     with _stages() as stage:
         run = run_evaluation(
             task,
@@ -110,13 +185,20 @@ def evaluate(
             teacher=teacher,
             sampling=sampling,
             label=label,
-            trained_on=trained_prompts(model, trained_on),
+            trained_on=known,
             mask=task.object_mask(),
-            stage=stage,
+            stage=stage if shard[0] == 0 else None,
+            plan=plan,
         )
+    if not run:
+        if shard[0] == 0:
+            say(f"all pictures are in {folder}")
+        return
     append(folder / "results.json", suite, run)
     if results is not None:
         append(path_for(results, suite, run["device"]), suite, run)
+    if limit is not None and (projected := extrapolate(run, missing, whole * sampling.samples * len(ahead))):
+        say(projected)
     if as_json:
         print_json(run)
     else:

@@ -19,6 +19,7 @@ _EXAMPLES = """Examples:
   tritflow prompts list
   tritflow prompts show paper --limit 5     # the 7,232 calibration prompts
   tritflow prompts show my_prompts.txt --json
+  tritflow prompts show t2i_compbench --split val --against paper   # what was trained on
 """
 
 _Folder = Annotated[
@@ -85,13 +86,23 @@ def show(
     against: Annotated[
         str | None, typer.Option("--against", help="Also list the prompts shared with this other source.")
     ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Only this split: train, val or test.")] = None,
+    category: Annotated[str | None, typer.Option("--category", help="Only this category or tag.")] = None,
     folder: _Folder = None,
     json: o.Json = False,
 ) -> None:
     """Print a prompt set with its counts and hash."""
+    from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import overlap
 
-    found = _open(source, folder)
+    whole = _open(source, folder)
+    found = whole.select(split=split, category=category)
+    if not len(found):
+        splits, categories = ({getattr(p, key) for p in whole} - {""} for key in ("split", "category"))
+        raise PromptsError(
+            f"{source} has no such prompts (splits: {', '.join(sorted(splits))}; "
+            f"categories: {', '.join(sorted(categories)) or 'none'})"
+        )
     shared = overlap(found, _open(against, folder)) if against is not None else None
     chosen = found.prompts[: limit or None]
     if json:

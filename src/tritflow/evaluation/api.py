@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritflow.config import nearest
@@ -77,6 +78,26 @@ class Judgement:
         return self.score >= 0.5
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a user may choose about a suite.
+
+    Attributes:
+        prompts: folder with the suite's own prompt files; None: where `tritflow prompts fetch` puts them.
+        scorers: folder or hub id by role, instead of the suite's default.
+        device: where scorers run.
+        batch_size: pictures that scorers look at together.
+    """
+
+    prompts: Path | None = None
+    scorers: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    batch_size: int = 8
+
+
+NO_OPTIONS = TaskOptions()
+
+
 class Task(ABC):
     """A suite of prompts with a scorer.
 
@@ -86,8 +107,14 @@ class Task(ABC):
         tags: categories in the order of the tables.
         overall_tags: those whose means are averaged into the overall score.
         graded: whether scores are graded (False: yes/no).
-        scorers: what scores, by role; a substitute for the suite's own scorer says so in its name.
+        scorers: what scores, by role; of a suite with models that score, known once `score` has run.
+        roles: of the models that score, each of which `TaskOptions.scorers` may replace.
+        substitutes: by role, what the suite's authors ran where this scores with something else. Scores with
+            substitutes are not the suite's official metric, and nothing may print them as such.
+        splits: of its prompts; the first is the default.
         default_samples: pictures a prompt unless asked otherwise.
+
+    Raises `EvaluationError` for options that the suite has no use for.
     """
 
     name: str
@@ -96,7 +123,17 @@ class Task(ABC):
     overall_tags: tuple[str, ...]
     graded: bool = False
     scorers: dict[str, str] = {}  # noqa: RUF012  (a constant of the class, never written to)
+    roles: tuple[str, ...] = ()
+    substitutes: Mapping[str, str] = {}
+    splits: tuple[str, ...] = ("test",)
     default_samples: int = 4
+
+    def __init__(self, options: TaskOptions = NO_OPTIONS) -> None:
+        for role in options.scorers:
+            if role not in self.roles:
+                has = f"it has {', '.join(self.roles)}" if self.roles else "it has none to choose"
+                raise EvaluationError(f"{self.name} has no scorer '{role}'{nearest(role, list(self.roles))} ({has})")
+        self.options = options
 
     @abstractmethod
     def prompts(
@@ -107,9 +144,20 @@ class Task(ABC):
         Raises `EvaluationError` for an unknown split or tag.
         """
 
+    def sources(self, split: str) -> dict[str, str]:
+        """Where the prompts of a split come from: "project@commit/path" to SHA-256; empty when they are made here."""
+        return {}
+
     @abstractmethod
     def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
         """One judgement a picture, in the set's order."""
+
+    def read_official(self, images: ImageSet) -> list[Judgement]:
+        """What the suite's own scorer, run out of process, has left in or beside the picture folder.
+
+        Raises `EvaluationError` when it has left nothing, or not a score for each picture.
+        """
+        raise EvaluationError(f"{self.name} has no official scorer; leave out --official")
 
     def picture_path(self, record: PromptRecord, index: int, sample: int) -> str:
         """Where picture `sample` of the `index`-th prompt lies inside the folder (forward slashes).
@@ -136,22 +184,41 @@ class Task(ABC):
         return tuple(tags) if tags else self.tags
 
 
-TASKS: dict[str, str] = {"scenes": "tritflow.evaluation.tasks.scenes:ScenesTask"}
+TASKS: dict[str, str] = {
+    "scenes": "tritflow.evaluation.tasks.scenes:ScenesTask",
+    "geneval": "tritflow.evaluation.tasks.geneval:GenEvalTask",
+    "t2i-compbench": "tritflow.evaluation.tasks.t2i_compbench:CompBenchTask",
+}
 """Suites by name, imported when asked for."""
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, options: TaskOptions = NO_OPTIONS) -> Task:
     """The suite called `name`. Raises `EvaluationError` with the nearest name when there is none."""
     if name not in TASKS:
         raise EvaluationError(f"there is no suite '{name}'{nearest(name, list(TASKS))} (available: {', '.join(TASKS)})")
     module, _, attribute = TASKS[name].partition(":")
-    task: Task = getattr(importlib.import_module(module), attribute)()
+    task: Task = getattr(importlib.import_module(module), attribute)(options)
     return task
 
 
 def prompts_hash(records: Sequence[PromptRecord]) -> str:
     """Name of this very list of prompts: ids, texts, tags, metadata and order."""
     return digest([r.to_dict() for r in records])
+
+
+def limited(records: Sequence[PromptRecord], number: int) -> list[PromptRecord]:
+    """`number` of the prompts, the tags in turn, in the suite's order: a dry run that touches every tag.
+
+    Raises `EvaluationError` for fewer than one.
+    """
+    if number < 1:
+        raise EvaluationError(f"--limit {number} leaves no prompt to draw; take at least 1")
+    places: dict[str, int] = {}
+    turns = []
+    for i, r in enumerate(records):
+        places[r.tag] = places.get(r.tag, -1) + 1
+        turns.append((places[r.tag], i))
+    return [records[i] for i in sorted(i for _, i in sorted(turns)[:number])]
 
 
 def overlap(records: Iterable[PromptRecord], trained_on: Iterable[str]) -> set[str]:

@@ -97,12 +97,13 @@ def stored_mode(transformer: str | Path) -> str | None:
     return str(quantization.get("mode", "w2a16")) if quantization.get("quant_method") == "tritflow" else None
 
 
-def trained_prompts(model: str, given: str | Path | None = None) -> list[str] | None:
+def trained_prompts(model: str, given: str | Path | None = None, suites: str | Path | None = None) -> list[str] | None:
     """Prompts a model was trained or calibrated on; None when nobody knows, which results then say.
 
     They come from `given` (.txt, .jsonl or folder), else from a `prompts.jsonl` in the model's folder, else from its
-    meta.json: that names a set by SHA-256, which is looked for in the base pipeline's `calibration_prompts.txt` and
-    among the paper's fetched prompts. A meta.json that says no prompts were used gives an empty list.
+    meta.json: that names a set by SHA-256, which is looked for in the base pipeline's `calibration_prompts.txt`, with
+    the shipped teacher, and among the paper's prompts (in `suites`, or where they were fetched to). A meta.json that
+    says no prompts were used gives an empty list.
 
     Raises `PromptsError` for a bad file.
     """
@@ -119,7 +120,7 @@ def trained_prompts(model: str, given: str | Path | None = None) -> list[str] | 
     if meta.get("kind") != "ternary" or "prompts" not in meta:
         return None
     recorded = meta["prompts"]
-    return [] if recorded is None else _known_set(recorded, folder, meta.get("base"))
+    return [] if recorded is None else _known_set(recorded, folder, meta.get("base"), suites)
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -130,13 +131,20 @@ def _meta(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _known_set(recorded: dict[str, Any], folder: Path, base: str | None) -> list[str] | None:
+def _known_set(recorded: dict[str, Any], folder: Path, base: str | None, suites: str | Path | None) -> list[str] | None:
     """The texts of a set that meta.json describes, when a set with its SHA-256 can be found."""
+    from tritflow import assets
     from tritflow.assets import ASSETS, asset_path
     from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import load_prompts, paper_prompts
 
-    places = [folder] + ([asset_path(base) if base in ASSETS else folder / base] if base else [])
+    places = [folder]
+    if base:
+        places.append(asset_path(base) if base in ASSETS else folder / base)
+    else:
+        # A complete folder names no base. The set is known by its hash, so looking with the shipped teacher, whose
+        # prompts the shipped student and the demo's were made from, cannot find a wrong one.
+        places.append(Path(assets.__file__).parent / ASSETS["small"])
     for place in places:
         path = place / "calibration_prompts.txt"
         if path.is_file():
@@ -144,7 +152,7 @@ def _known_set(recorded: dict[str, Any], folder: Path, base: str | None) -> list
             if found.sha256 == recorded.get("sha256"):
                 return found.texts
     try:
-        paper = paper_prompts()
+        paper = paper_prompts(suites)
     except PromptsError:
         return None
     return paper.texts if paper.sha256 == recorded.get("sha256") else None

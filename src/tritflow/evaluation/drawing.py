@@ -87,15 +87,21 @@ def _begin(folder: Path, meta: dict[str, Any], records: Sequence[PromptRecord], 
                     f"{folder}: was begun with another {key.replace('_', ' ')} "
                     f"({_describe(key, old.get(key))}, now {_describe(key, meta[key])}); use another folder"
                 )
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+    # Another rank may have begun between the two looks.
+    elif any(not p.name.startswith(".") for p in folder.iterdir()) and not (folder / META).exists():
         raise ImageSetError(f"{folder}: is not empty and not a folder of pictures; choose another one")
     # meta.json comes first: a folder that has it is ours to go on with, whatever else a kill left out.
-    write_atomically(folder / META, (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
+    _keep(folder / META, (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
     for path, data in task.sidecars(records).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        _replace(folder / path, data)
-    lines = "".join(canonical(r.to_dict()) + "\n" for r in records)
-    write_atomically(folder / PROMPTS, lines.encode())
+        _keep(folder / path, data)
+    _keep(folder / PROMPTS, "".join(canonical(r.to_dict()) + "\n" for r in records).encode())
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write a file that is the same for every rank and every resumed run, unless it is there."""
+    if not path.exists() or path.read_bytes() != data:
+        _replace(path, data)
 
 
 def plan(
@@ -151,11 +157,11 @@ def draw_images(
             something is missing (a finished folder then costs no model load).
         samples: pictures a prompt.
         base_seed: of all seeds (`seed_of`).
-        shard: (rank, world): draw every world-th batch; each rank keeps its own manifest part, and the last
-            `draw_images` of a complete folder joins them.
+        shard: (rank, world): draw every world-th batch; each rank keeps its own manifest part, and rank 0, called
+            when all of them are done, joins the parts (two that finished together would get in each other's way).
         device, versions: where pictures are drawn; a folder begun elsewhere is refused.
 
-    Returns the finished set, or None while other ranks' pictures are missing.
+    Returns the finished set, or None while other ranks' pictures are missing and on ranks other than 0.
     Raises `ImageSetError` when the folder was begun with other settings, and `EvaluationError` when `draw`
     returns the wrong number or size of pictures.
     """
@@ -213,6 +219,8 @@ def draw_images(
                 finished += _note(waiting, manifest, done)
         if progress is not None:
             progress(finished, total)
+    if rank != 0:
+        return None
     if world > 1:  # other ranks have written meanwhile
         done = {e["path"]: e for e in _drawn(folder)}
     if any(e["path"] not in done for e in entries):

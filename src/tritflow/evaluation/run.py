@@ -7,17 +7,31 @@ Nothing here knows a suite or a model: a suite is a `Task`, a model is a name, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tritflow.evaluation import statistics as st
-from tritflow.evaluation.api import Draw, EvaluationError, Judgement, PromptRecord, Task, overlap, prompts_hash
+from tritflow.evaluation.api import (
+    Draw,
+    EvaluationError,
+    Judgement,
+    Progress,
+    PromptRecord,
+    Task,
+    overlap,
+    prompts_hash,
+)
 from tritflow.evaluation.drawing import draw_images
 from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, Settings, read_lines
+from tritflow.evaluation.projection import Projection, duration, project
+from tritflow.evaluation.summaries import between_seed_sets, compare, summarise
 from tritflow.evaluation.tasks import fidelity
 from tritflow.results import canonical, provenance, slug, write_atomically
+
+if TYPE_CHECKING:
+    from tritflow.evaluation.scorers.lpips import Lpips
 
 Stage = Callable[[str, int, int], None]
 """`stage(name, done, total)`: progress of "drawing NAME", "scoring NAME", ... in pictures."""
@@ -56,66 +70,48 @@ class Sampling:
     batch_size: int = 16
 
 
-def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Per-tag and overall scores with 95 % intervals, and the noise of the seeds, as plain JSON.
+@dataclass(frozen=True)
+class Plan:
+    """What `evaluate` does besides drawing and scoring, or leaves out.
 
-    `overall` is null when a tag that it averages was not drawn: a mean over fewer tags is another number.
+    Attributes:
+        noise_seed: base seed of a second set of the student's pictures, to measure what another seed set changes.
+        official: take the verdicts that the suite's own scorer left with the pictures instead of scoring here.
+        draw_only: stop when all pictures are there.
+        fidelity: compare pictures with the teacher's.
+        perceptual: for LPIPS.
+        split: of the suite's prompts, for the record; the suite's first one by default.
+        shard: (rank, number of processes); every rank draws its share, and rank 0 does the rest.
+        patience: seconds that rank 0 waits for the others without any new picture.
     """
-    by_tag = {t: [j for j in judgements if j.tag == t] for t in task.tags}
-    interval = st.clustered_mean if task.graded else st.clustered_proportion
-    tags = {
-        tag: interval([j.score for j in found], [j.prompt_id for j in found]).to_dict()
-        for tag, found in by_tag.items()
-        if found
-    }
-    counted = _counted(task, judgements)
-    overall, noise = None, float("nan")
-    if counted:
-        scores, prompts, strata = _columns(counted)
-        mean = st.clustered_mean if task.graded else st.stratified_proportion
-        overall = mean(scores, prompts, strata).to_dict()
-        noise = st.seed_noise(scores, prompts, strata)
-    return {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
+
+    noise_seed: int | None = None
+    official: bool = False
+    draw_only: bool = False
+    fidelity: bool = True
+    perceptual: Lpips | None = None
+    split: str | None = None
+    shard: tuple[int, int] = (0, 1)
+    patience: float = 1800.0
 
 
-def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgement]) -> dict[str, Any]:
-    """Paired differences student - teacher, the share of the score kept, exact McNemar counts and the smallest
-    difference the run could have seen, per tag and overall, as plain JSON.
+PLAIN = Plan()
 
-    Raises `EvaluationError` when the two were not judged on the same pictures' seeds.
-    """
-    theirs = {(j.prompt_id, j.sample): j for j in teacher}
-    if len(theirs) != len(student) or any(
-        (j.prompt_id, j.sample) not in theirs or theirs[j.prompt_id, j.sample].seed != j.seed for j in student
-    ):
-        raise EvaluationError("the two models were not judged on the same prompts and seeds; draw both alike")
-    matched = [theirs[j.prompt_id, j.sample] for j in student]
 
-    def block(indices: Sequence[int], stratified: bool) -> dict[str, Any]:
-        a, prompts, strata = _columns([student[i] for i in indices])
-        b = [matched[i].score for i in indices]
-        tags = strata if stratified else None
-        found: dict[str, Any] = {
-            "difference": st.paired_difference(a, b, prompts, tags).to_dict(),
-            "kept": st.score_kept(a, b, prompts, tags).to_dict(),
-            "minimum_detectable": _number(
-                st.minimum_detectable_difference([x - y for x, y in zip(a, b, strict=True)], prompts, tags)
-            ),
-        }
-        if not task.graded:
-            found["mcnemar"] = asdict(st.mcnemar([x >= 0.5 for x in a], [y >= 0.5 for y in b]))
-        return found
-
-    counted = {id(j) for j in _counted(task, student)}
-    inside = [i for i, j in enumerate(student) if id(j) in counted]
-    return {
-        "overall": block(inside, True) if inside else None,
-        "tags": {
-            tag: block([i for i, j in enumerate(student) if j.tag == tag], False)
-            for tag in task.tags
-            if any(j.tag == tag for j in student)
-        },
-    }
+def projections(
+    records: Sequence[PromptRecord],
+    student: Contender,
+    out: str | Path,
+    *,
+    teacher: Contender | None = None,
+    sampling: Sampling = Sampling(),
+    plan: Plan = PLAIN,
+) -> list[Projection]:
+    """What drawing will take, a set of pictures each; the arguments are those of `evaluate`."""
+    return [
+        project(Path(out) / name, who.model.name, len(records) * sampling.samples, who.settings)
+        for name, who, _ in _picture_sets(student, teacher, sampling, plan)
+    ]
 
 
 def evaluate(
@@ -127,9 +123,10 @@ def evaluate(
     teacher: Contender | None = None,
     sampling: Sampling = Sampling(),
     label: str | None = None,
-    trained_on: Iterable[str] | None = None,
+    trained_on: Sequence[str] | None = None,
     mask: fidelity.Mask | None = None,
     stage: Stage | None = None,
+    plan: Plan = PLAIN,
 ) -> dict[str, Any]:
     """Run a suite on one model, or on two from the same noise, inside the folder `out`; resumable.
 
@@ -141,56 +138,40 @@ def evaluate(
         label: name of the run in tables; the model's name by default.
         trained_on: prompts the student was trained on; None when that is not known, which the run then says.
         mask: finds object pixels in a teacher's picture, for `fidelity`.
+        stage: hears of the progress.
 
-    Returns the run: plain JSON for `results.append`.
+    Returns the run: plain JSON for `results.append`; empty on ranks other than 0 and with `draw_only`.
+    Raises `EvaluationError` when the disk has no room, and `ImageSetError` when other ranks stop drawing.
     """
     out = Path(out)
+    for projection in projections(records, student, out, teacher=teacher, sampling=sampling, plan=plan):
+        projection.check()
     origin = provenance(student.device)
-    versions = {k: v for k, v in origin["versions"].items() if k in ("torch", "diffusers", "pillow")}
-    seconds: dict[str, float] = {}
+    clock = _Clock(stage)
+    wanted = _picture_sets(student, teacher, sampling, plan)
+    sets = _draw(task, records, wanted, out, sampling, plan, origin, clock)
+    if sets is None or plan.draw_only:
+        return {}
 
-    def ready(who: Contender) -> ImageSet:
-        started = time.perf_counter()
-        images = draw_images(
-            out / who.folder_name,
-            task,
-            records,
-            who.load,
-            who.model,
-            who.settings,
-            samples=sampling.samples,
-            base_seed=sampling.base_seed,
-            batch_size=sampling.batch_size,
-            device=origin["device"],
-            versions=versions,
-            lazy=True,
-            progress=(lambda d, n: stage(f"drawing {who.model.name}", d, n)) if stage else None,
-        )
-        if images is None:
-            raise ImageSetError(f"{out / who.folder_name}: other processes still draw into this folder")
-        seconds["drawing"] = seconds.get("drawing", 0.0) + time.perf_counter() - started
-        return images
-
-    def judged(who: Contender, images: ImageSet) -> list[Judgement]:
-        started = time.perf_counter()
-        report = (lambda d, n: stage(f"scoring {who.model.name}", d, n)) if stage else None
-        judgements = task.score(images, report)
-        seconds["scoring"] = seconds.get("scoring", 0.0) + time.perf_counter() - started
-        _write_lines(out / f"{who.folder_name}.scores.jsonl", [asdict(j) for j in judgements])
+    def judged(folder: str, name: str) -> list[Judgement]:
+        with clock("scoring", f"scoring {name}") as report:
+            judgements = task.read_official(sets[folder]) if plan.official else task.score(sets[folder], report)
+        _write_lines(out / f"{folder}.scores.jsonl", [asdict(j) for j in judgements])
         return judgements
 
-    sets = {who.folder_name: ready(who) for who in ([student] if teacher is None else [teacher, student])}
     mine = sets[student.folder_name]
-    judgements = judged(student, mine)
+    judgements = judged(student.folder_name, student.model.name)
     seen = overlap(records, trained_on) if trained_on is not None else set()
     run: dict[str, Any] = {
         "label": label or student.model.name,
-        "task": {"name": task.name, "version": task.version, "scorers": dict(task.scorers)},
+        "task": _described(task, plan.official),
         "model": asdict(student.model),
         "settings": asdict(student.settings),
         "prompts": {
             "count": len(records),
             "hash": prompts_hash(records),
+            "split": plan.split or task.splits[0],
+            "sources": task.sources(plan.split or task.splits[0]),
             "tags": {t: sum(r.tag == t for r in records) for t in task.tags if any(r.tag == t for r in records)},
             "pictures": len(mine.entries),
             "samples": sampling.samples,
@@ -203,9 +184,19 @@ def evaluate(
     unseen = [j for j in judgements if j.prompt_id not in seen]
     if seen:
         run["scores_without_overlap"] = summarise(task, unseen) if unseen else None
+    if plan.noise_seed is not None:
+        folder = _noise_folder(student, plan.noise_seed)
+        again = judged(folder, student.model.name)
+        run["seed_sets"] = {
+            "base_seeds": [sampling.base_seed, plan.noise_seed],
+            "pictures": {"folder": folder, "hash": sets[folder].hash},
+            "scores": summarise(task, again),
+            **between_seed_sets(task, judgements, again),
+        }
     if teacher is not None:
         theirs = sets[teacher.folder_name]
-        baseline = judgements if teacher.folder_name == student.folder_name else judged(teacher, theirs)
+        same = teacher.folder_name == student.folder_name
+        baseline = judgements if same else judged(teacher.folder_name, teacher.model.name)
         run["against"] = {
             "model": asdict(teacher.model),
             "settings": asdict(teacher.settings),
@@ -216,14 +207,128 @@ def evaluate(
         if seen and unseen:
             kept_baseline = [j for j in baseline if j.prompt_id not in seen]
             run["paired_without_overlap"] = compare(task, unseen, kept_baseline)
-        started = time.perf_counter()
-        report = (lambda d, n: stage("measuring fidelity", d, n)) if stage else None
-        measured = fidelity.measure(mine, theirs, mask, report)
-        seconds["fidelity"] = time.perf_counter() - started
-        _write_lines(out / f"{student.folder_name}.fidelity.jsonl", [asdict(m) for m in measured])
-        run["fidelity"] = fidelity.summary(measured)
-    run["seconds"] = {k: round(v, 3) for k, v in seconds.items()}
+        if plan.fidelity:
+            with clock("fidelity", "measuring fidelity") as report:
+                measured = fidelity.measure(mine, theirs, mask, report, plan.perceptual)
+            _write_lines(out / f"{student.folder_name}.fidelity.jsonl", [asdict(m) for m in measured])
+            run["fidelity"] = fidelity.summary(measured)
+            if plan.perceptual is not None:
+                run["fidelity"]["lpips_weights"] = plan.perceptual.name
+    run["seconds"] = {k: round(v, 3) for k, v in clock.seconds.items()}
     return {**run, **origin}
+
+
+def _described(task: Task, official: bool) -> dict[str, Any]:
+    """Suite, scorers, and for every scorer that is not the suite's own what it stands in for."""
+    scorers = {"official": f"the suite's own scorer, run out of process on {task.name}'s folder layout"}
+    return {
+        "name": task.name,
+        "version": task.version,
+        "scorers": scorers if official else dict(task.scorers),
+        "substitutes": {} if official else dict(task.substitutes),
+        "official": official,
+        "scored_by": "official scorer" if official else "substitutes" if task.substitutes else "tritflow",
+    }
+
+
+class _Clock:
+    """Seconds by kind of work, and each piece's progress to whoever listens."""
+
+    def __init__(self, stage: Stage | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage = stage
+
+    @contextmanager
+    def __call__(self, kind: str, name: str) -> Iterator[Progress | None]:
+        started, stage = time.perf_counter(), self._stage
+        try:
+            yield (lambda done, total: stage(name, done, total)) if stage is not None else None
+        finally:
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - started
+
+
+def _noise_folder(student: Contender, noise_seed: int) -> str:
+    return f"{student.folder_name}-seed{noise_seed}"
+
+
+def _picture_sets(
+    student: Contender, teacher: Contender | None, sampling: Sampling, plan: Plan
+) -> list[tuple[str, Contender, int]]:
+    """(folder, who draws into it, base seed) of all pictures of a run; the teacher's first."""
+    found = {}
+    for who in (teacher, student):
+        if who is not None:
+            found[who.folder_name] = (who, sampling.base_seed)
+    if plan.noise_seed is not None:
+        if plan.noise_seed == sampling.base_seed:
+            raise EvaluationError(f"--noise-seed {plan.noise_seed} is the run's own seed; take another one")
+        found[_noise_folder(student, plan.noise_seed)] = (student, plan.noise_seed)
+    return [(folder, *rest) for folder, rest in found.items()]
+
+
+def _draw(
+    task: Task,
+    records: Sequence[PromptRecord],
+    wanted: list[tuple[str, Contender, int]],
+    out: Path,
+    sampling: Sampling,
+    plan: Plan,
+    origin: dict[str, Any],
+    clock: _Clock,
+) -> dict[str, ImageSet] | None:
+    """All picture sets by folder: this rank draws its share, rank 0 waits for the others'. None on other ranks."""
+    versions = {k: v for k, v in origin["versions"].items() if k in ("torch", "diffusers", "pillow")}
+
+    def draw(folder: str, who: Contender, base_seed: int, report: Progress | None) -> ImageSet | None:
+        return draw_images(
+            out / folder,
+            task,
+            records,
+            who.load,
+            who.model,
+            who.settings,
+            samples=sampling.samples,
+            base_seed=base_seed,
+            batch_size=sampling.batch_size,
+            device=origin["device"],
+            versions=versions,
+            shard=plan.shard,
+            lazy=True,
+            progress=report,
+        )
+
+    sets: dict[str, ImageSet] = {}
+    waiting = []
+    for folder, who, base_seed in wanted:
+        with clock("drawing", f"drawing {who.model.name}") as report:
+            images = draw(folder, who, base_seed, report)
+        if images is None:
+            waiting.append((folder, who, base_seed))
+        else:
+            sets[folder] = images
+    if plan.shard[0] != 0:
+        return None
+    for folder, who, base_seed in waiting:
+        with clock("waiting", "waiting for the other processes") as report:
+            last, pictures = time.monotonic(), -1
+            while (images := draw(folder, who, base_seed, None)) is None:
+                there = project(out / folder, who.model.name, len(records) * sampling.samples, who.settings).present
+                if there > pictures:
+                    last, pictures = time.monotonic(), there
+                elif time.monotonic() - last > plan.patience:
+                    raise ImageSetError(
+                        f"{out / folder}: {there} of {len(records) * sampling.samples} pictures, and the other "
+                        f"processes have drawn none for {duration(plan.patience)}; run the same command again"
+                    )
+                if report is not None:
+                    report(there, len(records) * sampling.samples)
+                time.sleep(WAIT)
+            sets[folder] = images
+    return sets
+
+
+WAIT = 2.0
+"""Seconds between two looks at what other ranks have drawn."""
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
@@ -233,18 +338,3 @@ def read_judgements(path: str | Path) -> list[Judgement]:
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, "".join(canonical(r) + "\n" for r in rows).encode())
-
-
-def _counted(task: Task, judgements: Sequence[Judgement]) -> list[Judgement]:
-    """Those of the overall score; none when one of its tags is missing."""
-    if not set(task.overall_tags) <= {j.tag for j in judgements}:
-        return []
-    return [j for j in judgements if j.tag in task.overall_tags]
-
-
-def _columns(judgements: Sequence[Judgement]) -> tuple[list[float], list[str], list[str]]:
-    return [j.score for j in judgements], [j.prompt_id for j in judgements], [j.tag for j in judgements]
-
-
-def _number(x: float) -> float | None:
-    return round(x, 6) if x == x else None

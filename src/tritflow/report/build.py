@@ -91,10 +91,14 @@ def grid_png(sets: Sequence[ImageSet], rows: int = GRID_ROWS) -> bytes:
 
 
 def _ordered(sources: Sources) -> list[ImageSet]:
-    """The picture sets, the teacher's first."""
+    """The picture sets, the teacher's first; only those of its prompts and noise, since others show other pictures."""
     runs: list[Run] = [r for found in sources.runs.values() for r in found]
     teachers = {r["against"]["pictures"]["folder"] for r in runs if r.get("against")}
-    return sorted(sources.image_sets(), key=lambda s: s.folder.name not in teachers)
+    again = {r["seed_sets"]["pictures"]["folder"] for r in runs if r.get("seed_sets")}
+    sets = [s for s in sources.image_sets() if s.folder.name not in again]
+    sets.sort(key=lambda s: s.folder.name not in teachers)
+    alike = ("suite", "prompts_hash", "samples", "base_seed")
+    return [s for s in sets if all(s.meta[k] == sets[0].meta[k] for k in alike)]
 
 
 def _gallery(out: Path, teacher: ImageSet, student: ImageSet) -> Path:

@@ -32,7 +32,9 @@ def evaluation_tables(run: dict[str, Any]) -> RenderableType:
 def _scores(run: dict[str, Any]) -> Table:
     paired, against = run.get("paired"), run.get("against")
     clean = run.get("scores_without_overlap")
-    table = Table(title=f"{run['task']['name']}: {run['label']}", title_justify="left")
+    substitutes = run["task"].get("substitutes")
+    suite = f"{run['task']['name']}{' with substitute scorers' if substitutes else ''}"
+    table = Table(title=f"{suite}: {run['label']}", title_justify="left")
     table.add_column("tag")
     for name in [
         run["label"],
@@ -78,8 +80,11 @@ def _fidelity(found: dict[str, Any]) -> Table:
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("PSNR, whole picture (dB)", interval(found["psnr"], digits=2))
-    table.add_row("PSNR, object pixels (dB)", interval(found["psnr_object"], digits=2))
+    if found["psnr_object"]:
+        table.add_row("PSNR, object pixels (dB)", interval(found["psnr_object"], digits=2))
     table.add_row("SSIM", interval(found["ssim"]))
+    if found.get("lpips"):
+        table.add_row("LPIPS", interval(found["lpips"]))
     table.add_row("energy of the top octave", interval(found["bands"]["top"]["energy"]))
     table.add_row("coherence of the top octave", interval(found["bands"]["top"]["coherence"]))
     return table
@@ -98,6 +103,14 @@ def _notes(run: dict[str, Any]) -> list[str]:
     paired = (run.get("paired") or {}).get("overall")
     if paired and paired["minimum_detectable"] is not None:
         lines.append(f"smallest difference this run would have seen (80 % power): {paired['minimum_detectable']:.3f}")
+    sets = run.get("seed_sets")
+    if sets and sets["overall"]:
+        a, b = sets["base_seeds"]
+        lines.append(f"seed {a} against seed {b}, the same model: overall {signed_interval(sets['overall'])}")
+    for role, stands_for in (run["task"].get("substitutes") or {}).items():
+        lines.append(f"{role}: {run['task']['scorers'].get(role, '')}, a substitute for {stands_for}")
+    if run["task"].get("substitutes"):
+        lines.append("these are not the suite's official scores; --official reads those back")
     if not p["overlap"]["known"]:
         lines.append("which prompts this model was trained on is not known (--trained-on FILE tells)")
     return lines

@@ -58,6 +58,10 @@ def _decimal(digits: int) -> Callable[[Any], str]:
     return lambda data: interval(data, digits)
 
 
+def _point(data: Any, digits: int) -> str:
+    return interval(data.get("value") if isinstance(data, dict) else data, digits)
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": text,
     "int": lambda data: MISSING if data is None else f"{round(data):,}",
@@ -65,11 +69,8 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "number1": _decimal(1),
     "number2": _decimal(2),
     "score": lambda data: _with_ends(data, 3, False, False),
-    "point": lambda data: (
-        _number(data["value"], 3, False)
-        if isinstance(data, dict) and data.get("value") is not None
-        else interval(None if isinstance(data, dict) else data)
-    ),
+    "point": lambda data: _point(data, 3),
+    "point4": lambda data: _point(data, 4),
     "difference": signed_interval,
     "percent": lambda data: _with_ends(data, 3, True, False),
     "dB": _decimal(2),

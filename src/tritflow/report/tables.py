@@ -11,6 +11,8 @@ A spec lives in `tables.toml`:
                                                   # the two: the newest run alone
     entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run
     columns = [{ name = "overall", value = "scores.overall", format = "score" }, ...]
+    reference = [["FLUX (paper)", 0.66], ...]      # optional: rows published elsewhere, a value a column ("" for none),
+                                                  # above the runs' rows; shown only when there are any
     note = "..."                                  # optional sentence below
 
 A value is a dotted path into the run (`^` first: into the run from inside an entry; `key`: an entry's own key in a
@@ -54,6 +56,7 @@ class Spec:
     rows: tuple[dict[str, Any], ...] = ()
     each: tuple[str, ...] = ()
     entries: str | None = None
+    reference: tuple[tuple[Any, ...], ...] = ()
     note: str = ""
 
 
@@ -74,7 +77,7 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
         source = files("tritflow.report").joinpath("tables.toml").read_text(encoding="utf-8")
     specs = {}
     for name, data in tomllib.loads(source).items():
-        known = ("topic", "columns", "title", "where", "rows", "each", "entries", "note")
+        known = ("topic", "columns", "title", "where", "rows", "each", "entries", "reference", "note")
         for key in data:
             if key not in known:
                 raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, list(known))}")
@@ -89,7 +92,10 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
                 )
         rest = {k: data[k] for k in ("title", "where", "entries", "note") if k in data}
         rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
-        specs[name] = Spec(name, data["topic"], columns, rows=rows, each=each, **rest)
+        reference = tuple(tuple(r) for r in data.get("reference", ()))
+        if any(len(r) != len(columns) for r in reference):
+            raise ReportError(f"table '{name}': a reference row needs a value for each of the {len(columns)} columns")
+        specs[name] = Spec(name, data["topic"], columns, rows=rows, each=each, reference=reference, **rest)
     return specs
 
 
@@ -151,10 +157,14 @@ def build(spec: Spec, runs: Sequence[Run]) -> Table:
             cells.append(row)
             used.append(run)
     notes = (*([spec.note] if spec.note else []), *_provenance(list({id(r): r for r in used}.values()), raw, cells))
+    published = [
+        tuple(MISSING if v == "" else FORMATS[c.format](v) for c, v in zip(spec.columns, row, strict=True))
+        for row in spec.reference
+    ]
     return Table(
         spec,
         tuple(c.name for c in spec.columns),
-        tuple(cells),
+        (*published, *cells) if cells else (),
         tuple(c.format != "text" for c in spec.columns),
         notes if cells else ("No results yet.",),
     )
@@ -181,6 +191,13 @@ def _provenance(runs: Sequence[Run], values: Iterable[Any], cells: Sequence[tupl
     if any("[" in cell for row in cells for cell in row):
         methods = sorted({v["method"] for v in values if isinstance(v, dict) and "method" in v and v.get("low")})
         notes.append("[low, high]: 95 % intervals" + (f" ({'; '.join(methods)})." if methods else "."))
+    replaced = {
+        f"{role}: {task['scorers'].get(role, 'another one')} for {own}"
+        for task in (r.get("task") or {} for r in runs)
+        for role, own in (task.get("substitutes") or {}).items()
+    }
+    if replaced:
+        notes.append(f"Substitute scorers, so not the suite's official metric: {'; '.join(sorted(replaced))}.")
     seen = [r["label"] for r in runs if ((r.get("prompts") or {}).get("overlap") or {}).get("count")]
     if seen:
         notes.append(f"Some prompts were trained on in: {', '.join(map(str, seen))}.")

@@ -1,0 +1,285 @@
+"""Whole suites with a stand-in pipeline: killed anywhere, drawn by several ranks, 2,212 pictures, seed sets."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from evaluation_fakes import SETTINGS as TOY_SETTINGS
+from evaluation_fakes import ToyTask, folder_bytes
+from evaluation_fakes import draw as toy_draw
+from PIL import Image
+from suite_fakes import MODEL, SETTINGS, GenEvalTask, draw_suite
+
+from tritflow.evaluation import run as running
+from tritflow.evaluation.api import EvaluationError, TaskOptions
+from tritflow.evaluation.drawing import draw_images, encode_png
+from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId
+from tritflow.evaluation.projection import BYTES_PER_PIXEL, Projection, duration, project
+from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
+from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate, projections
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="the suites' own files are not at hand")
+HERE = str(Path(__file__).parent)
+
+KILLED = """
+import os, random, signal, sys
+sys.path.insert(0, sys.argv[1])
+import tritflow.evaluation.drawing as drawing
+from evaluation_fakes import draw_set
+from evaluation_fakes import draw as real_draw
+left = [int(sys.argv[3])]
+def step():
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+# Anywhere: before a rename, after it, amid a picture's bytes, amid a manifest line, while drawing.
+real_replace, real_write, real_note = os.replace, drawing.Path.write_bytes, drawing._note
+def replace(a, b):
+    step(); real_replace(a, b); step()
+def write_bytes(self, data):
+    if left[0] < 1:
+        real_write(self, data[: len(data) // 2])
+    step()
+    return real_write(self, data)
+def note(waiting, manifest, done):
+    if waiting and left[0] < 2:
+        line = drawing.canonical(waiting[0].result()).encode()
+        manifest.write(line[: len(line) // 2]); manifest.flush()
+    step()
+    return real_note(waiting, manifest, done)
+def draw(prompts, seeds):
+    step()
+    return real_draw(prompts, seeds)
+os.replace, drawing.Path.write_bytes, drawing._note = replace, write_bytes, note
+draw_set(sys.argv[2], draw=draw, per_tag=4)
+"""
+
+
+def test_killed_at_twenty_random_points_the_folder_is_the_same(tmp_path: Path) -> None:
+    """One folder, killed twenty times on its way, each time later or earlier: byte for byte an unbroken run's."""
+    from evaluation_fakes import draw_set
+
+    draw_set(tmp_path / "whole", per_tag=4)
+    wanted = folder_bytes(tmp_path / "whole")
+    r = random.Random(7)
+    kills = 0
+    for attempt in range(60):
+        # Few steps at first, so that twenty kills fit before the end; then from a fresh folder again.
+        folder = tmp_path / f"killed{kills // 7}"
+        command = [sys.executable, "-c", KILLED, HERE, str(folder), str(r.randrange(1, 22 + attempt % 5))]
+        code = subprocess.run(command, timeout=60).returncode
+        assert code in (-signal.SIGKILL, 0)
+        kills += code != 0
+        if kills == 20:
+            break
+    assert kills == 20
+    for folder in sorted(tmp_path.glob("killed*")):
+        draw_set(folder, per_tag=4)
+        assert folder_bytes(folder) == wanted
+
+
+@needs_files
+def test_every_picture_of_geneval_is_accounted_for(tmp_path: Path) -> None:
+    """553 x 4 with a stand-in pipeline: 2,212 pictures, one seed each, under 3 ms a picture beside the PNGs.
+
+    Processor time of all threads, so that a busy machine does not decide.
+    """
+    task = GenEvalTask(TaskOptions(prompts=SHARED))
+    records = task.prompts()
+    picture = Image.new("RGB", (16, 16), (9, 90, 200))
+    encoding = 2212 * min(_timed(lambda: encode_png(picture)) for _ in range(50))
+    started = time.process_time()
+    images = draw_images(
+        tmp_path / "out", task, records, lambda p, s: [picture] * len(p), MODEL, SETTINGS, samples=4, batch_size=16
+    )
+    beyond = time.process_time() - started - encoding
+    assert images is not None
+    assert len(images.entries) == 2212
+    assert len({e["seed"] for e in images.entries}) == 2212
+    assert len({e["path"] for e in images.entries}) == 2212
+    assert beyond / 2212 < 0.003
+
+
+def _timed(what) -> float:  # type: ignore[no-untyped-def]
+    started = time.process_time()
+    what()
+    return time.process_time() - started
+
+
+def test_two_models_get_the_same_seeds(tmp_path: Path) -> None:
+    task = ToyTask()
+    sets = [
+        draw_images(tmp_path / name, task, task.prompts(), toy_draw, ModelId(name, name), TOY_SETTINGS, samples=3)
+        for name in ("one", "two")
+    ]
+    assert sets[0] is not None
+    assert sets[1] is not None
+    assert [e["seed"] for e in sets[0].entries] == [e["seed"] for e in sets[1].entries]
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from evaluation_fakes import MODEL, SETTINGS, ToyTask, draw
+from tritflow.evaluation.ranks import shard_of_environment
+from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate
+import tritflow.evaluation.run as running
+running.WAIT = 0.05
+task = ToyTask()
+run = evaluate(task, task.prompts(per_tag=4), Contender(MODEL, SETTINGS, lambda: draw), sys.argv[2],
+    teacher=Contender(type(MODEL)("teacher", "tt"), SETTINGS, lambda: draw),
+    sampling=Sampling(2, 0, 4), plan=Plan(shard=shard_of_environment()))
+print(bool(run))
+"""
+
+
+def test_three_processes_make_the_folder_of_one(tmp_path: Path) -> None:
+    """As torchrun starts them: RANK and WORLD_SIZE alone tell them apart; rank 0 alone scores."""
+    task = ToyTask()
+    teacher = Contender(ModelId("teacher", "tt"), TOY_SETTINGS, lambda: toy_draw)
+    student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
+    alone = evaluate(
+        task, task.prompts(per_tag=4), student, tmp_path / "one", teacher=teacher, sampling=Sampling(2, 0, 4)
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, HERE, str(tmp_path / "three")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [p.communicate(timeout=120)[0].strip() for p in started]
+    assert [p.returncode for p in started] == [0, 0, 0]
+    assert said == ["True", "False", "False"]
+    assert folder_bytes(tmp_path / "three") == folder_bytes(tmp_path / "one")
+    assert alone["prompts"]["pictures"] == 24
+
+
+def test_rank_0_gives_up_on_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WAIT", 0.01)
+    task = ToyTask()
+    student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
+    with pytest.raises(ImageSetError, match=r"of 24 pictures, and the other processes have drawn none for 0 s"):
+        evaluate(
+            task,
+            task.prompts(per_tag=4),
+            student,
+            tmp_path,
+            sampling=Sampling(2, 0, 4),
+            plan=Plan(shard=(0, 2), patience=0.2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "do not go together"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "do not go together"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "x"}, "RANK='x' is not a number"),
+    ],
+)
+def test_launchers_that_make_no_sense(variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert shard_of_environment() == (0, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EvaluationError, match=words):
+        shard_of_environment()
+
+
+def test_each_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert device_of_environment(None) is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of_environment(None) == device_of_environment("cuda") == "cuda:1"
+    assert device_of_environment("cuda:0") == "cuda:0"
+    assert device_of_environment("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(EvaluationError, match="there are 2 GPUs"):
+        device_of_environment(None)
+
+
+def test_projections(tmp_path: Path) -> None:
+    fresh = project(tmp_path / "nowhere" / "yet", "flux", 100, SETTINGS)
+    assert (fresh.pictures, fresh.present, fresh.seconds) == (100, 0, None)
+    assert fresh.bytes_needed == round(100 * 16 * 16 * BYTES_PER_PIXEL)
+    assert "time is known after two batches" in str(fresh)
+    images = draw_suite(tmp_path / "out", ToyTask(), samples=4)
+    assert images is not None
+    for i, e in enumerate(images.entries):  # as if a picture had taken two seconds, with a pause amid them
+        at = 1e9 + 2 * i + (5000 if i > 30 else 0)
+        os.utime(images.folder / e["path"], (at, at))
+    more = project(tmp_path / "out", "flux", 160, SETTINGS)
+    assert more.present == 60
+    assert more.seconds == pytest.approx(200)
+    mean = sum(e["bytes"] for e in images.entries) / 60
+    assert more.bytes_needed == pytest.approx(100 * mean, abs=1)
+    assert "160 pictures, 60 of them there; to draw 100" in str(more)
+    assert "3 min" in str(more)
+    assert str(project(tmp_path / "out", "flux", 60, SETTINGS)) == "flux: all 60 pictures are there"
+    with pytest.raises(EvaluationError, match=r"100 pictures of flux need about 2.0 TB|need about 2000.0 GB"):
+        Projection("flux", 100, 0, 2 * 10**12, 10**9, None).check()
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (600, "10 min"), (11_100, "3 h 5 min")])
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_a_full_disk_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritflow.evaluation.projection.BYTES_PER_PIXEL", 1e13)
+    task = ToyTask()
+
+    def never():  # type: ignore[no-untyped-def]
+        raise AssertionError("loaded")
+
+    with pytest.raises(EvaluationError, match="make room or choose another --out"):
+        evaluate(task, task.prompts(), Contender(MODEL, TOY_SETTINGS, never), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_seed_sets_tell_what_seeds_alone_change(tmp_path: Path) -> None:
+    task = ToyTask()
+    records = task.prompts(per_tag=6)
+    student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
+    run = evaluate(task, records, student, tmp_path, sampling=Sampling(4), plan=Plan(noise_seed=9))
+    sets = run["seed_sets"]
+    assert sets["base_seeds"] == [0, 9]
+    difference = run["scores"]["overall"]["value"] - sets["scores"]["overall"]["value"]
+    assert sets["overall"]["value"] == pytest.approx(difference, abs=1e-6)
+    assert sets["overall"]["low"] < sets["overall"]["value"] < sets["overall"]["high"]
+    assert set(sets["tags"]) == {"light", "dark", "odd"}
+    seeds = [{e["seed"] for e in ImageSet.open(p.parent).entries} for p in sorted(tmp_path.glob("*/meta.json"))]
+    assert len(seeds) == 2
+    assert not seeds[0] & seeds[1]
+    # What the spread inside prompts foretells is of the size of what two seed sets show.
+    assert run["scores"]["seed_noise"] > 0
+    assert all(t["seed_noise"] > 0 for t in run["scores"]["tags"].values())
+    with pytest.raises(EvaluationError, match="--noise-seed 0 is the run's own"):
+        evaluate(task, records, student, tmp_path, sampling=Sampling(4), plan=Plan(noise_seed=0))
+
+
+def test_drawing_alone_and_the_projection_of_it(tmp_path: Path) -> None:
+    task = ToyTask()
+    student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
+    before = projections(task.prompts(), student, tmp_path, sampling=Sampling(2), plan=Plan(noise_seed=1))
+    assert [p.present for p in before] == [0, 0]
+    assert evaluate(task, task.prompts(), student, tmp_path, sampling=Sampling(2), plan=Plan(draw_only=True)) == {}
+    assert not list(tmp_path.glob("*.scores.jsonl"))
+    assert [p.present for p in projections(task.prompts(), student, tmp_path, sampling=Sampling(2))] == [30]
