@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 
 class FamilyError(ValueError):
     """A model is of no known family, or its config or tensors do not fit the family."""
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of one activation that can be rescaled, all that makes and all that reads them told, at no change.
+
+    Multiply what makes channel c by s, divide what reads it by s, and the model computes the same. Parts of linears
+    are named as (linear, first row or column); each part is `channels` long.
+
+    Attributes:
+        name: unique in the model.
+        channels: how many.
+        rows: output rows (weight and bias) that make the channels, or are added to them.
+        gains: output rows g that enter as x * (1 + g), with x made by nobody in the group (a norm's output): to
+            multiply by s, g becomes s g + s - 1.
+        columns: input columns that read the channels.
+    """
+
+    name: str
+    channels: int
+    rows: tuple[tuple[str, int], ...]
+    gains: tuple[tuple[str, int], ...]
+    columns: tuple[tuple[str, int], ...]
 
 
 class Family(ABC):
@@ -35,6 +59,10 @@ class Family(ABC):
     @abstractmethod
     def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Every linear inside the blocks: name -> (out_features, in_features), in block order."""
+
+    @abstractmethod
+    def channel_groups(self, config: Mapping[str, Any]) -> list[ChannelGroup]:
+        """Every group of channels inside the blocks that can be rescaled without changing what the model computes."""
 
     @abstractmethod
     def check_tensors(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
