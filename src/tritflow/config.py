@@ -186,6 +186,8 @@ class Recipe:
         ternarizer: how trits and row scales start.
         compensation: whether GPTQ-style error compensation from calibration activations runs.
         compensation_samples: how many recorded (x_t, v) pairs its activations come from.
+        smoothing: exponent, 0 to 1, of column scales from calibration activations (SmoothQuant), which take outlier
+            channels out of 8-bit activations; None: column scales, if any, come from the weights.
         ternary: storage and targets.
         calibration: which trajectories (used by compensation and distillation).
         distillation: velocity distillation (steps = 0 switches it off).
@@ -196,6 +198,7 @@ class Recipe:
     ternarizer: Ternarizer = "mse"
     compensation: bool = False
     compensation_samples: int = 256
+    smoothing: float | None = None
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

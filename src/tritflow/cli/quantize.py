@@ -27,6 +27,7 @@ _EXAMPLES = """Examples:
 _STAGES = {
     "round": "rounding",
     "record": "recording the teacher",
+    "range": "measuring activations",
     "compensate": "compensating",
     "distill": "distilling",
     "write": "writing",

@@ -37,7 +37,7 @@ COMPONENTS_LIMIT = 1 << 30
 _COPIED = {".json", ".txt", ".model", ".safetensors", ".md"}
 
 Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total). Stages: `round`, `record`, `compensate`, `distill`, `write`, `copy`."""
+"""Called as (stage, done, total). Stages: `round`, `record`, `range`, `compensate`, `distill`, `write`, `copy`."""
 
 
 class QuantizeError(ValueError):
@@ -194,6 +194,10 @@ def plan(
     given = {"mode": mode, "packing": packing, "column_scale": column_scale}
     settings = chosen.ternary.to_dict() | {k: v for k, v in given.items() if v is not None}
     settings["skip"] = [*chosen.ternary.skip, *skip]
+    if chosen.smoothing is not None:
+        if column_scale is False:
+            raise QuantizeError(f"recipe {chosen.name} smooths inputs by column scales; drop --no-column-scale")
+        settings["column_scale"] = True
     ternary = TernaryConfig.from_dict(settings)
     distillation = chosen.distillation
     if ternary.mode == "w2a8" and distillation.steps:
@@ -225,8 +229,8 @@ def plan(
 
 
 def needs_teacher(recipe: Recipe) -> bool:
-    """Whether a recipe runs the model (compensation or distillation), instead of streaming weights."""
-    return recipe.compensation or recipe.distillation.steps > 0
+    """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
+    return recipe.compensation or recipe.smoothing is not None or recipe.distillation.steps > 0
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

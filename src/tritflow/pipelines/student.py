@@ -1,6 +1,7 @@
 """From a dense source to a learned ternary student: record the teacher, compensate, distil. Each stage resumes.
 
 .work/trajectories/   what the teacher did
+.work/ranges.safetensors   how large its activations are, for smoothing
 .work/compensated/    roundings, a file a block
 .work/distilled/      checkpoint and loss curve
 .work/student/        roundings as distilled
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json
+from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
 from tritflow.distillation.compensation import compensate_blocks_, restore_
 from tritflow.distillation.parameters import parameter_groups
@@ -25,7 +27,8 @@ from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.loading import ModelError, resolve_model
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
-from tritflow.quantization.rounding import Rounded
+from tritflow.quantization.rounding import Rounded, round_weight
+from tritflow.quantization.smoothing import smoothing_scale
 from tritflow.quantization.store import RoundedStore
 
 if TYPE_CHECKING:
@@ -73,8 +76,13 @@ def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
     model = pipe.transformer
     del pipe  # text encoders and VAE are not needed any more
     compensated = RoundedStore(work / "compensated", job.id)
+    ranges = None
+    if job.recipe.smoothing is not None:
+        ranges = _ranges(job, model, trajectories, work / "ranges.safetensors", progress)
     if job.recipe.compensation:
-        _compensate(job, model, trajectories, compensated, progress)
+        _compensate(job, model, trajectories, compensated, ranges, progress)
+    elif ranges is not None:
+        _round_smoothed(job, compensated, ranges)
     if not job.recipe.distillation.steps:
         return {}
     return _distill(job, model, trajectories, compensated, work, progress)
@@ -112,7 +120,52 @@ def _transformer(job: Job, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _compensate(job: Job, model: Any, trajectories: Trajectories, store: RoundedStore, progress: Progress) -> None:
+def _ranges(job: Job, model: Any, trajectories: Trajectories, path: Path, progress: Progress) -> dict[str, InputRange]:
+    found = read_ranges(path, job.id)
+    if found is None:
+        found = input_ranges(
+            model,
+            lambda **kwargs: model(**kwargs, return_dict=False),
+            list(job.linears),
+            trajectories,
+            samples=job.recipe.compensation_samples,
+            batch_size=job.recipe.calibration.batch_size,
+            device=job.device,
+            on_progress=lambda done, total: progress("range", done, total),
+        )
+        write_ranges(path, found, job.id)
+    return found
+
+
+def _column_of(job: Job, ranges: dict[str, InputRange]) -> Callable[[str, Tensor], Tensor]:
+    exponent = job.recipe.smoothing
+    assert exponent is not None
+    return lambda name, weight: smoothing_scale(weight, ranges[name].amax, exponent)
+
+
+def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]) -> None:
+    """Round every weight under its smoothing scales, inputs weighted by their mean square."""
+    column_of, weight_of = _column_of(job, ranges), _weight_of(job)
+    for block in job.family.block_order(job.source.config):
+        inside = {}
+        for name in job.linears:
+            if name.startswith(f"{block}.") and not store.has_group(block):
+                weight = weight_of(name).to(job.device)
+                importance = ranges[name].mean_square
+                c = column_of(name, weight)
+                inside[name] = round_weight(weight, input_importance=importance, input_scale=c)
+        if inside:
+            store.write(block, inside)
+
+
+def _compensate(
+    job: Job,
+    model: Any,
+    trajectories: Trajectories,
+    store: RoundedStore,
+    ranges: dict[str, InputRange] | None,
+    progress: Progress,
+) -> None:
     compensate_blocks_(
         model,
         lambda **kwargs: model(**kwargs, return_dict=False),
@@ -125,6 +178,7 @@ def _compensate(job: Job, model: Any, trajectories: Trajectories, store: Rounded
         batch_size=job.recipe.calibration.batch_size,
         device=job.device,
         column_scale=job.ternary.column_scale,
+        column_of=None if ranges is None else _column_of(job, ranges),
         on_progress=lambda done, total: progress("compensate", done, total),
     )
 

@@ -119,6 +119,11 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
     if not 0 <= d.ema_decay < 1:
         raise ConfigError(f"recipe {recipe.name}: distillation.ema_decay must lie in [0, 1), not {d.ema_decay}")
+    a = recipe.smoothing
+    if a is not None and not (isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1):
+        raise ConfigError(f"recipe {recipe.name}: smoothing must lie between 0 and 1, not {a!r}")
+    if a is not None and recipe.ternarizer == "absmean":
+        raise ConfigError(f"recipe {recipe.name}: smoothing needs the mse ternarizer; absmean has no column scales")
     if recipe.compensation and recipe.ternarizer == "absmean":
         raise ConfigError(
             f"recipe {recipe.name}: compensation starts from the mse ternarizer; absmean has no use for it"
