@@ -15,7 +15,7 @@ def weight_and_ranges(seed=0):
 
 @pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5, 1.0])
 def test_outliers_are_undone_whatever_the_exponent_and_the_rows(exponent):
-    weight, amax, g = weight_and_ranges()
+    weight, amax, _ = weight_and_ranges()
     channels = torch.ones(64)
     channels[[3, 40]] = torch.tensor([64.0, 90.0])
     rows = torch.ones(48)
@@ -36,7 +36,7 @@ def test_the_ends_are_activations_alone_and_weights_alone():
 
 
 def test_column_sizes_balance_rows_and_columns():
-    weight, _, g = weight_and_ranges()
+    weight, _, _ = weight_and_ranges()
     scaled = weight * torch.logspace(-2, 2, 48)[:, None] * torch.logspace(1, -1, 64)
     c = column_sizes(scaled)
     rows = (scaled / c).square().mean(dim=1, keepdim=True).sqrt()

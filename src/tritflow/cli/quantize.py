@@ -29,6 +29,7 @@ _STAGES = {
     "record": "recording the teacher",
     "range": "measuring activations",
     "compensate": "compensating",
+    "reconstruct": "reconstructing blocks",
     "distill": "distilling",
     "write": "writing",
     "copy": "copying the other components",

@@ -82,7 +82,7 @@ def compensate_blocks_(
                     rounded[name] = _round(model.get_submodule(name), weight, found.pop(name), column_scale, column)
                 store.write(block, rounded)
             for name in inside:
-                _overwrite(model.get_submodule(name), store[name])
+                overwrite_(model.get_submodule(name), store[name])
             if on_progress is not None:
                 on_progress(number + 1, len(blocks))
     finally:
@@ -177,7 +177,8 @@ def _round(
 
 
 @torch.no_grad()
-def _overwrite(linear: nn.Module, q: Rounded) -> None:
+def overwrite_(linear: nn.Module, q: Rounded) -> None:
+    """Give a dense linear the weight, and the bias if there is one, that a rounding stands for once it is stored."""
     assert isinstance(linear, nn.Linear)
     # Scales as the format will store them.
     rows = q.weight_scale.bfloat16().float()
@@ -187,10 +188,18 @@ def _overwrite(linear: nn.Module, q: Rounded) -> None:
         linear.bias.copy_(q.bias)
 
 
-def restore_(model: nn.Module, linears: Sequence[str], weight_of: Callable[[str], Tensor]) -> None:
-    """Put the original weights back, as latents for distillation; biases stay as compensated."""
+def restore_(
+    model: nn.Module,
+    linears: Sequence[str],
+    weight_of: Callable[[str], Tensor],
+    bias_of: Callable[[str], Tensor | None] | None = None,
+) -> None:
+    """Put the original weights back, as latents for distillation; biases stay as compensated without `bias_of`."""
     with torch.no_grad():
         for name in linears:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             linear.weight.copy_(weight_of(name))
+            bias = None if bias_of is None else bias_of(name)
+            if bias is not None and linear.bias is not None:
+                linear.bias.copy_(bias)

@@ -35,6 +35,22 @@ class ChannelGroup:
     columns: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True)
+class BlockCalls:
+    """How blocks call each other, for whoever runs them one by one. Names are keyword arguments of their `forward`.
+
+    Attributes:
+        streams: what a block returns, in order, each under the name by which the next block takes it; [B, ...].
+        per_sample: arguments that differ from sample to sample and not from block to block; [B, ...]. All arguments
+            that are in neither list are shared by samples and blocks.
+        final: the streams that are read after the last block.
+    """
+
+    streams: tuple[str, ...]
+    per_sample: tuple[str, ...]
+    final: tuple[str, ...]
+
+
 class Family(ABC):
     """One family of transformers: names and shapes only, no model is built.
 
@@ -42,11 +58,13 @@ class Family(ABC):
         name: as written in configs and results.
         transformer_class: the diffusers class.
         targets: `fnmatch` patterns of the modules that are ternary by default.
+        block_calls: see `BlockCalls`; None where blocks do not call each other alike.
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]
+    block_calls: ClassVar[BlockCalls | None] = None
 
     @abstractmethod
     def check_config(self, config: Mapping[str, Any]) -> None:
@@ -60,9 +78,13 @@ class Family(ABC):
     def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Every linear inside the blocks: name -> (out_features, in_features), in block order."""
 
-    @abstractmethod
     def channel_groups(self, config: Mapping[str, Any]) -> list[ChannelGroup]:
-        """Every group of channels inside the blocks that can be rescaled without changing what the model computes."""
+        """Every group of channels inside the blocks that can be rescaled without changing what the model computes.
+
+        Raises:
+            FamilyError: nobody has written them down for this family.
+        """
+        raise FamilyError(f"which channels of {self.name} can be rescaled is not known; flux1's are")
 
     @abstractmethod
     def check_tensors(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from tritflow.formats.architecture import FLUX1 as CLASS_NAME
 from tritflow.formats.architecture import check_shapes, flux1_shapes
 from tritflow.formats.errors import CheckpointError
-from tritflow.models.family import ChannelGroup, Family, FamilyError
+from tritflow.models.family import BlockCalls, ChannelGroup, Family, FamilyError
 
 
 class Flux1(Family):
@@ -17,6 +17,9 @@ class Flux1(Family):
     name: ClassVar[str] = "flux1"
     transformer_class: ClassVar[str] = CLASS_NAME
     targets: ClassVar[tuple[str, ...]] = ("transformer_blocks.*", "single_transformer_blocks.*")
+    block_calls: ClassVar[BlockCalls | None] = BlockCalls(
+        streams=("encoder_hidden_states", "hidden_states"), per_sample=("temb",), final=("hidden_states",)
+    )
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """See `Family.check_config`."""

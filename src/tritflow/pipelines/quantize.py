@@ -37,7 +37,8 @@ COMPONENTS_LIMIT = 1 << 30
 _COPIED = {".json", ".txt", ".model", ".safetensors", ".md"}
 
 Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total). Stages: `round`, `record`, `range`, `compensate`, `distill`, `write`, `copy`."""
+"""Called as (stage, done, total). Stages: `round`, `record`, `range`, `compensate`, `reconstruct`, `distill`, `write`,
+`copy`."""
 
 
 class QuantizeError(ValueError):
@@ -125,7 +126,7 @@ def quantize(
         src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
         out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued.
         recipe: a name, a path to a .toml, or a `Recipe`.
-        mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into distillation.
+        mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into the training loops.
         skip: patterns of block linears that stay dense, beside the recipe's own.
         prompts: for calibration: a .txt, .jsonl or folder. None: `calibration_prompts.txt` of the model folder, or
             the paper's set from the cache.
@@ -199,10 +200,12 @@ def plan(
             raise QuantizeError(f"recipe {chosen.name} smooths inputs by column scales; drop --no-column-scale")
         settings["column_scale"] = True
     ternary = TernaryConfig.from_dict(settings)
-    distillation = chosen.distillation
+    distillation, reconstruction = chosen.distillation, chosen.reconstruction
     if ternary.mode == "w2a8" and distillation.steps:
         distillation = dataclasses.replace(distillation, activation_bits=8)
-    chosen = dataclasses.replace(chosen, ternary=ternary, distillation=distillation)
+    if ternary.mode == "w2a8" and reconstruction.steps:
+        reconstruction = dataclasses.replace(reconstruction, activation_bits=8)
+    chosen = dataclasses.replace(chosen, ternary=ternary, distillation=distillation, reconstruction=reconstruction)
     location = resolve(asset_path(str(src)) if str(src) in ASSETS else src)
     source = open_source(location.transformer)
     family = family_of(source.config)
@@ -230,7 +233,8 @@ def plan(
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
-    return recipe.compensation or recipe.smoothing is not None or recipe.distillation.steps > 0
+    trained = recipe.reconstruction.steps > 0 or recipe.distillation.steps > 0
+    return recipe.compensation or recipe.smoothing is not None or trained
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:
