@@ -66,7 +66,7 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
 
 
 def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
-    pipe = _pipeline(job)
+    pipe = teacher_pipeline(job)
     assert job.prompts is not None
     trajectories = record_trajectories(
         pipe,
@@ -102,7 +102,7 @@ def _last_stage(job: Job) -> str:
     return "reconstructed" if job.recipe.reconstruction.steps else "compensated"
 
 
-def _pipeline(job: Job) -> Any:
+def teacher_pipeline(job: Job) -> Any:
     """The teacher as a stock pipeline, its transformer read from the job's own source."""
     from diffusers import FluxPipeline
 
