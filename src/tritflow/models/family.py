@@ -78,6 +78,10 @@ class Family(ABC):
     def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Every linear inside the blocks: name -> (out_features, in_features), in block order."""
 
+    def stream_of(self, linear: str) -> str:
+        """Which stream of tokens a block linear works on, for reports: `image`, `text`, `condition` or `all`."""
+        return "all"
+
     def channel_groups(self, config: Mapping[str, Any]) -> list[ChannelGroup]:
         """Every group of channels inside the blocks that can be rescaled without changing what the model computes.
 

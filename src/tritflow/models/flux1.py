@@ -50,6 +50,15 @@ class Flux1(Family):
             if name.startswith(roots) and name.endswith(".weight") and len(shape) == 2
         }
 
+    def stream_of(self, linear: str) -> str:
+        """See `Family.stream_of`: modulation sees one row a picture, single blocks text and image together."""
+        leaf = linear.split(".", 2)[2]
+        if leaf.startswith("norm"):
+            return "condition"
+        if linear.startswith("single_transformer_blocks."):
+            return "all"
+        return "text" if leaf.startswith(("attn.add_", "attn.to_add_out", "ff_context.")) else "image"
+
     def channel_groups(self, config: Mapping[str, Any]) -> list[ChannelGroup]:
         """See `Family.channel_groups`: inputs of q, k, v and of the MLPs (through the modulation), and values.
 
