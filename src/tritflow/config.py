@@ -186,7 +186,10 @@ class ReconstructionConfig(_Config):
         stride: blocks finished by each window; below `window`, windows overlap.
         samples: recorded (x_t, v) pairs whose activations are kept, teacher's and student's.
         batch_size: samples a step.
-        learning_rate: peak of the cosine schedule for latent weights, in trits (a layer's mean row scale) a step.
+        importance_samples: pairs from which channels and streams are weighed by the velocity's gradient (0: every
+            stream counts alike, by what a window adds to it).
+        importance_batch: of those, how many run at once; activations of all blocks are alive then.
+        learning_rate: peak of the cosine schedule for latent weights, in trits (a layer's median row scale) a step.
         scale_learning_rate: peak for the log row scales, log column scales and biases.
         warmup_steps: linear warm-up.
         grad_clip: global norm.
@@ -202,6 +205,8 @@ class ReconstructionConfig(_Config):
     stride: int = 1
     samples: int = 512
     batch_size: int = 16
+    importance_samples: int = 64
+    importance_batch: int = 4
     learning_rate: float = 0.01
     scale_learning_rate: float = 1e-3
     warmup_steps: int = 20

@@ -160,26 +160,37 @@ def relative_errors(
     blocks: Sequence[nn.Module],
     inputs: Streams,
     targets: Mapping[str, Tensor],
-    norms: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Mean square error of each stream behind `blocks` over its norm, for all samples; waits for the GPU once."""
+    """Weighted mean square error of each stream behind `blocks`, over all samples; waits for the GPU once."""
     out = inputs
     for block in blocks:
         out = out.through(block)
-    errors = [
-        _mean_square_error(out.streams[n], t, inputs.batch_size) / norms[n].to(t.device) for n, t in targets.items()
-    ]
+    size = inputs.batch_size
+    errors = [(_square_error(out.streams[n], t, size) * weights[n].to(t.device)).mean() for n, t in targets.items()]
     return dict(zip(targets, torch.stack(errors).tolist(), strict=True))
 
 
-def change_norms(inputs: Streams, outputs: Streams, names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean square of what a window adds to each stream: what its error is measured by. Scalars on `device`."""
-    pairs = ((outputs.streams[n], inputs.streams[n]) for n in names)
-    sizes = [_mean_square_error(a, b, inputs.batch_size).clamp_min(1e-20) for a, b in pairs]
-    return {name: size.to(inputs.device) for name, size in zip(names, sizes, strict=True)}
+def loss_weights(
+    inputs: Streams, outputs: Streams, names: Sequence[str], importance: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """fp32 [C] for each stream: the loss is the mean over all of weight times square error, added over streams.
+
+    Errors are measured by what the teacher's window adds to the streams: an output that is none gives 1 in all, with
+    `importance` (channels and streams weighed by it), and 1 for each stream without.
+    """
+    changes = {n: _square_error(outputs.streams[n], inputs.streams[n], inputs.batch_size) for n in names}
+    if importance is None:
+        found = {n: torch.ones_like(c) / c.mean().clamp_min(1e-20) for n, c in changes.items()}
+    else:
+        weights = {n: importance[n].to(changes[n].device) for n in names}
+        total = sum(((weights[n] * changes[n]).mean() for n in names), torch.zeros((), device=changes[names[0]].device))
+        found = {n: weights[n] / total.clamp_min(1e-30) for n in names}
+    return {n: w.to(inputs.device) for n, w in found.items()}
 
 
-def _mean_square_error(a: Tensor, b: Tensor, batch_size: int) -> Tensor:
-    """In chunks: no second fp32 copy of what may be most of the memory."""
+def _square_error(a: Tensor, b: Tensor, batch_size: int) -> Tensor:
+    """Mean over samples and tokens, [C]; in chunks: no second fp32 copy of what may be most of the memory."""
     parts = zip(a.split(batch_size), b.split(batch_size), strict=True)
-    return torch.stack([(x.float() - y.float()).square().sum() for x, y in parts]).sum() / a.numel()
+    sums = [(x.float() - y.float()).square().flatten(0, -2).sum(dim=0) for x, y in parts]
+    return torch.stack(sums).sum(dim=0) / (a.numel() // a.shape[-1])

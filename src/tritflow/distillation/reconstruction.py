@@ -3,8 +3,8 @@
 Windows go through the model in order. A window's student sees what the finished student blocks before it really
 give; its targets are the teacher's streams, from the teacher's own inputs, so that it also undoes what went wrong
 before. Latent weights (straight-through), row and column scales and biases are trained together, with 8-bit
-activations in the loop if the student will have them. The loss is the sum over streams (image, text) of the mean
-square error over the mean square of what the teacher's window adds to the stream.
+activations in the loop if the student will have them. The loss is the square error of all streams (image, text),
+each channel weighed by how much the teacher's velocity depends on it, over the same of what the teacher's window adds.
 
 Knows no model family. Only one window has gradients and optimiser state, so a model that fits once in inference can
 be reconstructed; the streams of teacher and student lie on the GPU if they fit, else in memory, and come in batches.
@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 
 from tritflow.calibration.artifacts import provenance, read_json, write_json
 from tritflow.calibration.trajectories import Trajectories
 from tritflow.config import DistillationConfig, ReconstructionConfig
-from tritflow.distillation.block_streams import Streams, call, change_norms, first_inputs, relative_errors, take
+from tritflow.distillation.block_streams import Streams, call, first_inputs, loss_weights, relative_errors, take
 from tritflow.distillation.compensation import overwrite_
+from tritflow.distillation.importance import stream_importance
 from tritflow.distillation.overlap import Overlap
 from tritflow.distillation.state import ParameterGroup, TrainingState
 from tritflow.distillation.step import Step
@@ -178,10 +178,17 @@ class _Work:
         self.graph = cuda_graph and device.type == "cuda"
         self.overlap = Overlap(store.folder, store.job)
         self.carried: dict[str, nn.Module] = {}
+        self.importance: list[dict[str, Tensor]] = []
 
     def inputs(self, trajectories: Trajectories) -> tuple[Streams, Streams | None]:
-        """What the first block is given: training samples and held-out ones."""
+        """What the first block is given: training samples and held-out ones. Also weighs the streams' channels."""
         b, config = self.blocks, self.config
+        if config.importance_samples:
+            self.importance = stream_importance(
+                b.model, b.run, b.order, b.calls, trajectories,
+                samples=config.importance_samples, batch_size=config.importance_batch, device=self.device,
+                seed=config.seed,
+            )  # fmt: skip
 
         def first(split: Any, samples: int, store: torch.device) -> Streams:
             size = min(config.batch_size, samples)
@@ -256,13 +263,14 @@ class _Work:
         """
         modules, calls = list(students.values()), self.blocks.calls
         names = calls.final if window.stop == len(self.blocks.order) else calls.streams
-        norms = change_norms(inputs[0], targets, names)
+        importance = self.importance[window.stop - 1] if self.importance else None
+        weights = loss_weights(inputs[0], targets, names, importance)
         entry: dict[str, Any] = {"first": window.first, "blocks": list(students)}
         judge: Callable[[], dict[str, float]] | None = None
         held_input, held_target = held
         if held_input is not None and held_target is not None:
             wanted = {n: held_target.streams[n] for n in names}
-            judge = functools.partial(relative_errors, modules, held_input, wanted, norms)
+            judge = functools.partial(relative_errors, modules, held_input, wanted, weights)
             entry["before"] = judge()
         state = TrainingState(_parameter_groups(students, self.config), _training(self.config), self.device)
         before = [p.detach().clone() for p in state.parameters]
@@ -272,8 +280,8 @@ class _Work:
             streams = dict(batch)
             for module in modules:
                 streams |= call(module, calls, streams, shared)
-            parts = [mse_loss(streams[n].float(), batch[_TARGET + n].float()) / norms[n] for n in names]
-            return torch.stack(parts).sum()
+            errors = [(streams[n].float() - batch[_TARGET + n].float()).square() * weights[n] for n in names]
+            return torch.stack([error.mean() for error in errors]).sum()
 
         self._loop(Step(loss_of, state, self.config.grad_clip), inputs[1], targets, names, window.first)
         entry["loss"] = [float(f"{x:.5g}") for x in state.losses[:: max(1, self.config.steps // 50)].tolist()]
