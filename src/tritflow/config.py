@@ -177,6 +177,47 @@ class DistillationConfig(_Config):
 
 
 @dataclass(frozen=True)
+class ReconstructionConfig(_Config):
+    """Block reconstruction: trits and scales of a window of blocks learn the teacher's output of that window.
+
+    Attributes:
+        steps: optimiser steps a window (0: no reconstruction).
+        window: blocks trained together.
+        stride: blocks finished by each window; below `window`, windows overlap.
+        samples: recorded (x_t, v) pairs whose activations are kept, teacher's and student's.
+        batch_size: samples a step.
+        importance_samples: pairs from which channels and streams are weighed by the velocity's gradient (0: every
+            stream counts alike, by what a window adds to it).
+        importance_batch: of those, how many run at once; activations of all blocks are alive then.
+        learning_rate: peak of the cosine schedule for latent weights, in trits (a layer's median row scale) a step.
+        scale_learning_rate: peak for the log row scales, log column scales and biases.
+        warmup_steps: linear warm-up.
+        grad_clip: global norm.
+        activation_bits: 8 puts fake-quantized activations inside the loop, 16 leaves them alone.
+        train_scales: whether row (and column) scales are tuned.
+        train_biases: whether the linears' biases are tuned.
+        seed: of the sample order.
+    """
+
+    version: int = FORMAT_VERSION
+    steps: int = 0
+    window: int = 1
+    stride: int = 1
+    samples: int = 512
+    batch_size: int = 16
+    importance_samples: int = 64
+    importance_batch: int = 4
+    learning_rate: float = 0.01
+    scale_learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    grad_clip: float = 1.0
+    activation_bits: int = 16
+    train_scales: bool = True
+    train_biases: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A named experiment: everything `tritflow quantize` needs beside the source and the output.
 
@@ -186,8 +227,11 @@ class Recipe:
         ternarizer: how trits and row scales start.
         compensation: whether GPTQ-style error compensation from calibration activations runs.
         compensation_samples: how many recorded (x_t, v) pairs its activations come from.
+        smoothing: exponent, 0 to 1, of column scales from calibration activations (SmoothQuant), which take outlier
+            channels out of 8-bit activations; None: column scales, if any, come from the weights.
         ternary: storage and targets.
-        calibration: which trajectories (used by compensation and distillation).
+        calibration: which trajectories (used by compensation, reconstruction and distillation).
+        reconstruction: block reconstruction (steps = 0 switches it off).
         distillation: velocity distillation (steps = 0 switches it off).
     """
 
@@ -196,6 +240,8 @@ class Recipe:
     ternarizer: Ternarizer = "mse"
     compensation: bool = False
     compensation_samples: int = 256
+    smoothing: float | None = None
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -58,7 +58,8 @@ def test_gradients_pass_straight_through_to_latents_and_truly_to_scales():
     assert_close(fake.weight.grad, seed.t() @ x, 1e-5)  # dL/dW
     through_rows = ((seed.t() @ x) * trits * columns).sum(1) * fake.log_weight_scale.detach().exp()
     assert_close(fake.log_weight_scale.grad, through_rows, 1e-5)
-    assert_close(fake.input_scale.grad, ((seed.t() @ x) * trits * rows[:, None]).sum(0), 1e-5)
+    through_columns = ((seed.t() @ x) * trits * rows[:, None]).sum(0) * fake.log_input_scale.detach().exp()
+    assert_close(fake.log_input_scale.grad, through_columns, 1e-5)
     assert_close(fake.bias.grad, seed.sum(0), 1e-6)
 
 

@@ -68,7 +68,7 @@ def test_mode_and_column_scales_come_from_the_config():
     net = model()
     prepare_(net, config)
     assert net.blocks[0].activation_bits == 8
-    assert net.blocks[0].input_scale.shape == (12,)
+    assert net.blocks[0].log_input_scale.shape == (12,)
     convert_(net, config)
     assert net.blocks[0].mode == "w2a8"
     assert net.blocks[0].activation_dtype == "float8_e4m3fn"

@@ -52,3 +52,19 @@ def test_unknown_names():
         load_recipe("balancd")
     with pytest.raises(ConfigError, match="No such file"):
         load_recipe("nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 3\nstride = 2", "leaves out blocks between windows of 1"),
+        ("window = 0", "reconstruction.window must be at least 1"),
+        ("activation_bits = 4", "reconstruction.activation_bits is 8 or 16"),
+        ("widow = 2", "did you mean 'window'"),
+    ],
+)
+def test_mistakes_in_reconstruction_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text("[reconstruction]\n" + text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)

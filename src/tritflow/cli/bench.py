@@ -165,6 +165,61 @@ def latency(
         print(bench.table(rows))
 
 
+_SENSITIVITY = """Examples:
+
+\b
+  tritflow bench sensitivity                            # the small FLUX
+  tritflow bench sensitivity --model FLUX_DIR --device cuda --plot sensitivity.svg --results benchmarks/results
+"""
+
+
+@app.command(epilog=_SENSITIVITY)
+def sensitivity(
+    model: Annotated[str, typer.Option("--model", "-m", help="A dense model: folder, hub id or small.")] = "small",
+    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl (default: the model folder's own).")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Trajectories.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of each.")] = 8,
+    bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 4,
+    column_scale: Annotated[bool, typer.Option("--column-scale", help="Round with column scales.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs run at once.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Draw a figure, .svg or .png.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Velocity error when one linear alone is ternary: by layer, stream and timestep."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import sensitivity as bench
+
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"--plot {plot}: name a .svg or .png file")
+    on = pick_device(device)
+    with progress("rounding one linear at a time", shown=not json) as update:
+        run = bench.measure(
+            model,
+            prompts=prompts,
+            num_prompts=num_prompts,
+            num_inference_steps=steps,
+            bins=bins,
+            batch_size=batch_size,
+            column_scale=column_scale,
+            device=str(on),
+            progress=update,
+        )
+    _store(results, f"sensitivity-{on.type}", [run])
+    if plot is not None:
+        from tritflow.calibration.artifacts import write_bytes
+        from tritflow.report.figures import encode
+        from tritflow.report.figures import sensitivity as draw
+
+        write_bytes(plot, encode(draw(run), plot.suffix.removeprefix(".")))
+        say(f"drew {plot}")
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
 _STORAGE = """Examples:
 
 \b

@@ -77,6 +77,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the noise; the choice of prompts does not change.")] = 0,
     mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8, for a ternary --model.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels, for a ternary --model.")] = None,
+    rival: Annotated[
+        str | None,
+        typer.Option(help="Quantize a dense --model in memory by another method: nf4, quanto-int2, hqq-2, ..."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Pipeline that completes a bare transformer.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps (default: the fastest).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -119,6 +123,7 @@ def evaluate(
     tritflow evaluate t2i-compbench --model OUT --official
     tritflow evaluate scenes --model small-student --against small
     tritflow evaluate scenes --model OUT --against FLUX_DIR --mode w2a8 --per-tag 20
+    tritflow evaluate scenes --model small --rival hqq-2 --against small
     """
     from rich.console import Console
 
@@ -150,7 +155,7 @@ def evaluate(
         "num_inference_steps": steps,
         "guidance_scale": guidance,
     }
-    student = contender(model, mode=mode, backend=backend, **common, **asked)
+    student = contender(model, mode=mode, backend=backend, rival=rival, **common, **asked)
     teacher = None
     if against is not None:
         # The teacher draws as its student does, or the two would not start from the same noise.

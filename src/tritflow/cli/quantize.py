@@ -27,7 +27,9 @@ _EXAMPLES = """Examples:
 _STAGES = {
     "round": "rounding",
     "record": "recording the teacher",
+    "range": "measuring activations",
     "compensate": "compensating",
+    "reconstruct": "reconstructing blocks",
     "distill": "distilling",
     "write": "writing",
     "copy": "copying the other components",

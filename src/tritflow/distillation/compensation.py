@@ -42,6 +42,7 @@ def compensate_blocks_(
     batch_size: int,
     device: torch.device | str = "cpu",
     column_scale: bool = False,
+    column_of: Callable[[str, Tensor], Tensor] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Round `linears` with error compensation; the model's weights become the rounded ones, in place.
@@ -57,7 +58,8 @@ def compensate_blocks_(
         samples: recorded pairs that the statistics come from.
         batch_size: pairs run at once.
         device: of the model.
-        column_scale: also fit a scale per input column.
+        column_scale: also fit a scale per input column, from the weights.
+        column_of: gives the column scales [K] of a linear by name and weight instead.
         on_progress: called as (blocks done, of how many).
     """
     size = trajectories.size("train")
@@ -73,13 +75,14 @@ def compensate_blocks_(
                 kwargs = trajectories.pairs(chosen, "train", device).kwargs
                 replay.run(i, functools.partial(run, **kwargs), watched, found)
             if watched:
-                rounded = {
-                    name: _round(model.get_submodule(name), weight_of(name).to(device), found.pop(name), column_scale)
-                    for name in inside
-                }
+                rounded = {}
+                for name in inside:
+                    weight = weight_of(name).to(device)
+                    column = None if column_of is None else column_of(name, weight)
+                    rounded[name] = _round(model.get_submodule(name), weight, found.pop(name), column_scale, column)
                 store.write(block, rounded)
             for name in inside:
-                _overwrite(model.get_submodule(name), store[name])
+                overwrite_(model.get_submodule(name), store[name])
             if on_progress is not None:
                 on_progress(number + 1, len(blocks))
     finally:
@@ -155,12 +158,13 @@ def _placeholder(value: Any) -> Any:
     return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value
 
 
-def _round(linear: nn.Module, weight: Tensor, statistics: InputStatistics, column_scale: bool) -> Rounded:
+def _round(
+    linear: nn.Module, weight: Tensor, statistics: InputStatistics, column_scale: bool, column: Tensor | None
+) -> Rounded:
     bias = linear.bias
     # With a bias to take up the mean error, only the covariance of the inputs matters.
     hessian = statistics.hessian(centered=bias is not None)
-    column = None
-    if column_scale:
+    if column is None and column_scale:
         start = round_weight(weight, column_scale=True, input_importance=hessian.diagonal())
         column = start.input_scale
     # Few inputs (modulation sees one a sample) say little about many columns: lean on the weights then.
@@ -173,7 +177,8 @@ def _round(linear: nn.Module, weight: Tensor, statistics: InputStatistics, colum
 
 
 @torch.no_grad()
-def _overwrite(linear: nn.Module, q: Rounded) -> None:
+def overwrite_(linear: nn.Module, q: Rounded) -> None:
+    """Give a dense linear the weight, and the bias if there is one, that a rounding stands for once it is stored."""
     assert isinstance(linear, nn.Linear)
     # Scales as the format will store them.
     rows = q.weight_scale.bfloat16().float()
@@ -183,10 +188,18 @@ def _overwrite(linear: nn.Module, q: Rounded) -> None:
         linear.bias.copy_(q.bias)
 
 
-def restore_(model: nn.Module, linears: Sequence[str], weight_of: Callable[[str], Tensor]) -> None:
-    """Put the original weights back, as latents for distillation; biases stay as compensated."""
+def restore_(
+    model: nn.Module,
+    linears: Sequence[str],
+    weight_of: Callable[[str], Tensor],
+    bias_of: Callable[[str], Tensor | None] | None = None,
+) -> None:
+    """Put the original weights back, as latents for distillation; biases stay as compensated without `bias_of`."""
     with torch.no_grad():
         for name in linears:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             linear.weight.copy_(weight_of(name))
+            bias = None if bias_of is None else bias_of(name)
+            if bias is not None and linear.bias is not None:
+                linear.bias.copy_(bias)

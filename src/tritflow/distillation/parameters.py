@@ -26,8 +26,8 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
         latents[f"{name}.weight"] = twin.weight
         if config.train_scales:
             scales[f"{name}.log_weight_scale"] = twin.log_weight_scale
-            if twin.input_scale is not None:
-                scales[f"{name}.input_scale"] = twin.input_scale
+            if twin.log_input_scale is not None:
+                scales[f"{name}.log_input_scale"] = twin.log_input_scale
         if config.train_biases and twin.bias is not None:
             biases[f"{name}.bias"] = twin.bias
     for parameter in [*latents.values(), *scales.values(), *biases.values()]:

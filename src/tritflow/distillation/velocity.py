@@ -8,20 +8,20 @@ is bound by kernel launches: four times faster than eager there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from tritflow.calibration.artifacts import provenance, write_json
-from tritflow.calibration.trajectories import Batch, Trajectories
+from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
 from tritflow.distillation.state import ParameterGroup, TrainingState
+from tritflow.distillation.step import Step, autocast
 
 Student = Callable[..., Tensor]
 VALIDATION_PAIRS = 512
@@ -85,17 +85,25 @@ def distill_(
         raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
     start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
     _settle(trajectories, device)
-    step = _Step(student, state, config, device)
+
+    def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
+        predicted = student(**{n: t for n, t in inputs.items() if n != VELOCITY})
+        return mse_loss(predicted.float(), inputs[VELOCITY])
+
+    def validate() -> float:
+        return validation_error(student, trajectories, config.batch_size, device)
+
+    step = Step(loss_of, state, config.grad_clip)
     if not start:
-        validation[0] = step.validate(trajectories)
-    run_step: Callable[[Batch], Tensor] = step.eager
+        validation[0] = validate()
+    run_step: Callable[[Mapping[str, Tensor]], Tensor] = step.eager
     batches = trajectories.batches(config.batch_size, config.seed, device, start=start)
     if cuda_graph and device.type == "cuda" and start < config.steps:
-        run_step = step.capture(trajectories.pairs(torch.arange(config.batch_size), "train", device))
+        run_step = step.capture(_inputs(trajectories.pairs(torch.arange(config.batch_size), "train", device)))
     report_every = max(1, min(20, config.steps // 50))
     for number in range(start, config.steps):
         state.set_learning_rates(number)
-        state.losses[number] = run_step(next(batches))
+        state.losses[number] = run_step(_inputs(next(batches)))
         done = number + 1
         if done % report_every == 0 or done == config.steps:
             loss = float(state.losses[number])
@@ -106,80 +114,32 @@ def distill_(
             if on_progress is not None:
                 on_progress(done, config.steps, loss)
         if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
-            validation[done] = step.validate(trajectories)
+            validation[done] = validate()
             state.save(out_dir, run, done, validation)
     if start < config.steps:
         state.use_average()
-        validation[config.steps] = step.validate(trajectories)
+        validation[config.steps] = validate()
         state.save(out_dir, run, config.steps, validation)
     result = DistillationResult(config.steps, state.losses.tolist(), validation)
     write_json(out_dir / "curve.json", _curve(result, run, device))
     return result
 
 
-class _Step:
-    """One optimiser step, eager or as a CUDA graph, and the validation loss."""
+@torch.no_grad()
+def validation_error(student: Student, trajectories: Trajectories, batch_size: int, device: torch.device) -> float:
+    """Velocity MSE over held-out pairs, the same ones every time; NaN if nothing is held out."""
+    total = count = 0.0
+    for indices in _validation_pairs(trajectories, batch_size):
+        batch = trajectories.pairs(indices, "holdout", device)
+        with autocast(device):
+            predicted = student(**batch.kwargs)
+        total += float((predicted.float() - batch.velocity).double().square().sum())
+        count += batch.velocity.numel()
+    return total / count if count else math.nan
 
-    def __init__(
-        self, student: Student, state: TrainingState, config: DistillationConfig, device: torch.device
-    ) -> None:
-        self.student, self.state, self.config, self.device = student, state, config, device
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def eager(self, batch: Batch) -> Tensor:
-        """Forward, backward, clip, update; returns the loss as a scalar on the device, without waiting for it."""
-        optimizer = self.state.optimizer
-        optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            predicted = self.student(**batch.kwargs)
-        loss = mse_loss(predicted.float(), batch.velocity)
-        loss.backward()
-        if self.config.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.state.parameters, self.config.grad_clip)
-        optimizer.step()
-        self.state.update_average()
-        return loss.detach()
-
-    def capture(self, sample: Batch) -> Callable[[Batch], Tensor]:
-        """The same step as a CUDA graph over static inputs; parameters and optimiser state are left as they were."""
-        static = Batch({n: t.clone() for n, t in sample.kwargs.items()}, sample.velocity.clone())
-        before = [t.clone() for t in self.state.tensors()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # allocators, cuBLAS handles and autotuning settle outside the graph
-                self.eager(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self.state.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph):
-            loss = self.eager(static)
-        with torch.no_grad():
-            for tensor, value in zip(self.state.tensors(), before, strict=True):
-                tensor.copy_(value)
-
-        def replay(batch: Batch) -> Tensor:
-            for name, tensor in batch.kwargs.items():
-                static.kwargs[name].copy_(tensor)
-            static.velocity.copy_(batch.velocity)
-            graph.replay()
-            return loss
-
-        return replay
-
-    @torch.no_grad()
-    def validate(self, trajectories: Trajectories) -> float:
-        """Velocity MSE over held-out pairs, the same ones every time."""
-        total = count = 0.0
-        for indices in _validation_pairs(trajectories, self.config.batch_size):
-            batch = trajectories.pairs(indices, "holdout", self.device)
-            with self._autocast():
-                predicted = self.student(**batch.kwargs)
-            total += float((predicted.float() - batch.velocity).double().square().sum())
-            count += batch.velocity.numel()
-        return total / count if count else math.nan
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {**batch.kwargs, VELOCITY: batch.velocity}
 
 
 def _validation_pairs(trajectories: Trajectories, batch_size: int) -> Iterator[Tensor]:

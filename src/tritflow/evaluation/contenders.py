@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,12 @@ from tritflow.evaluation.api import Draw, EvaluationError
 from tritflow.evaluation.images import ModelId, Settings
 from tritflow.evaluation.models import fingerprint
 from tritflow.evaluation.run import Contender
+from tritflow.results import digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from tritflow.pipelines.rivals import Rival
 
 
 def contender(
@@ -23,6 +27,7 @@ def contender(
     dtype: str | None = None,
     mode: str | None = None,
     backend: str | None = None,
+    rival: str | None = None,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int | None = None,
@@ -31,9 +36,10 @@ def contender(
     """A model ready to be evaluated; its weights are loaded only when pictures are missing.
 
     Settings left out are the model folder's own (`generation.json`). `mode` and `backend` are for ternary models.
+    `rival` names another quantizer (`pipelines.rivals`) that a dense model goes through in memory.
 
     Raises `ModelError` and `DeviceError` of `pipelines.loading` when the model is not there, `EvaluationError`
-    when a mode is asked of a dense model.
+    when a mode is asked of a dense model or a rival of a ternary one, `RivalError` when the rival cannot run here.
     """
     from tritflow.pipelines.loading import GenerationDefaults, pick_device, pick_dtype, resolve_model
 
@@ -46,12 +52,14 @@ def contender(
     stored = stored_mode(source.transformer or pipeline / "transformer")
     if mode is not None and stored is None:
         raise EvaluationError(f"'{model}' is a dense model; --mode {mode} is for ternary ones")
+    other = None if rival is None else _usable_rival(rival, model, stored, on, as_type)
     defaults = GenerationDefaults.read(pipeline)
     extra: dict[str, Any] = {
         "mode": mode or stored,
         "dtype": str(as_type).removeprefix("torch."),
         "max_sequence_length": defaults.max_sequence_length,
         "backend": backend,
+        "rival": None if other is None else other.name,
     }
     settings = Settings(
         height or defaults.height,
@@ -61,12 +69,18 @@ def contender(
         {k: v for k, v in extra.items() if v is not None},
     )
 
-    def load() -> Draw:
-        from tritflow.pipelines.generate import generate
+    @functools.cache
+    def loaded() -> tuple[Any, dict[str, Any]]:
         from tritflow.pipelines.loading import load_pipeline, quiet
 
         with quiet():
             pipe = load_pipeline(model, base=base, device=str(on), dtype=as_type, mode=mode, backend=backend)
+        return pipe, {} if other is None else _quantized_by(other, pipe)
+
+    def load() -> Draw:
+        from tritflow.pipelines.generate import generate
+
+        pipe, _ = loaded()
 
         def draw(prompts: list[str], seeds: list[int]) -> list[Image]:
             return generate(
@@ -83,7 +97,33 @@ def contender(
         return draw
 
     name = Path(model).resolve().name if Path(model).is_dir() else model
-    return Contender(ModelId(name, fingerprint(parts)), settings, load, str(on))
+    found = fingerprint(parts)
+    if other is None:
+        return Contender(ModelId(name, found), settings, load, str(on))
+    from tritflow.pipelines.rivals import rival_identity
+
+    identity = ModelId(f"{name}-{other.name}", digest({"model": found, **rival_identity(other)}))
+    return Contender(identity, settings, load, str(on), lambda: loaded()[1])
+
+
+def _usable_rival(name: str, model: str, stored: str | None, device: Any, dtype: Any) -> Rival:
+    from tritflow.pipelines.rivals import RivalError, find_rival
+
+    rival = find_rival(name)
+    if stored is not None:
+        raise EvaluationError(f"'{model}' is ternary already; --rival {name} starts from a dense model")
+    reason = rival.why_not(device, dtype)
+    if reason:
+        raise RivalError(reason)
+    return rival
+
+
+def _quantized_by(rival: Rival, pipe: Any) -> dict[str, Any]:
+    from tritflow.models import family_of
+    from tritflow.pipelines.rivals import apply_rival_
+
+    config = {"_class_name": type(pipe.transformer).__name__, **pipe.transformer.config}
+    return apply_rival_(rival, pipe.transformer, list(family_of(config).block_linears(config)))
 
 
 def stored_mode(transformer: str | Path) -> str | None:

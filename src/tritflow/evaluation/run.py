@@ -46,12 +46,14 @@ class Contender:
         settings: how it draws.
         load: returns its `draw`; called only when pictures are missing.
         device: where it draws.
+        facts: measures what else is to be told of it (bits a weight of a rival), plain JSON; None: nothing.
     """
 
     model: ModelId
     settings: Settings
     load: Callable[[], Draw]
     device: str = "cpu"
+    facts: Callable[[], dict[str, Any]] | None = None
 
     @property
     def folder_name(self) -> str:
@@ -181,6 +183,8 @@ def evaluate(
         "pictures": {"folder": student.folder_name, "hash": mine.hash},
         "scores": summarise(task, judgements),
     }
+    if student.facts is not None:
+        run["rival"] = student.facts()
     unseen = [j for j in judgements if j.prompt_id not in seen]
     if seen:
         run["scores_without_overlap"] = summarise(task, unseen) if unseen else None

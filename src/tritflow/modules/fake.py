@@ -18,7 +18,7 @@ _EDGE = 0.45  # how far a latent may start from its trit; the rounding threshold
 class FakeTernaryLinear(nn.Module):
     """Computes what `to_ternary()` will compute, from a latent float32 weight that takes gradients.
 
-    T = clamp(round(weight / (s[n] * c[k])), -1, 1) with s = bf16(exp(log_weight_scale)) and c = bf16(input_scale),
+    T = clamp(round(weight / (s[n] * c[k])), -1, 1), s = bf16(exp(log_weight_scale)), c = bf16(exp(log_input_scale)),
     y = (x * c) @ (s * T)^T + bias. Rounding passes gradients straight through (Bengio et al., 2013; BitNet b1.58), so
     dL/dweight is dL/dW of the ternary weight, and scales receive their true gradient at fixed trits. Both
     scales are rounded to the format's bf16 here already: converting changes nothing.
@@ -30,7 +30,7 @@ class FakeTernaryLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: whether there is one.
-        column_scale: whether there is an `input_scale` (a parameter; freeze it with `requires_grad_`).
+        column_scale: whether there is an input scale a column (`log_input_scale`, a parameter).
         activation_bits: 16 (off) or 8.
         activation_dtype: of 8-bit activations.
         device: of all tensors.
@@ -39,7 +39,7 @@ class FakeTernaryLinear(nn.Module):
         ValueError: `activation_bits` is neither 8 nor 16.
     """
 
-    input_scale: nn.Parameter | None
+    log_input_scale: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -63,7 +63,7 @@ class FakeTernaryLinear(nn.Module):
         self.activation_dtype: ActivationDtype = activation_dtype
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device))
         self.log_weight_scale = nn.Parameter(torch.zeros(out_features, device=device))
-        self.input_scale = nn.Parameter(torch.ones(in_features, device=device)) if column_scale else None
+        self.log_input_scale = nn.Parameter(torch.zeros(in_features, device=device)) if column_scale else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
 
     @classmethod
@@ -96,8 +96,8 @@ class FakeTernaryLinear(nn.Module):
         with torch.no_grad():
             # A row of zeros has scale 0, whose logarithm would be lost to training; any scale gives it trits of 0.
             self.log_weight_scale.copy_(weight_scale.float().clamp_min(1e-8).log())
-            if self.input_scale is not None and input_scale is not None:
-                self.input_scale.copy_(input_scale.float())
+            if self.log_input_scale is not None and input_scale is not None:
+                self.log_input_scale.copy_(input_scale.float().clamp_min(1e-8).log())
             self.weight.copy_(linear.weight)
             if self.bias is not None:
                 self.bias.copy_(linear.bias)
@@ -111,7 +111,10 @@ class FakeTernaryLinear(nn.Module):
     def scales(self) -> tuple[Tensor, Tensor | None]:
         """(weight_scale [N], input_scale [K] or None), float32 holding bf16 values, differentiable."""
         rows = _through(self.log_weight_scale.float().exp(), _bf16)
-        return rows, None if self.input_scale is None else _through(self.input_scale.float(), _bf16)
+        if self.log_input_scale is None:
+            return rows, None
+        # Logarithms for columns too: outliers' scales are tens of times smaller than the rest.
+        return rows, _through(self.log_input_scale.float().exp(), _bf16)
 
     def _unit(self) -> Tensor:
         """What one trit of each weight is worth, [N, K] or [N, 1], without gradient."""
@@ -127,12 +130,11 @@ class FakeTernaryLinear(nn.Module):
         """[..., K] to [..., N] in the dtype that `F.linear` gives (x.dtype, or autocast's)."""
         rows, columns = self.scales()
         weight = rows[:, None] * _through(self.weight / self._unit(), _ternary)
-        if columns is not None:
-            x = (x.float() * columns).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        scaled = x if columns is None else x.float() * columns
         if self.activation_bits == 16:
-            return F.linear(x, weight.to(x.dtype), bias)
-        q, scale = self._quantize(x)
+            return F.linear(scaled.to(x.dtype), weight.to(x.dtype), bias)
+        q, scale = self._quantize(scaled)
         # The 8-bit values are exact in bf16; multiplied by their scale they would not be.
         out = F.linear(q.to(x.dtype), weight.to(x.dtype)).float() * scale
         return (out if bias is None else out + bias.float()).to(x.dtype)
@@ -165,7 +167,7 @@ class FakeTernaryLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"column_scale={self.input_scale is not None}, activation_bits={self.activation_bits}"
+            f"column_scale={self.log_input_scale is not None}, activation_bits={self.activation_bits}"
         )
 
 

@@ -37,7 +37,8 @@ COMPONENTS_LIMIT = 1 << 30
 _COPIED = {".json", ".txt", ".model", ".safetensors", ".md", ".jinja"}
 
 Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total). Stages: `round`, `record`, `compensate`, `distill`, `write`, `copy`."""
+"""Called as (stage, done, total). Stages: `round`, `record`, `range`, `compensate`, `reconstruct`, `distill`, `write`,
+`copy`."""
 
 
 class QuantizeError(ValueError):
@@ -125,7 +126,7 @@ def quantize(
         src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
         out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued.
         recipe: a name, a path to a .toml, or a `Recipe`.
-        mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into distillation.
+        mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into the training loops.
         skip: patterns of block linears that stay dense, beside the recipe's own.
         prompts: for calibration: a .txt, .jsonl or folder. None: `calibration_prompts.txt` of the model folder, or
             the paper's set from the cache.
@@ -194,11 +195,17 @@ def plan(
     given = {"mode": mode, "packing": packing, "column_scale": column_scale}
     settings = chosen.ternary.to_dict() | {k: v for k, v in given.items() if v is not None}
     settings["skip"] = [*chosen.ternary.skip, *skip]
+    if chosen.smoothing is not None:
+        if column_scale is False:
+            raise QuantizeError(f"recipe {chosen.name} smooths inputs by column scales; drop --no-column-scale")
+        settings["column_scale"] = True
     ternary = TernaryConfig.from_dict(settings)
-    distillation = chosen.distillation
+    distillation, reconstruction = chosen.distillation, chosen.reconstruction
     if ternary.mode == "w2a8" and distillation.steps:
         distillation = dataclasses.replace(distillation, activation_bits=8)
-    chosen = dataclasses.replace(chosen, ternary=ternary, distillation=distillation)
+    if ternary.mode == "w2a8" and reconstruction.steps:
+        reconstruction = dataclasses.replace(reconstruction, activation_bits=8)
+    chosen = dataclasses.replace(chosen, ternary=ternary, distillation=distillation, reconstruction=reconstruction)
     location = resolve(asset_path(str(src)) if str(src) in ASSETS else src)
     source = open_source(location.transformer)
     family = family_of(source.config)
@@ -230,8 +237,9 @@ def plan(
 
 
 def needs_teacher(recipe: Recipe) -> bool:
-    """Whether a recipe runs the model (compensation or distillation), instead of streaming weights."""
-    return recipe.compensation or recipe.distillation.steps > 0
+    """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
+    trained = recipe.reconstruction.steps > 0 or recipe.distillation.steps > 0
+    return recipe.compensation or recipe.smoothing is not None or trained
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

@@ -1,14 +1,17 @@
-"""From a dense source to a learned ternary student: record the teacher, compensate, distil. Each stage resumes.
+"""From a dense source to a learned ternary student: record the teacher, compensate, reconstruct, distil. Each stage
+resumes.
 
 .work/trajectories/   what the teacher did
+.work/ranges.safetensors   how large its activations are, for smoothing
 .work/compensated/    roundings, a file a block
+.work/reconstructed/  the same after block reconstruction, with what each window gained in curve.json
 .work/distilled/      checkpoint and loss curve
 .work/student/        roundings as distilled
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +20,18 @@ import torch
 from torch import Tensor
 
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json
+from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
 from tritflow.distillation.compensation import compensate_blocks_, restore_
 from tritflow.distillation.parameters import parameter_groups
+from tritflow.distillation.reconstruction import Blocks, reconstruct_blocks_
 from tritflow.distillation.velocity import distill_
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.loading import ModelError, resolve_model
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
-from tritflow.quantization.rounding import Rounded
+from tritflow.quantization.rounding import Rounded, round_weight
+from tritflow.quantization.smoothing import smoothing_scale
 from tritflow.quantization.store import RoundedStore
 
 if TYPE_CHECKING:
@@ -48,7 +54,7 @@ class Learned:
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
     """Run the stages of a recipe that needs the teacher. `work` keeps what is finished."""
     summary = work / "learned.json"
-    final = RoundedStore(work / ("student" if job.recipe.distillation.steps else "compensated"), job.id)
+    final = RoundedStore(work / _last_stage(job), job.id)
     done = read_json(summary) if summary.is_file() else {}
     if done.get("job") != job.id:
         validation = _learn(job, work, progress)
@@ -60,7 +66,7 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
 
 
 def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
-    pipe = _pipeline(job)
+    pipe = teacher_pipeline(job)
     assert job.prompts is not None
     trajectories = record_trajectories(
         pipe,
@@ -73,14 +79,30 @@ def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
     model = pipe.transformer
     del pipe  # text encoders and VAE are not needed any more
     compensated = RoundedStore(work / "compensated", job.id)
+    ranges = None
+    if job.recipe.smoothing is not None:
+        ranges = _ranges(job, model, trajectories, work / "ranges.safetensors", progress)
     if job.recipe.compensation:
-        _compensate(job, model, trajectories, compensated, progress)
+        _compensate(job, model, trajectories, compensated, ranges, progress)
+    elif ranges is not None:
+        _round_smoothed(job, compensated, ranges)
+    start = compensated
+    if job.recipe.reconstruction.steps:
+        start = RoundedStore(work / "reconstructed", job.id)
+        _reconstruct(job, model, trajectories, compensated, start, progress)
     if not job.recipe.distillation.steps:
         return {}
-    return _distill(job, model, trajectories, compensated, work, progress)
+    return _distill(job, model, trajectories, start, work, progress)
 
 
-def _pipeline(job: Job) -> Any:
+def _last_stage(job: Job) -> str:
+    """The folder whose roundings are the result."""
+    if job.recipe.distillation.steps:
+        return "student"
+    return "reconstructed" if job.recipe.reconstruction.steps else "compensated"
+
+
+def teacher_pipeline(job: Job) -> Any:
     """The teacher as a stock pipeline, its transformer read from the job's own source."""
     from diffusers import FluxPipeline
 
@@ -112,7 +134,52 @@ def _transformer(job: Job, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _compensate(job: Job, model: Any, trajectories: Trajectories, store: RoundedStore, progress: Progress) -> None:
+def _ranges(job: Job, model: Any, trajectories: Trajectories, path: Path, progress: Progress) -> dict[str, InputRange]:
+    found = read_ranges(path, job.id)
+    if found is None:
+        found = input_ranges(
+            model,
+            lambda **kwargs: model(**kwargs, return_dict=False),
+            list(job.linears),
+            trajectories,
+            samples=job.recipe.compensation_samples,
+            batch_size=job.recipe.calibration.batch_size,
+            device=job.device,
+            on_progress=lambda done, total: progress("range", done, total),
+        )
+        write_ranges(path, found, job.id)
+    return found
+
+
+def _column_of(job: Job, ranges: dict[str, InputRange]) -> Callable[[str, Tensor], Tensor]:
+    exponent = job.recipe.smoothing
+    assert exponent is not None
+    return lambda name, weight: smoothing_scale(weight, ranges[name].amax, exponent)
+
+
+def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]) -> None:
+    """Round every weight under its smoothing scales, inputs weighted by their mean square."""
+    column_of, weight_of = _column_of(job, ranges), _weight_of(job)
+    for block in job.family.block_order(job.source.config):
+        inside = {}
+        for name in job.linears:
+            if name.startswith(f"{block}.") and not store.has_group(block):
+                weight = weight_of(name).to(job.device)
+                importance = ranges[name].mean_square
+                c = column_of(name, weight)
+                inside[name] = round_weight(weight, input_importance=importance, input_scale=c)
+        if inside:
+            store.write(block, inside)
+
+
+def _compensate(
+    job: Job,
+    model: Any,
+    trajectories: Trajectories,
+    store: RoundedStore,
+    ranges: dict[str, InputRange] | None,
+    progress: Progress,
+) -> None:
     compensate_blocks_(
         model,
         lambda **kwargs: model(**kwargs, return_dict=False),
@@ -125,27 +192,81 @@ def _compensate(job: Job, model: Any, trajectories: Trajectories, store: Rounded
         batch_size=job.recipe.calibration.batch_size,
         device=job.device,
         column_scale=job.ternary.column_scale,
+        column_of=None if ranges is None else _column_of(job, ranges),
         on_progress=lambda done, total: progress("compensate", done, total),
     )
+
+
+def _reconstruct(
+    job: Job,
+    model: Any,
+    trajectories: Trajectories,
+    compensated: RoundedStore,
+    store: RoundedStore,
+    progress: Progress,
+) -> None:
+    calls = job.family.block_calls
+    if calls is None:
+        raise ModelError(
+            f"block reconstruction cannot run {job.family.name}: its blocks do not call each other alike; set "
+            "reconstruction.steps = 0"
+        )
+    if len(compensated):
+        # Compensation left the rounded model behind; here the teacher is wanted, biases included.
+        restore_(model, list(job.linears), _weight_of(job), _bias_of(job))
+    start: Mapping[str, Rounded] = compensated if len(compensated) else _Rounding(job)
+    reconstruct_blocks_(
+        Blocks(
+            model,
+            lambda **kwargs: model(**kwargs, return_dict=False),
+            job.family.block_order(job.source.config),
+            list(job.linears),
+            calls,
+        ),
+        trajectories,
+        start,
+        store,
+        job.recipe.reconstruction,
+        activation_dtype=job.ternary.activation_dtype,
+        device=job.device,
+        on_progress=lambda done, total: progress("reconstruct", done, total),
+    )
+
+
+class _Rounding(Mapping[str, Rounded]):
+    """Every linear rounded from its weight alone, when it is asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __getitem__(self, name: str) -> Rounded:
+        weight = _weight_of(self.job)(name).to(self.job.device)
+        return round_weight(weight, self.job.recipe.ternarizer, column_scale=self.job.ternary.column_scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.job.linears)
+
+    def __len__(self) -> int:
+        return len(self.job.linears)
 
 
 def _distill(
     job: Job,
     model: Any,
     trajectories: Trajectories,
-    compensated: RoundedStore,
+    start: RoundedStore,
     work: Path,
     progress: Progress,
 ) -> dict[int, float]:
     config = job.recipe.distillation
     model.float()
-    if len(compensated):
+    if len(start):
         restore_(model, list(job.linears), _weight_of(job))
     prepare_(
         model,
         job.ternary,
         ternarizer=job.recipe.ternarizer,
-        rounded=compensated,
+        rounded=start,
         activation_bits=config.activation_bits,
     )
     result = distill_(
@@ -169,3 +290,8 @@ def _distill(
 
 def _weight_of(job: Job) -> Callable[[str], Tensor]:
     return lambda name: job.source.tensor(f"{name}.weight")
+
+
+def _bias_of(job: Job) -> Callable[[str], Tensor | None]:
+    there = set(job.source.names())
+    return lambda name: job.source.tensor(f"{name}.bias") if f"{name}.bias" in there else None

@@ -41,19 +41,30 @@ def prepare_(
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         q = _rounding(name, linear, config, ternarizer, rounded)
-        twin = FakeTernaryLinear.from_linear(
-            linear,
-            q.weight_scale.to(linear.weight.device),
-            None if q.input_scale is None else q.input_scale.to(linear.weight.device),
-            trits=q.trits.to(linear.weight.device),
-            activation_bits=bits,
-            activation_dtype=config.activation_dtype,
-        )
-        if q.bias is not None and twin.bias is not None:
-            twin.bias.data.copy_(q.bias)
-        return twin
+        return twin_of(linear, q, activation_bits=bits, activation_dtype=config.activation_dtype)
 
     return _swap(model, config, make)
+
+
+def twin_of(linear: nn.Linear, q: Rounded, **kwargs: Any) -> FakeTernaryLinear:
+    """A training twin that computes what `q` stands for, with the dense weight behind.
+
+    Args:
+        linear: gives the latent weight, and the bias where `q` has none.
+        q: a rounding of it.
+        **kwargs: `activation_bits`, `activation_dtype`.
+    """
+    device = linear.weight.device
+    twin = FakeTernaryLinear.from_linear(
+        linear,
+        q.weight_scale.to(device),
+        None if q.input_scale is None else q.input_scale.to(device),
+        trits=q.trits.to(device),
+        **kwargs,
+    )
+    if q.bias is not None and twin.bias is not None:
+        twin.bias.data.copy_(q.bias)
+    return twin
 
 
 def convert_(

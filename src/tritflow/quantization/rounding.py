@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tritflow.config import Ternarizer
@@ -33,6 +34,7 @@ def round_weight(
     *,
     column_scale: bool = False,
     input_importance: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> Rounded:
     """Round from the weight alone.
 
@@ -41,14 +43,19 @@ def round_weight(
         ternarizer: `absmean` or `mse`.
         column_scale: also fit a scale per column (`mse` only).
         input_importance: [K], see `mse_optimal` (`mse` only).
+        input_scale: [K], column scales to round under instead of fitting them (`mse` only).
 
     Raises:
         ValueError: column scales or importances with absmean; see `mse_optimal` for the rest.
     """
     if ternarizer == "absmean":
-        if column_scale or input_importance is not None:
+        if column_scale or input_importance is not None or input_scale is not None:
             raise ValueError("absmean has no column scales and no importances; use the mse ternarizer")
         return Rounded(*absmean(weight))
+    if input_scale is not None:
+        c = input_scale.to(weight.device, torch.float32)
+        importance = c.square() if input_importance is None else c.square() * input_importance.to(c)
+        return Rounded(*mse_optimal(weight.float() / c, importance), c)
     if column_scale:
         trits, scale, column = mse_optimal_columns(weight, input_importance)
         return Rounded(trits, scale, column)

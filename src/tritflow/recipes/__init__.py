@@ -19,6 +19,7 @@ from tritflow.config import (
     ConfigError,
     DistillationConfig,
     Recipe,
+    ReconstructionConfig,
     TernaryConfig,
     nearest,
 )
@@ -26,6 +27,7 @@ from tritflow.config import (
 _TABLES: dict[str, Any] = {
     "ternary": TernaryConfig,
     "calibration": CalibrationConfig,
+    "reconstruction": ReconstructionConfig,
     "distillation": DistillationConfig,
 }
 DEFAULT = "fast"
@@ -97,11 +99,15 @@ def _read(name: str) -> tuple[str, str]:
 
 def _check(recipe: Recipe) -> None:
     """Settings that are each allowed but not together, or out of range."""
-    c, d = recipe.calibration, recipe.distillation
+    c, d, r = recipe.calibration, recipe.distillation, recipe.reconstruction
     positive = {
         "calibration.num_inference_steps": c.num_inference_steps,
         "calibration.batch_size": c.batch_size,
         "distillation.batch_size": d.batch_size,
+        "reconstruction.window": r.window,
+        "reconstruction.stride": r.stride,
+        "reconstruction.samples": r.samples,
+        "reconstruction.batch_size": r.batch_size,
         "compensation_samples": recipe.compensation_samples,
     }
     for key, value in positive.items():
@@ -115,10 +121,21 @@ def _check(recipe: Recipe) -> None:
         )
     if d.activation_bits not in (8, 16):
         raise ConfigError(f"recipe {recipe.name}: distillation.activation_bits is 8 or 16, not {d.activation_bits}")
+    if r.activation_bits not in (8, 16):
+        raise ConfigError(f"recipe {recipe.name}: reconstruction.activation_bits is 8 or 16, not {r.activation_bits}")
+    if r.stride > r.window:
+        raise ConfigError(
+            f"recipe {recipe.name}: reconstruction.stride {r.stride} leaves out blocks between windows of {r.window}"
+        )
     if not c.guidance_scales:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
     if not 0 <= d.ema_decay < 1:
         raise ConfigError(f"recipe {recipe.name}: distillation.ema_decay must lie in [0, 1), not {d.ema_decay}")
+    a = recipe.smoothing
+    if a is not None and not (isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1):
+        raise ConfigError(f"recipe {recipe.name}: smoothing must lie between 0 and 1, not {a!r}")
+    if a is not None and recipe.ternarizer == "absmean":
+        raise ConfigError(f"recipe {recipe.name}: smoothing needs the mse ternarizer; absmean has no column scales")
     if recipe.compensation and recipe.ternarizer == "absmean":
         raise ConfigError(
             f"recipe {recipe.name}: compensation starts from the mse ternarizer; absmean has no use for it"

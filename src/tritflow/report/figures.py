@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,43 @@ def band_detail(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("octave of spatial frequency (upper edge / Nyquist)")
         axes.set_title(f"{measure} against the teacher", loc="left")
     panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def sensitivity(run: Run) -> Figure:
+    """A map of layers by block, coloured by the error of each alone, and each stream's sum over the timesteps."""
+    layers = run.get("layers")
+    if not layers:
+        raise ReportError("the run holds no layers to draw")
+    from tritflow.profiling.sensitivity import by_stream
+
+    blocks = list(dict.fromkeys(layer["block"] for layer in layers))
+    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
+    grid = [[math.nan] * len(blocks) for _ in kinds]
+    for layer in layers:
+        value = layer["error"]["all"]
+        grid[kinds.index(layer["kind"])][blocks.index(layer["block"])] = math.log10(max(value, 1e-12))
+    figure, (left, right) = _figure(max(9.0, 0.22 * len(blocks) + 6), 1.2 + 0.2 * len(kinds), 2)
+    picture = left.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    left.set_yticks(range(len(kinds)), kinds, fontsize=6)
+    step = max(1, len(blocks) // 12)
+    short = [
+        b.replace("single_transformer_blocks.", "single ").replace("transformer_blocks.", "double ") for b in blocks
+    ]
+    left.set_xticks(range(0, len(blocks), step), short[::step], rotation=60, ha="right", fontsize=6)
+    figure.colorbar(picture, ax=left, label="log10 of the relative velocity error")
+    left.set_title("One linear ternary, all others dense", loc="left")
+    edges = run["bins"]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
+    for i, (stream, error) in enumerate(by_stream(run).items()):
+        points = [(t, e) for t, e in zip(middles, error["bins"], strict=True) if e is not None]
+        right.plot(
+            *zip(*points, strict=True), color=_COLORS[i % len(_COLORS)], marker="o", markersize=3.5, label=stream
+        )
+    right.set_yscale("log")
+    right.set_xlabel("timestep (1 is noise)")
+    right.set_title("Sum over the linears of a stream", loc="left")
+    right.legend(frameon=False, fontsize=8)
     return figure
 
 

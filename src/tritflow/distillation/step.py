@@ -1,0 +1,69 @@
+"""One optimiser step: forward, backward, clipping, update; eager, or on CUDA as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritflow.distillation.state import TrainingState
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 on CUDA; nothing elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+class Step:
+    """What is repeated in training.
+
+    Args:
+        loss: a scalar from named inputs; runs under `autocast`. It must not synchronise with the host to be captured.
+        state: what is trained.
+        grad_clip: global norm (0: none).
+    """
+
+    def __init__(self, loss: Callable[[Mapping[str, Tensor]], Tensor], state: TrainingState, grad_clip: float) -> None:
+        self.loss, self.state, self.grad_clip = loss, state, grad_clip
+
+    def eager(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One step; returns the loss as a scalar on the device, without waiting for it."""
+        optimizer = self.state.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(self.state.device):
+            loss = self.loss(inputs)
+        loss.backward()
+        if self.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.state.parameters, self.grad_clip)
+        optimizer.step()
+        self.state.update_average()
+        return loss.detach()
+
+    def capture(self, sample: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """The same step as a CUDA graph over static inputs; parameters and optimiser state are left as they were."""
+        static = {name: tensor.clone() for name, tensor in sample.items()}
+        before = [t.clone() for t in self.state.tensors()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # allocators, cuBLAS handles and autotuning settle outside the graph
+                self.eager(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph):
+            loss = self.eager(static)
+        with torch.no_grad():
+            for tensor, value in zip(self.state.tensors(), before, strict=True):
+                tensor.copy_(value)
+
+        def replay(inputs: Mapping[str, Tensor]) -> Tensor:
+            for name, tensor in inputs.items():
+                static[name].copy_(tensor)
+            graph.replay()
+            return loss
+
+        return replay

@@ -1,0 +1,162 @@
+"""Other quantizers on a tiny FLUX. Libraries that are not installed are skipped; what stands in for them is not."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tritflow.config import CalibrationConfig, DistillationConfig, Recipe
+from tritflow.models import FLUX1
+from tritflow.pipelines.quantize import plan
+from tritflow.pipelines.rivals import RIVALS, RivalError, absmean_lora, apply_rival_, find_rival, rival_identity
+from tritflow.pipelines.rivals.simulated import LowRankInt4, int4_groups, round_k_quant
+from tritflow.testing import random_linear, relative_error, tiny_flux_transformer, transformer_inputs
+
+
+def flux(dtype=torch.float32):
+    model = tiny_flux_transformer(hidden=256, heads=4, double=1, single=1).to(dtype)
+    return model, list(FLUX1.block_linears({"_class_name": "FluxTransformer2DModel", **model.config}))
+
+
+def installed(rival):
+    if rival.module is None:
+        return True
+    try:
+        return importlib.util.find_spec(rival.module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# Bits a weight of the format with fp32 scales (0: depends on the library's version), and the largest relative error
+# of a whole forward that its bits allow.
+EXPECTED = {
+    "nf4": (4.127, 0.2),
+    "quanto-int4": (4.5, 0.2),
+    "quanto-int2": (2.5, 0.9),
+    "sdnq-uint4": (0, 0.2),
+    "sdnq-uint2": (0, 0.8),
+    "hqq-2": (3.0, 0.8),
+    "hqq-4": (5.0, 0.2),
+    "gguf-tq2_0": (2.0625, 1.5),
+    "q2_k-simulated": (2.625, 0.8),
+    "q4_k-simulated": (4.5, 0.2),
+    "svdquant-simulated": (0, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_it_quantizes_every_block_linear_and_says_how_many_bits(name):
+    rival = RIVALS[name]
+    if not installed(rival):
+        pytest.skip(f"{rival.package} is not installed")
+    model, names = flux()
+    inputs = transformer_inputs(model, batch=2)
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        dense = {n: model.get_submodule(n).weight.clone() for n in names}
+        facts = apply_rival_(rival, model, names)
+        after = model(**inputs)[0]
+    bits, worst = EXPECTED[name]
+    assert facts["weights"] == sum(w.numel() for w in dense.values())
+    assert facts["bits_per_weight"] == pytest.approx(8 * facts["bytes"] / facts["weights"], abs=1e-3)
+    if bits:
+        assert facts["bits_per_weight"] == pytest.approx(bits, abs=0.02)
+    assert 2.0 < facts["bits_per_weight"] < 8.0
+    assert 1e-4 < relative_error(after, before) < worst
+    assert facts["simulated"] == name.endswith("-simulated")
+    changed = [n for n in names if type(model.get_submodule(n)) is torch.nn.Linear]
+    assert all(not torch.equal(model.get_submodule(n).weight, dense[n]) for n in changed)
+    assert type(model.proj_out) is torch.nn.Linear
+
+
+def test_a_rival_that_cannot_run_says_so_in_a_line():
+    model, names = flux()
+    with pytest.raises(RivalError, match="did you mean 'nf4'"):
+        find_rival("nf3")
+    torchao = RIVALS["torchao-int4"]
+    reason = torchao.why_not(torch.device("cpu"), torch.bfloat16)
+    assert "CUDA" in reason or 'pip install "tritflow[rivals]"' in reason
+    with pytest.raises(RivalError):
+        apply_rival_(torchao, model, names)
+    for name in ("q2_k-simulated", "svdquant-simulated"):
+        small = tiny_flux_transformer()
+        with pytest.raises(RivalError, match="inputs"):
+            apply_rival_(RIVALS[name], small, ["transformer_blocks.0.attn.to_q"])
+    model.transformer_blocks[0].attn.to_q = torch.nn.Identity()
+    with pytest.raises(RivalError, match="not a dense linear"):
+        apply_rival_(RIVALS["q4_k-simulated"], model, names)
+
+
+COUNTS, COLORS, SHAPES = ("one", "two", "three"), ("red", "blue", "green", "black"), ("cube", "star", "ring")
+LEARN = Recipe(
+    "learn",
+    calibration=CalibrationConfig(num_inference_steps=4, batch_size=9),
+    distillation=DistillationConfig(steps=60, batch_size=16, learning_rate=1e-3, warmup_steps=2, checkpoint_every=0),
+)
+
+
+def test_absmean_with_a_lora_is_trained_resumed_and_applied(tiny_flux, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{n} {c} {s}" for n in COUNTS for c in COLORS for s in SHAPES))
+    job = plan(tiny_flux, LEARN, prompts=prompts, device="cpu")
+    meta = absmean_lora.train(job, tmp_path / "lora")
+    assert meta["validation_mse"]["60"] < 0.95 * meta["validation_mse"]["0"]
+    assert absmean_lora.train(job, tmp_path / "lora") == meta  # nothing left to do
+    rival = find_rival(f"absmean-lora={tmp_path / 'lora'}")
+    assert rival_identity(rival)["settings"]["trained"]["adapter_sha256"] == meta["adapter_sha256"]
+    model = tiny_flux_transformer()
+    names = list(FLUX1.block_linears({"_class_name": "FluxTransformer2DModel", **model.config}))
+    errors = []
+    inputs = transformer_inputs(model, batch=8, seed=3)
+    with torch.no_grad():
+        target = model(**inputs)[0]
+        for trained in (False, True):
+            student = tiny_flux_transformer()
+            if trained:
+                facts = apply_rival_(rival, student, names)
+            else:
+                absmean_lora.insert_(student, names)
+            errors.append(relative_error(student(**inputs)[0], target))
+    assert errors[1] < errors[0]
+    rank_bits = 16 * (32 + 32) / (32 * 32)  # rank 1 beside a 32 x 32 linear
+    assert 2.0 < facts["bits_per_weight"] < 2.0 + rank_bits + 0.6
+    with pytest.raises(RivalError, match="is trained first"):
+        apply_rival_(RIVALS["absmean-lora"], tiny_flux_transformer(), names)
+    with pytest.raises(RivalError, match="holds no"):
+        rival_identity(find_rival("absmean-lora=nowhere"))
+    with pytest.raises(RivalError, match="is not trained"):
+        find_rival("nf4=folder")
+    with pytest.raises(RivalError, match="no distillation"):
+        absmean_lora.train(plan(tiny_flux, "fast"), tmp_path / "no")
+
+
+def test_an_identity_tells_rivals_and_versions_apart():
+    seen = [str(rival_identity(rival)) for rival in RIVALS.values()]
+    assert len(set(seen)) == len(RIVALS)
+    assert all(rival.name == name for name, rival in RIVALS.items())
+
+
+def test_k_quants_are_on_their_grid_and_better_than_rounding_to_the_range():
+    w = random_linear(512, 8).weight.detach()
+    for block, bits, scale_bits in ((16, 2, 4), (32, 4, 6)):
+        q = round_k_quant(w, block, bits, scale_bits)
+        groups, rounded = w.reshape(-1, block), q.reshape(-1, block)
+        assert max(len(set(row)) for row in rounded.tolist()) <= 2**bits
+        low, high = groups.amin(1, keepdim=True).clamp_max(0), groups.amax(1, keepdim=True)
+        step = (high - low) / (2**bits - 1)
+        naive = ((groups - low) / step).round() * step + low
+        assert (rounded - groups).square().sum() < (naive - groups).square().sum()
+    assert torch.equal(round_k_quant(torch.zeros(2, 256), 16, 2, 4), torch.zeros(2, 256))
+
+
+def test_int4_groups_and_the_low_rank_branch():
+    x = torch.randn(3, 128)
+    q = int4_groups(x, 64)
+    assert (q - x).abs().max() <= x.abs().max() / 14 + 1e-6
+    assert len(q[0, :64].unique()) <= 15
+    linear = random_linear(128, 96)
+    whole = LowRankInt4(linear, 96, 64)  # of full rank nothing is left to round
+    with torch.no_grad():
+        assert relative_error(whole(x), linear(x)) < 1e-4
+        errors = [relative_error(LowRankInt4(linear, rank, 64)(x), linear(x)) for rank in (1, 48)]
+    assert errors[1] < errors[0] < 0.25
