@@ -43,7 +43,7 @@ class Backend:
         name: as in `TernaryConfig.backend`.
         device_types: `torch.device.type`s it runs on; empty for any.
         why_not: one line on why it cannot run on this device here, or None. Called often: cache it.
-        kernels: operation name (`quantize_activation`, `w2a16_linear`, `w2a8_linear`) to kernel.
+        kernels: operation name (see `ops.py` and `block_ops.py`) to kernel; not every backend has all.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Backend:
 _MODULES = {
     "hopper": "tritflow.kernels.hopper.backend",
     "triton": "tritflow.kernels.triton.backend",
+    "scratch": "tritflow.kernels.scratch",
     "cpu": "tritflow.kernels.cpu",
     "reference": "tritflow.kernels.reference",
 }

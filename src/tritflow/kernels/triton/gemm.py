@@ -31,17 +31,27 @@ def w2a8_kernel(
     weight_ptr,
     weight_scale_ptr,
     bias_ptr,
+    residual_ptr,
+    gate_ptr,
     out_ptr,
     M,
     N,
+    tokens,
+    residual_stride_b,
+    residual_stride_s,
+    gate_stride_b,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     FP8: tl.constexpr,
     PACKED_ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n]."""
+    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate * that.
+
+    Row m is token m % tokens of batch m // tokens; residual and gate are read by their strides.
+    """
     BLOCKS: tl.constexpr = (K + 127) // 128
     rows_m, rows_n, in_m, in_n = _tile(tl.program_id(0), tl.program_id(1), M, N, BLOCK_M, BLOCK_N)
     # The weight is the first operand, so that decoded trits can stay in registers.
@@ -68,8 +78,15 @@ def w2a8_kernel(
     out = sums * scale_n[:, None] * scale_m[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
-    pointers = out_ptr + rows_m[:, None] * N + rows_n[None, :]
-    tl.store(pointers, tl.trans(out).to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    out = tl.trans(out)
+    inside = in_m[:, None] & in_n[None, :]
+    if HAS_RESIDUAL:
+        batch = rows_m // tokens
+        at = batch * residual_stride_b + (rows_m - batch * tokens) * residual_stride_s
+        gate = tl.load(gate_ptr + (batch * gate_stride_b)[:, None] + rows_n[None, :], mask=inside, other=0)
+        kept = tl.load(residual_ptr + at[:, None] + rows_n[None, :], mask=inside, other=0)
+        out = kept.to(tl.float32) + gate.to(tl.float32) * out
+    tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -124,9 +141,16 @@ def _blocks(tokens: int, wide: bool) -> dict[str, int]:
 
 
 def w2a8_gemm(
-    q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """(q @ T^T) * weight_scale * x_scale + bias.
+    """(q @ T^T) * weight_scale * x_scale + bias, or residual + gate * that.
 
     Args:
         q: int8 or float8_e4m3fn [M, K], contiguous.
@@ -135,6 +159,8 @@ def w2a8_gemm(
         weight_scale: [N].
         bias: [N] or None.
         dtype: of the result.
+        residual: [B, S, N] with B * S = M, last dimension contiguous, or None.
+        gate: [B, N], last dimension contiguous; together with `residual`.
 
     Returns:
         [M, N]. int8 sums are exact.
@@ -151,11 +177,18 @@ def w2a8_gemm(
             weight,
             weight_scale,
             weight_scale if bias is None else bias,
+            out if residual is None else residual,
+            out if gate is None else gate,
             out,
             tokens,
             out_features,
+            1 if residual is None else residual.shape[1],
+            0 if residual is None else residual.stride(0),
+            0 if residual is None else residual.stride(1),
+            0 if gate is None else gate.stride(0),
             K=in_features,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             FP8=fp8,
             PACKED_ASM=False,
             **blocks,
