@@ -208,6 +208,8 @@ def test_wrong_arguments_are_named(problem):
     with pytest.raises(ValueError, match=r"x_scale must have shape \[12\]"):
         w2a8_matmul(q, s[:1], p["weight"], p["weight_scale"], torch.float32)
     with pytest.raises(ValueError, match="residual must be"):
-        w2a8_matmul(q, s, p["weight"], p["weight_scale"], torch.float32, None, torch.zeros(1, 3, 24), torch.zeros(1, 24))
+        w2a8_matmul(
+            q, s, p["weight"], p["weight_scale"], torch.float32, None, torch.zeros(1, 3, 24), torch.zeros(1, 24)
+        )
     with pytest.raises(ValueError, match="come together"):
         w2a8_matmul(q, s, p["weight"], p["weight_scale"], torch.float32, None, torch.zeros(1, 12, 24))

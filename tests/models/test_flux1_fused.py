@@ -13,9 +13,11 @@ from tritflow.models.modulation import apply_elsewhere
 from tritflow.modules import TernaryLinear, swap_linears_
 from tritflow.testing import assert_close, relative_error, tiny_flux_transformer, transformer_inputs
 
-BF16 = 1.5e-2  # of a whole model: the stock forward rounds some thirty times a block, the fused one ten
-W2A8 = {torch.float32: 5e-3, torch.bfloat16: 3e-2}
-"""Stated tolerance: one integer step of an activation, where the two forwards fall on different sides of a half."""
+STRENGTH = 2  # row scales beyond absmean's, so that blocks of random weights matter beside the residual
+BF16 = 1e-2  # of a whole model: the stock forward rounds some thirty times a block, the fused one ten
+W2A8 = {torch.float32: 2e-3, torch.bfloat16: 1.5e-2}
+"""Stated tolerance: one integer step of an activation, where the two forwards fall on different sides of a half.
+Quantizing activations at all moves these models by 5e-3."""
 
 
 def ternary_transformer(*, mode="w2a16", columns=False, skip=(), dtype=torch.float32, seed=0, **kwargs):
@@ -30,12 +32,14 @@ def ternary_transformer(*, mode="w2a16", columns=False, skip=(), dtype=torch.flo
 
     def make(name: str, linear: nn.Linear) -> TernaryLinear:
         weight = linear.weight.detach()
-        scale = weight.abs().mean(1)
-        trits = (weight / scale[:, None]).round().clamp(-1, 1).to(torch.int8)
+        scale = weight.abs().mean(1) * STRENGTH
+        trits = (weight / scale[:, None] * STRENGTH).round().clamp(-1, 1).to(torch.int8)
         c = torch.rand(linear.in_features, generator=generator) + 0.5 if columns else None
         return TernaryLinear.from_linear(linear, trits, scale, c, mode=mode, **settings)
 
-    swap_linears_(model, lambda name, _: "transformer_blocks" in name and not name.endswith(tuple(skip) or ("~",)), make)
+    swap_linears_(
+        model, lambda name, _: "transformer_blocks" in name and not name.endswith(tuple(skip) or ("~",)), make
+    )
     return model.to(dtype).eval()
 
 
@@ -57,13 +61,13 @@ def test_w2a16_equals_the_stock_forward(columns, guidance):
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 def test_w2a8_is_within_the_stated_tolerance(kind, columns):
-    tolerance = W2A8[torch.float32] * (4 if kind != "int8" else 1)  # e4m3 steps are coarser
-    assert _error(ternary_transformer(mode="w2a8", columns=columns, activation_dtype=kind)) < tolerance
+    model = ternary_transformer(mode="w2a8", columns=columns, activation_dtype=kind)
+    assert _error(model) < W2A8[torch.float32]
 
 
 @pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
 def test_bf16_is_within_rounding(mode):
-    """Both forwards against float32: the fused one may not be the farther one by more than a tenth."""
+    """Both forwards against float32: the fused one may not be the farther one by more than a fiftieth."""
     model = ternary_transformer(mode=mode)
     inputs = transformer_inputs(model, batch=2)
     with torch.no_grad():
@@ -73,7 +77,7 @@ def test_bf16_is_within_rounding(mode):
         stock = half(**inputs)[0]
         fused = FusedFlux1(half).forward(**inputs)[0]
     assert relative_error(fused, stock) < (BF16 if mode == "w2a16" else W2A8[torch.bfloat16])
-    assert relative_error(fused, truth) < 1.1 * relative_error(stock, truth)
+    assert relative_error(fused, truth) < 1.02 * relative_error(stock, truth)
 
 
 def test_dense_layers_among_the_ternary_ones():
@@ -134,7 +138,7 @@ def test_changed_settings_are_seen():
                 module.mode = "w2a8"
         expected = model(**inputs)[0]
         assert_close(fused.forward(**inputs)[0], expected, W2A8[torch.float32])
-    assert relative_error(full, expected) > W2A8[torch.float32] / 2
+    assert relative_error(full, expected) > 2 * W2A8[torch.float32]
 
 
 class _Scheduler:
@@ -224,7 +228,7 @@ def test_why_not():
     model = ternary_transformer()
     model.transformer_blocks[0].register_forward_hook(lambda *a: None)
     assert "hooks" in why_not(model)
-    with pytest.raises(ValueError, match="cannot be used: transformer_blocks.0 carries hooks"):
+    with pytest.raises(ValueError, match=r"cannot be used: transformer_blocks\.0 carries hooks"):
         FusedFlux1(model)
 
 

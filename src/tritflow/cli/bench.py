@@ -165,6 +165,54 @@ def latency(
         print(bench.table(rows))
 
 
+_TRANSFORMER = """Examples:
+
+\b
+  tritflow bench transformer                                   # about six minutes of one Hopper GPU
+  tritflow bench transformer --size 2048 --results benchmarks/results
+  tritflow bench transformer --contender "bf16 compiled" --contender "W2A8 fp8 optimized, scratch"
+"""
+
+
+@app.command(epilog=_TRANSFORMER)
+def transformer(
+    size: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 1,
+    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 350.0,
+    contender: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    attention: Annotated[str, typer.Option(help="cudnn, flash, default, or the fastest of them.")] = "fastest",
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Time one step of FLUX.1-dev's transformer on a GPU, and its peak memory, with random weights of its real size.
+
+    Dense bf16 (eager, compiled), dense fp8 (compiled), ternary W2A8 and W2A16, stock and optimized.
+    """
+    import tempfile
+
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import transformer as bench
+
+    pick_device("cuda")
+    with tempfile.TemporaryDirectory(prefix="tritflow-transformer-") as folder:
+        run = bench.bench(
+            Path(folder),
+            seconds=seconds,
+            size=size,
+            batch=batch_size,
+            contenders=contender or (),
+            attention=attention,
+            say=say,
+        )
+    run["note"] = note
+    _store(results, "transformer", [run])
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
 _STORAGE = """Examples:
 
 \b

@@ -277,7 +277,9 @@ def _w2a8_matmul_fake(
     return q.new_empty((q.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
-_CONTEXT = "Tensor? context_q=None, Tensor? context_k=None, Tensor? context_q_weight=None, Tensor? context_k_weight=None"
+_CONTEXT = (
+    "Tensor? context_q=None, Tensor? context_k=None, Tensor? context_q_weight=None, Tensor? context_k_weight=None"
+)
 _SCHEMAS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("adaln", "(Tensor x, Tensor shift, Tensor scale, float eps=1e-6) -> Tensor", _adaln, _adaln_fake),
     (

@@ -154,9 +154,7 @@ class SingleBlock:
         shift, scale, gate = modulation.chunk(3, dim=1)
         rows = Modulated(x, shift, scale, self.eps)
         q, k, v = _three(self.qkv(rows), self.heads)
-        q, k = qk_norm_rope(
-            q, k, self.norm_q.weight, self.norm_k.weight, rope.cos, rope.sin, eps=_eps(self.norm_q)
-        )
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope.cos, rope.sin, eps=_eps(self.norm_q))
         attention = self.attention(q, k, v).flatten(2)
         # The MLP's wide output comes after attention, so that the two are not in memory together.
         del q, k, v
@@ -236,7 +234,9 @@ class FusedFlux1:
         self.device = t.proj_out.weight.device
         self.doubles = [DoubleBlock(block, self.attention) for block in t.transformer_blocks]
         self.singles = [SingleBlock(block, self.attention) for block in t.single_transformer_blocks]
-        linears = [linear for block in t.transformer_blocks for linear in (block.norm1.linear, block.norm1_context.linear)]
+        linears = [
+            linear for block in t.transformer_blocks for linear in (block.norm1.linear, block.norm1_context.linear)
+        ]
         linears += [block.norm.linear for block in t.single_transformer_blocks]
         self.modulation = Modulation([*linears, t.norm_out.linear], self._embed)
         if self.offload_modulation and self.device.type == "cuda":
@@ -397,7 +397,9 @@ class FusedFlux1:
             return self.graph(*args)
         return self._core(*args)
 
-    def _core(self, hidden_states: Tensor, encoder_hidden_states: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> Tensor:
+    def _core(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor
+    ) -> Tensor:
         """Everything of a step that depends on the picture; no host synchronisation, no data-dependent shapes."""
         t = self.transformer
         rope = Rope(cos, sin)

@@ -50,7 +50,7 @@ class _Table(NamedTuple):
     guidance: Tensor | None
     versions: tuple[int, int]
     dtype: torch.dtype
-    index: dict[float, int]
+    step_of: dict[float, int]
     rows: Tensor  # [steps, B, features of all layers]
 
     def is_for(self, guidance: Tensor | None, pooled: Tensor, dtype: torch.dtype) -> bool:
@@ -92,9 +92,7 @@ class Modulation:
             part.copy_(apply_elsewhere(linear, conditioning))
         return out
 
-    def prepare(
-        self, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor
-    ) -> None:
+    def prepare(self, timesteps: Tensor, guidance: Tensor | None, pooled: Tensor) -> None:
         """Compute every step's modulation now; `rows` then looks it up.
 
         Args:
@@ -132,8 +130,8 @@ class Modulation:
         values = timestep.tolist()
         same = len(values) == pooled.shape[0] and len(set(values)) == 1
         for table in self._tables:
-            if same and table.is_for(guidance, pooled, timestep.dtype) and values[0] in table.index:
-                return table.rows[table.index[values[0]]]
+            if same and table.is_for(guidance, pooled, timestep.dtype) and values[0] in table.step_of:
+                return table.rows[table.step_of[values[0]]]
         if same and schedule is not None and values[0] in schedule.tolist():
             self.prepare(schedule, guidance, pooled)
             return self.rows(timestep, guidance, pooled)
@@ -147,11 +145,10 @@ class Modulation:
         """Move the layers to host memory (pinned, where CUDA is); returns the bytes that left the device."""
         moved = 0
         for linear in self.linears:
-            if linear.weight.device.type == "cpu":
-                continue
-            moved += sum(t.nbytes for t in (*linear.parameters(), *linear.buffers()))
-            linear.to("cpu")
-            if isinstance(linear, TernaryLinear):
+            if linear.weight.device.type != "cpu":
+                moved += sum(t.nbytes for t in (*linear.parameters(), *linear.buffers()))
+                linear.to("cpu")
+            if isinstance(linear, TernaryLinear) and torch.cuda.is_available() and not linear.packed.is_pinned():
                 linear.set_packed_(linear.packed.pin_memory())
         return moved
 

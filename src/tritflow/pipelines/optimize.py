@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tritflow.models.flux1_fused import Attend, FusedFlux1, attend, why_not
 from tritflow.pipelines.loading import ModelError
 
@@ -17,6 +19,8 @@ class OptimizeError(ModelError):
 def optimize(
     pipe: Any,
     *,
+    device: str | torch.device | None = None,
+    scheduler: Any = None,
     offload_modulation: bool = True,
     cuda_graph: bool = True,
     attention: Attend = attend,
@@ -28,11 +32,14 @@ def optimize(
     CUDA graph. Nothing stored changes; `deoptimize` undoes it. What the fused forward does not know (LoRA,
     ControlNet, IP-Adapter, gradients) takes the stock forward of diffusers, with one line in the log.
 
-    Call it when the pipeline is on its device and before offloading is switched on.
+    Call it before offloading is switched on, when the pipeline is on its device, or with `device`.
 
     Args:
-        pipe: a pipeline with `transformer` and `scheduler`, or a `FluxTransformer2DModel` alone (whose modulation is
-            then computed step by step).
+        pipe: a pipeline with `transformer` and `scheduler`, or a `FluxTransformer2DModel` alone.
+        device: move `pipe` there first, but for the modulation layers if they are to be offloaded: they then never
+            take memory there all at once.
+        scheduler: whose `timesteps` tell the steps of a generation; by default the pipeline's. Without one, each
+            step computes its own modulation.
         offload_modulation: on CUDA, keep the modulation layers in host memory.
         cuda_graph: on CUDA, replay each step as a graph; the first two steps of a new size are slower.
         attention: computes attention on [B, S, H, D] tensors; PyTorch's by default.
@@ -50,9 +57,11 @@ def optimize(
     reason = reason or why_not(transformer)
     if reason is not None:
         raise OptimizeError(f"optimize: this model keeps its stock forward: {reason}")
+    if device is not None:
+        _move(pipe, transformer, torch.device(device), offload_modulation)
     fused = FusedFlux1(
         transformer,
-        getattr(pipe, "scheduler", None),
+        getattr(pipe, "scheduler", None) if scheduler is None else scheduler,
         offload_modulation=offload_modulation,
         cuda_graph=cuda_graph,
         attention=attention,
@@ -60,6 +69,24 @@ def optimize(
     transformer.__dict__[_ATTRIBUTE] = fused
     transformer.__dict__["forward"] = fused.forward
     return pipe
+
+
+def _move(pipe: Any, transformer: Any, device: torch.device, offload_modulation: bool) -> None:
+    """`pipe.to(device)`, the modulation layers left where they are if they are to be offloaded."""
+    held = [(block, name, getattr(block, name).linear) for block, name in _norms(transformer)]
+    if offload_modulation and device.type == "cuda":
+        for block, name, _ in held:
+            getattr(block, name).linear = torch.nn.Identity()
+    try:
+        pipe.to(device)
+    finally:
+        for block, name, linear in held:
+            getattr(block, name).linear = linear
+
+
+def _norms(transformer: Any) -> list[tuple[Any, str]]:
+    doubles = [(block, name) for block in transformer.transformer_blocks for name in ("norm1", "norm1_context")]
+    return doubles + [(block, "norm") for block in transformer.single_transformer_blocks]
 
 
 def deoptimize(pipe: Any) -> Any:

@@ -196,7 +196,9 @@ def gelu_quantize(
 
 
 @triton.jit
-def _normed_and_turned(x_ptr, weight_ptr, stride_h, head, d, inside, c0, c1, s0, s1, EPS: tl.constexpr, D: tl.constexpr):
+def _normed_and_turned(
+    x_ptr, weight_ptr, stride_h, head, d, inside, c0, c1, s0, s1, EPS: tl.constexpr, D: tl.constexpr
+):
     """[HEADS, D'] of one token: RMS norm, weight, rotation of neighbouring pairs; D' is D's next power of two."""
     x = tl.load(x_ptr + head[:, None] * stride_h + d[None, :], mask=inside, other=0).to(tl.float32)
     rrms = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + EPS)
@@ -257,14 +259,10 @@ def qk_norm_rope_kernel(
     OUT: tl.constexpr = q_out_ptr.dtype.element_ty
     if HAS_CONTEXT and t < context_tokens:
         at = context_q_ptr + batch * context_q_stride_b + t * context_q_stride_s
-        y = _normed_and_turned(
-            at, context_q_weight_ptr, context_q_stride_h, head, d, inside, c0, c1, s0, s1, EPS, D
-        )
+        y = _normed_and_turned(at, context_q_weight_ptr, context_q_stride_h, head, d, inside, c0, c1, s0, s1, EPS, D)
         tl.store(q_out_ptr + out, y.to(OUT), mask=inside)
         at = context_k_ptr + batch * context_k_stride_b + t * context_k_stride_s
-        y = _normed_and_turned(
-            at, context_k_weight_ptr, context_k_stride_h, head, d, inside, c0, c1, s0, s1, EPS, D
-        )
+        y = _normed_and_turned(at, context_k_weight_ptr, context_k_stride_h, head, d, inside, c0, c1, s0, s1, EPS, D)
         tl.store(k_out_ptr + out, y.to(OUT), mask=inside)
     else:
         at = q_ptr + batch * q_stride_b + (t - context_tokens) * q_stride_s
