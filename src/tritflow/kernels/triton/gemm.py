@@ -131,7 +131,7 @@ def w2a16_kernel(
     tl.store(pointers, tl.trans(out).to(DTYPE), mask=in_m[:, None] & in_n[None, :])
 
 
-def _blocks(tokens: int, wide: bool) -> dict[str, int]:
+def launch_blocks(tokens: int, wide: bool) -> dict[str, int]:
     """Tile sizes; fixed choices, so that the same shape gives the same bits."""
     if tokens <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
@@ -167,7 +167,7 @@ def w2a8_gemm(
     """
     (tokens, in_features), out_features = q.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=dtype, device=q.device)
-    blocks = _blocks(tokens, wide=False)
+    blocks = launch_blocks(tokens, wide=False)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         fp8 = q.dtype == torch.float8_e4m3fn
@@ -213,7 +213,7 @@ def w2a16_gemm(
     """
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    blocks = _blocks(tokens, wide=x.dtype == torch.float32)
+    blocks = launch_blocks(tokens, wide=x.dtype == torch.float32)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         w2a16_kernel[grid](
