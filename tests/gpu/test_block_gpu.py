@@ -127,7 +127,7 @@ def _matmul(tokens, out_features, in_features, kind, gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "scratch", "hopper"])
-@pytest.mark.parametrize("shape", [(128, 256, 128), (300, 384, 1040), (512, 512, 3072)])
+@pytest.mark.parametrize("shape", [(1, 64, 128), (128, 256, 128), (300, 384, 1040), (512, 512, 3072)])
 def test_matmul(shape, backend, gated):
     from tritflow.kernels import BackendError
 
@@ -204,8 +204,8 @@ def test_modulation_never_enters_the_gpu():
     before = torch.cuda.memory_allocated()
     optimize(model, device="cuda")
     taken = torch.cuda.max_memory_allocated() - before
-    blocks = sum(p.nbytes for p in model.transformer_blocks.parameters() if p.is_cuda)
+    on_gpu = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.is_cuda)
     held = sum(p.nbytes for linear in _modulation(model) for p in linear.parameters())
-    assert taken < blocks * 2 + held
+    assert on_gpu <= taken < on_gpu + held / 2
     inputs = _inputs(twin)
     assert relative_error(model(**inputs)[0], twin(**inputs)[0]) < 6e-2

@@ -104,3 +104,19 @@ def test_results_are_written_after_each_contender(tmp_path, monkeypatch):
     assert len(lines) == 5
     with pytest.raises(ValueError, match="unknown contender 'x'"):
         bench.bench(tmp_path, contenders=["x"])
+
+
+def test_the_check_compares_both_forwards_with_the_reference():
+    torch.manual_seed(0)
+    task = {"config": CONFIG, "backend": "auto", "size": 64}
+    found = bench.check(task, "cpu")
+    assert len(found) == 9
+    assert all(error < (0.02 if label.startswith("w2a16") else 0.06) for label, error in found.items()), found
+
+
+def test_tracing_that_fails_gives_nothing(monkeypatch):
+    def broken(**kwargs):
+        raise RuntimeError("no tracing here")
+
+    monkeypatch.setattr(torch.profiler, "profile", broken)
+    assert bench.kernel_times(lambda: None) == []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritflow.kernels.backends import Backend, Kernel
 
-_INT_MM_TOKENS = 17  # torch._int_mm on CUDA refuses fewer
+_INT_MM_TOKENS = 32  # torch._int_mm on CUDA refuses 16 and fewer: those are padded with zeros
 _UNIT = 16  # what cuBLASLt's 8-bit products want N and K to be multiples of
 
 
@@ -52,7 +52,7 @@ def _supports_matmul(
     if not _multiples(weight.shape[0], q.shape[1]):
         return False
     if q.dtype == torch.int8:
-        return q.shape[0] >= _INT_MM_TOKENS
+        return q.shape[0] > 0
     # Row-wise scales came with Hopper; before, cuBLASLt takes one scale a matrix.
     return dtype == torch.bfloat16 and q.shape[0] > 0 and _capability(q.device.index) >= (9, 0)
 
@@ -73,7 +73,10 @@ def w2a8_matmul(
 
     dense = expand(weight.contiguous(), q.shape[1], q.dtype)
     if q.dtype == torch.int8:
-        sums = torch._int_mm(q, dense.t())
+        tokens = q.shape[0]
+        if tokens < _INT_MM_TOKENS:
+            q = F.pad(q, (0, 0, 0, _INT_MM_TOKENS - tokens))
+        sums = torch._int_mm(q, dense.t())[:tokens]
         del dense
         return scale_sums(sums, x_scale, weight_scale, dtype, bias, residual, gate)
     out = torch._scaled_mm(
@@ -119,7 +122,7 @@ def _supports_w2a8(
     if x.dtype == torch.float64 or x.shape[-1] > MAX_FEATURES or not _multiples(weight.shape[0], x.shape[-1]):
         return False
     if activation_dtype == "int8":
-        return tokens >= _INT_MM_TOKENS
+        return tokens > 0
     return x.dtype == torch.bfloat16 and tokens > 0 and _capability(x.device.index) >= (9, 0)
 
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,26 @@ MODULE = "tritflow.profiling.transformer"
 STEPS = 28  # of the schedule whose modulation is computed up front
 _TEXT_TOKENS = 512
 
+
+def _optimized(mode: str, backend: str, dtype: str = "int8", **more: Any) -> dict[str, Any]:
+    return {"kind": "ternary", "mode": mode, "dtype": dtype, "backend": backend, "fused": True, **more}
+
+
+_FP8 = "float8_e4m3fn"
 CONTENDERS: dict[str, dict[str, Any]] = {
     "bf16 eager": {"kind": "dense"},
     "bf16 compiled": {"kind": "dense", "compiled": True},
-    "W2A8 fp8 optimized, scratch": {"kind": "ternary", "dtype": "float8_e4m3fn", "backend": "scratch", "fused": True},
-    "W2A8 int8 optimized, hopper": {"kind": "ternary", "dtype": "int8", "backend": "hopper", "fused": True},
-    "W2A8 int8 optimized, triton": {"kind": "ternary", "dtype": "int8", "backend": "triton", "fused": True},
-    "W2A8 fp8 optimized, triton": {"kind": "ternary", "dtype": "float8_e4m3fn", "backend": "triton", "fused": True},
+    "W2A8 fp8 optimized, scratch": _optimized("w2a8", "scratch", _FP8),
+    "W2A8 fp8 optimized, triton": _optimized("w2a8", "triton", _FP8),
+    "W2A8 int8 optimized, triton": _optimized("w2a8", "triton"),
+    "W2A8 int8 optimized, hopper": _optimized("w2a8", "hopper"),
+    "W2A8 fp8 optimized, hopper": _optimized("w2a8", "hopper", _FP8),
     "fp8 compiled": {"kind": "fp8", "compiled": True},
     "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
-    "W2A16 optimized, scratch": {"kind": "ternary", "mode": "w2a16", "backend": "scratch", "fused": True},
-    "W2A16 optimized, triton": {"kind": "ternary", "mode": "w2a16", "backend": "triton", "fused": True},
+    "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
+    "W2A16 optimized, triton": _optimized("w2a16", "triton"),
     "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
-    "W2A8 fp8 optimized, hopper": {"kind": "ternary", "dtype": "float8_e4m3fn", "backend": "hopper", "fused": True},
-    "W2A8 fp8 optimized, scratch, no graph": {
-        "kind": "ternary",
-        "dtype": "float8_e4m3fn",
-        "backend": "scratch",
-        "fused": True,
-        "graph": False,
-    },
+    "W2A8 fp8 optimized, scratch, no graph": _optimized("w2a8", "scratch", _FP8, graph=False),
 }
 """In the order of their importance, should the time run out."""
 
@@ -144,6 +144,9 @@ def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -
             backend=settings["backend"],
             modulation_device="cpu" if fused and device != "cpu" else None,
         )
+        for name, module in model.named_modules():
+            if synthetic.is_modulation(name):
+                module.backend = "auto"  # a few rows are no matter for a backend that was chosen for thousands
         if fused:
             optimize(model, scheduler=Schedule(STEPS, device), cuda_graph=settings.get("graph", True))
     if settings.get("compiled"):
@@ -212,9 +215,10 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
     again = [step() for _ in range(2)]
     turn = 0
     repeats = all(torch.equal(a, step()) for a in again)
+    peak = torch.cuda.max_memory_allocated() - before
     return {
         "milliseconds": quantiles(times),
-        "peak_bytes": torch.cuda.max_memory_allocated() - before,
+        "peak_bytes": peak,
         "load_peak_bytes": load_peak,
         "weight_bytes": weights,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -222,38 +226,67 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         "first_step_seconds": round(first_seconds, 2),
         "finite": finite,
         "same_bits_again": repeats,
+        "kernels": kernel_times(step),
     }
+
+
+def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]]:
+    """Where a step's time goes: its kernels with the largest totals, in milliseconds; empty where tracing fails."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            step()
+            torch.cuda.synchronize()
+        found = [
+            {"name": e.key[:100], "calls": e.count, "milliseconds": round(e.self_device_time_total / 1e3, 4)}
+            for e in trace.key_averages()
+            if e.self_device_time_total > 0
+        ]
+    except RuntimeError:
+        return []
+    return sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most]
 
 
 @torch.no_grad()
 def check(task: Task, device: str = "cuda") -> dict[str, Any]:
-    """Relative errors of the optimized forward on a few blocks of the real width, against the stock one."""
+    """Relative errors of a backend on a few blocks of the real width, stock and optimized, against the reference."""
+    from tritflow.modules import TernaryLinear
     from tritflow.pipelines import synthetic
-    from tritflow.pipelines.loading import configure_
     from tritflow.pipelines.optimize import deoptimize, optimize
 
     config = {**task["config"], "num_layers": 2, "num_single_layers": 2}
     model = synthetic.random_ternary(config, device)
     inputs = step_inputs(config, task["size"], 1, device, torch.bfloat16)
     inputs["timestep"] = torch.full((1,), 0.5, device=device, dtype=torch.bfloat16)
+    linears = [m for name, m in model.named_modules() if isinstance(m, TernaryLinear)]
+    modulation = {id(m) for name, m in model.named_modules() if synthetic.is_modulation(name)}
+
+    def configure(mode: Any, dtype: Any, backend: Any) -> None:
+        for linear in linears:
+            linear.mode, linear.activation_dtype = mode, dtype
+            linear.backend = "auto" if id(linear) in modulation else backend
+
     found: dict[str, Any] = {}
     for mode, dtype in (("w2a8", "int8"), ("w2a8", "float8_e4m3fn"), ("w2a16", "int8")):
-        configure_(model, mode=mode, activation_dtype=dtype, backend="reference")
+        if (mode, task["backend"]) == ("w2a16", "hopper"):
+            continue  # it has no such product for many tokens
+        configure(mode, dtype, "reference")
         truth = model(**inputs)[0].double()
-        name = mode if mode == "w2a16" else f"{mode} {dtype}"
-        for backend in ("triton", "scratch", "hopper"):
-            configure_(model, backend=backend if (mode, backend) != ("w2a16", "hopper") else "auto")
-            for path in ("stock", "eager", "graph"):
-                label = f"{name} {backend} {path}"
-                try:
-                    if path != "stock":
-                        optimize(model, cuda_graph=path == "graph")
-                    for _ in range(3 if path == "graph" else 1):
-                        out = model(**inputs)[0]
-                    found[label] = float((out.double() - truth).norm() / truth.norm())
-                except Exception as error:
-                    found[label] = str(error).splitlines()[0][:200]
-                deoptimize(model)
+        configure(mode, dtype, task["backend"])
+        for path in ("stock", "eager", "graph"):
+            label = f"{mode if mode == 'w2a16' else f'{mode} {dtype}'}, {path}"
+            try:
+                if path != "stock":
+                    optimize(model, cuda_graph=path == "graph")
+                for _ in range(3 if path == "graph" else 1):
+                    out = model(**inputs)[0]
+                found[label] = float((out.double() - truth).norm() / truth.norm())
+            except (RuntimeError, ValueError) as error:
+                if "CUDA error" in str(error):
+                    raise
+                found[label] = str(error).splitlines()[0][:200]
+            deoptimize(model)
     return found
 
 
@@ -265,7 +298,7 @@ def handle(task: Task) -> dict[str, Any]:
             with torch.no_grad():
                 return time_attention(task["size"], task["batch"], task["config"])
         set_attention(task["attention"])
-        return check(task) if task["kind"] == "check" else measure(task)
+        return check(task) if task["kind"].startswith("check") else measure(task)
     except RuntimeError as error:
         if "CUDA error" in str(error):
             # Nothing works in this process any more; the parent starts another one on what is left.
@@ -334,11 +367,18 @@ def bench(
         run_isolated(MODULE, probe, silence=90, deadline=deadline, on_result=note)
         attention = fastest(run["attention"])
     run["attention_kernel"] = attention
-    tasks: list[Task] = [{"kind": "check", "attention": attention, **common}] if checked else []
+    tasks: list[Task] = []
+    if checked:
+        tasks += [{"kind": f"check {backend}", "backend": backend} for backend in ("triton", "scratch")]
     for name in contenders or CONTENDERS:
-        task = {"kind": "contender", "name": name, "settings": CONTENDERS[name], "attention": attention}
-        tasks.append({**task, **common})
-    run_isolated(MODULE, tasks, silence=200, deadline=deadline, on_result=note)
+        settings = CONTENDERS[name]
+        if checked and settings.get("backend") == "hopper" and not any(t["kind"] == "check hopper" for t in tasks):
+            tasks.append({"kind": "check hopper", "backend": "hopper"})
+        tasks.append({"kind": "contender", "name": name, "settings": settings, "backend": settings.get("backend")})
+    for risky, group in groupby(tasks, key=lambda task: task["backend"] == "hopper"):
+        # A kernel that is not proven may hang: it gets less patience, and a process of its own.
+        given = [{**task, "attention": attention, **common} for task in group]
+        run_isolated(MODULE, given, silence=60 if risky else 200, deadline=deadline, on_result=note)
     run["ratios"] = ratios(run["contenders"])
     results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
     return run

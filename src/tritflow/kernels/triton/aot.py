@@ -144,7 +144,7 @@ def _other_cases() -> list[Case]:
     gated |= _numbers("tokens", "residual_stride_b", "residual_stride_s", "gate_stride", "y_stride_b", "y_stride_s")
     blocks = gemm.launch_blocks(4608, wide=False)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-    w2a16 = {name: "*bf16" for name in ("x_ptr", "weight_scale_ptr", "bias_ptr", "input_scale_ptr", "out_ptr")}
+    w2a16 = dict.fromkeys(("x_ptr", "weight_scale_ptr", "bias_ptr", "input_scale_ptr", "out_ptr"), "*bf16")
     w2a16 |= {"weight_ptr": "*u8", **_numbers("stride_m", "M", "N")}
     cases = [
         Case(
