@@ -56,6 +56,10 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "--device cpu" in done.stderr
+    for verb in ("transformer", "tune"):
+        done = invoke("bench", verb)
+        assert done.exit_code == 3
+        assert "sees no CUDA device here" in done.stderr
 
 
 def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

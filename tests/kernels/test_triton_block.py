@@ -149,8 +149,9 @@ def test_product_with_gated_residual(problem, poisoned, kind):
 
     p = problem(12, 40, 200)
     q, scale = reference.quantize_activation(p["x"], None, kind)
-    residual, gate = _randn(3, 6, 40)[:, 1:5], _randn(3, 80, seed=1)[:, 40:]
-    for bias in (None, p["bias"]):
+    for batch, bias in ((3, None), (3, p["bias"]), (1, None), (1, p["bias"])):
+        tokens = 12 // batch
+        residual, gate = _randn(batch, tokens + 2, 40)[:, 1 : tokens + 1], _randn(batch, 80, seed=1)[:, 40:]
         args = (q, scale, p["weight"], p["weight_scale"], torch.float32, bias, residual, gate)
         assert_close(backend.w2a8_matmul(*args), reference.w2a8_matmul(*args), 1e-6)
 

@@ -213,6 +213,38 @@ def transformer(
         print(bench.table(run))
 
 
+_TUNE = """Examples:
+
+\b
+  tritflow bench tune                                  # two to four minutes; used from then on
+  tritflow bench tune --backend triton --tokens 1024
+"""
+
+
+@app.command(epilog=_TUNE)
+def tune(
+    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (the first two).")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations (4608, 4096, 512).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of choices (default: in the cache folder).")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 240.0,
+    json: Json = False,
+) -> None:
+    """Find the fastest kernel for each of FLUX.1-dev's products on this GPU, and use it from then on."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import tune as bench
+
+    pick_device("cuda")
+    times = bench.tune(
+        out,
+        backends=tuple(backend or bench.BACKENDS),
+        tokens=tuple(tokens or bench.TOKENS),
+        seconds=seconds,
+        say=say,
+    )
+    if json:
+        print_json(times)
+
+
 _STORAGE = """Examples:
 
 \b

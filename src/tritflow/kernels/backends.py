@@ -2,7 +2,8 @@
 
 A backend is a module with a `BACKEND` object, imported when a tensor on its kind of device first asks for it, so that
 importing `tritflow.kernels` neither imports Triton nor touches a GPU. `auto` takes the first backend in the
-device's order that is usable here and supports the arguments; the reference is last in every order.
+device's order that is usable here and supports the arguments; the reference is last in every order. On a GPU that was
+measured (`tuning.py`) the fastest backend for the size comes first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from tritflow.config import nearest
+from tritflow.kernels import tuning
 
 
 class BackendError(ValueError):
@@ -98,7 +100,10 @@ def select(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -
         BackendError: an unknown name, or an explicit backend that cannot run here or take these arguments.
     """
     if backend == "auto":
-        for name in _ORDER.get(device.type, _DEFAULT_ORDER):
+        order = _ORDER.get(device.type, _DEFAULT_ORDER)
+        if device.type == "cuda" and op in tuning.TUNED:
+            order = (*tuning.preferred(op, device, args), *order)
+        for name in order:
             found = _usable(name, device)
             if not isinstance(found, str):
                 kernel = found.kernels.get(op)

@@ -54,8 +54,14 @@ class Case:
         """Triton's compiled kernel (`asm`, `metadata`) for a name of `TARGETS`."""
         names = self.kernel.arg_names
         signature = {name: self.types.get(name, "constexpr") for name in names}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-        source = ASTSource(self.kernel, signature, self.constants, attrs)
+        # FLUX.1-dev's sizes and strides are multiples of 16, and Triton specialises a launch on that; 24 heads are not.
+        attrs = {
+            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and n != "H"
+        }
+        constants = dict(self.constants)
+        if "PACKED_ASM" in constants and TARGETS[target].backend != "cuda":
+            constants["PACKED_ASM"] = False
+        source = ASTSource(self.kernel, signature, constants, attrs)
         return triton.compile(source, target=TARGETS[target], options=self.options)
 
 
@@ -117,7 +123,7 @@ def _product_cases(fp8: bool) -> list[Case]:
         "residual_ptr": "*bf16",
         "gate_ptr": "*bf16",
         "out_ptr": "*bf16",
-        **_numbers("M", "N", "tokens", "residual_stride_b", "residual_stride_s", "gate_stride_b"),
+        **_numbers("M", "N", "residual_stride"),
     }
     cases = []
     for tokens in (8, 64, 4608):
@@ -126,7 +132,7 @@ def _product_cases(fp8: bool) -> list[Case]:
             "HAS_BIAS": True,
             "HAS_RESIDUAL": tokens == 4608,
             "FP8": fp8,
-            "PACKED_ASM": False,
+            "PACKED_ASM": True,
         }
         blocks = gemm.launch_blocks(tokens, wide=False)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
@@ -151,7 +157,7 @@ def _other_cases() -> list[Case]:
             "w2a16, 4608 tokens",
             gemm.w2a16_kernel,
             w2a16,
-            {"K": 3072, "HAS_BIAS": True, "HAS_COLUMNS": True, "PACKED_ASM": False, **blocks},
+            {"K": 3072, "HAS_BIAS": True, "HAS_COLUMNS": True, "PACKED_ASM": True, **blocks},
             options,
         ),
         Case("gated residual", block.gated_residual_kernel, gated, {"N": 3072, "BLOCK_N": 4096}, {"num_warps": 4}),

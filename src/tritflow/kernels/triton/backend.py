@@ -99,11 +99,14 @@ def w2a8_matmul(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """See `tritflow.kernels.w2a8_matmul`; the gated residual is part of the product's epilogue."""
-    if residual is not None and gate is not None:
-        residual = residual if residual.stride(-1) == 1 else residual.contiguous()
-        gate = gate if gate.stride(-1) == 1 else gate.contiguous()
-    return w2a8_gemm(q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype, residual, gate)
+    """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
+    product = (q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype)
+    if residual is None or gate is None:
+        return w2a8_gemm(*product)
+    if residual.shape[0] == 1:
+        rows = residual[0]
+        return w2a8_gemm(*product, rows if rows.stride(-1) == 1 else rows.contiguous(), gate[0].contiguous())
+    return block.gated_residual(residual, gate, w2a8_gemm(*product).view(residual.shape)).flatten(0, 1)
 
 
 def _supports_matmul(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.triton.decode import decode
 
 
@@ -36,10 +37,7 @@ def w2a8_kernel(
     out_ptr,
     M,
     N,
-    tokens,
-    residual_stride_b,
-    residual_stride_s,
-    gate_stride_b,
+    residual_stride,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -48,10 +46,7 @@ def w2a8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate * that.
-
-    Row m is token m % tokens of batch m // tokens; residual and gate are read by their strides.
-    """
+    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate[n] * that."""
     BLOCKS: tl.constexpr = (K + 127) // 128
     rows_m, rows_n, in_m, in_n = _tile(tl.program_id(0), tl.program_id(1), M, N, BLOCK_M, BLOCK_N)
     # The weight is the first operand, so that decoded trits can stay in registers.
@@ -78,14 +73,13 @@ def w2a8_kernel(
     out = sums * scale_n[:, None] * scale_m[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
+    if HAS_RESIDUAL:
+        out *= tl.load(gate_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
     out = tl.trans(out)
     inside = in_m[:, None] & in_n[None, :]
     if HAS_RESIDUAL:
-        batch = rows_m // tokens
-        at = batch * residual_stride_b + (rows_m - batch * tokens) * residual_stride_s
-        gate = tl.load(gate_ptr + (batch * gate_stride_b)[:, None] + rows_n[None, :], mask=inside, other=0)
-        kept = tl.load(residual_ptr + at[:, None] + rows_n[None, :], mask=inside, other=0)
-        out = kept.to(tl.float32) + gate.to(tl.float32) * out
+        at = residual_ptr + rows_m[:, None] * residual_stride + rows_n[None, :]
+        out += tl.load(at, mask=inside, other=0).to(tl.float32)
     tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -131,13 +125,24 @@ def w2a16_kernel(
     tl.store(pointers, tl.trans(out).to(DTYPE), mask=in_m[:, None] & in_n[None, :])
 
 
+# The interpreter runs no assembly, and AMD's is another.
+PACKED_ASM = isinstance(w2a8_kernel, triton.JITFunction) and torch.version.hip is None
+
+
 def launch_blocks(tokens: int, wide: bool) -> dict[str, int]:
-    """Tile sizes; fixed choices, so that the same shape gives the same bits."""
+    """Tile sizes where none were tuned; fixed choices, so that the same shape gives the same bits."""
     if tokens <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if tokens <= 64 or wide:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if wide else 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+
+
+def _blocks(name: str, x: Tensor, out_features: int, wide: bool = False) -> dict[str, int]:
+    choice = tuning.lookup(x.device, name, x.shape[0], out_features, x.shape[1])
+    if choice is not None and choice.backend == "triton" and choice.config:
+        return choice.config
+    return launch_blocks(x.shape[0], wide)
 
 
 def w2a8_gemm(
@@ -149,6 +154,7 @@ def w2a8_gemm(
     dtype: torch.dtype,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """(q @ T^T) * weight_scale * x_scale + bias, or residual + gate * that.
 
@@ -159,15 +165,17 @@ def w2a8_gemm(
         weight_scale: [N].
         bias: [N] or None.
         dtype: of the result.
-        residual: [B, S, N] with B * S = M, last dimension contiguous, or None.
-        gate: [B, N], last dimension contiguous; together with `residual`.
+        residual: [M, N], last dimension contiguous, or None.
+        gate: [N], contiguous; together with `residual`.
+        blocks: tile sizes and launch options; by default the tuned ones.
 
     Returns:
         [M, N]. int8 sums are exact.
     """
     (tokens, in_features), out_features = q.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=dtype, device=q.device)
-    blocks = launch_blocks(tokens, wide=False)
+    if blocks is None:
+        blocks = _blocks(tuning.w2a8(q.dtype), q, out_features)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         fp8 = q.dtype == torch.float8_e4m3fn
@@ -182,22 +190,24 @@ def w2a8_gemm(
             out,
             tokens,
             out_features,
-            1 if residual is None else residual.shape[1],
             0 if residual is None else residual.stride(0),
-            0 if residual is None else residual.stride(1),
-            0 if gate is None else gate.stride(0),
             K=in_features,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             FP8=fp8,
-            PACKED_ASM=False,
+            PACKED_ASM=PACKED_ASM,
             **blocks,
         )
     return out
 
 
 def w2a16_gemm(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """((x * input_scale) @ T^T) * weight_scale + bias, float32 sums.
 
@@ -207,13 +217,15 @@ def w2a16_gemm(
         weight_scale: [N].
         bias: [N] or None.
         input_scale: [K] or None.
+        blocks: tile sizes and launch options; by default the tuned ones.
 
     Returns:
         [M, N] in x.dtype.
     """
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    blocks = launch_blocks(tokens, wide=x.dtype == torch.float32)
+    if blocks is None:
+        blocks = _blocks(tuning.W2A16, x, out_features, wide=x.dtype == torch.float32)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         w2a16_kernel[grid](
@@ -229,7 +241,7 @@ def w2a16_gemm(
             K=in_features,
             HAS_BIAS=bias is not None,
             HAS_COLUMNS=input_scale is not None,
-            PACKED_ASM=False,
+            PACKED_ASM=PACKED_ASM,
             **blocks,
         )
     return out
