@@ -58,11 +58,12 @@ class Case:
         attrs = {
             (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and n != "H"
         }
-        constants = dict(self.constants)
+        constants, options = dict(self.constants), dict(self.options)
         if "PACKED_ASM" in constants and TARGETS[target].backend != "cuda":
             constants["PACKED_ASM"] = False
+            options["num_stages"] = min(options["num_stages"], 2)  # as launch_blocks has it
         source = ASTSource(self.kernel, signature, constants, attrs)
-        return triton.compile(source, target=TARGETS[target], options=self.options)
+        return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def _numbers(*names: str) -> dict[str, str]:
@@ -134,7 +135,7 @@ def _product_cases(fp8: bool) -> list[Case]:
             "FP8": fp8,
             "PACKED_ASM": True,
         }
-        blocks = gemm.launch_blocks(tokens, wide=False)
+        blocks = gemm.launch_blocks(tokens, 8)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
         name = f"w2a8 {'fp8' if fp8 else 'int8'}, {tokens} tokens"
         cases.append(Case(name, gemm.w2a8_kernel, types, constants | blocks, options, fp8))
@@ -148,7 +149,7 @@ def _other_cases() -> list[Case]:
     rope |= _numbers("context_tokens", "tokens", *strides, "H")
     gated = {f"{name}_ptr": "*bf16" for name in ("residual", "gate", "y", "out")}
     gated |= _numbers("tokens", "residual_stride_b", "residual_stride_s", "gate_stride", "y_stride_b", "y_stride_s")
-    blocks = gemm.launch_blocks(4608, wide=False)
+    blocks = gemm.launch_blocks(4608, 16)
     options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
     w2a16 = dict.fromkeys(("x_ptr", "weight_scale_ptr", "bias_ptr", "input_scale_ptr", "out_ptr"), "*bf16")
     w2a16 |= {"weight_ptr": "*u8", **_numbers("stride_m", "M", "N")}

@@ -129,20 +129,27 @@ def w2a16_kernel(
 PACKED_ASM = isinstance(w2a8_kernel, triton.JITFunction) and torch.version.hip is None
 
 
-def launch_blocks(tokens: int, wide: bool) -> dict[str, int]:
-    """Tile sizes where none were tuned; fixed choices, so that the same shape gives the same bits."""
+def launch_blocks(tokens: int, bits: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Tile sizes where none were tuned; fixed choices, so that the same shape gives the same bits.
+
+    Args:
+        tokens: M.
+        bits: of an activation.
+        hip: for an AMD GPU, whose blocks have 64 KiB of shared memory.
+    """
+    wide = bits == 32
     if tokens <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if tokens <= 64 or wide:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if wide else 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2 if hip else 3}
 
 
-def _blocks(name: str, x: Tensor, out_features: int, wide: bool = False) -> dict[str, int]:
+def _blocks(name: str, x: Tensor, out_features: int) -> dict[str, int]:
     choice = tuning.lookup(x.device, name, x.shape[0], out_features, x.shape[1])
     if choice is not None and choice.backend == "triton" and choice.config:
         return choice.config
-    return launch_blocks(x.shape[0], wide)
+    return launch_blocks(x.shape[0], 8 * x.itemsize)
 
 
 def w2a8_gemm(
@@ -225,7 +232,7 @@ def w2a16_gemm(
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     if blocks is None:
-        blocks = _blocks(tuning.W2A16, x, out_features, wide=x.dtype == torch.float32)
+        blocks = _blocks(tuning.W2A16, x, out_features)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         w2a16_kernel[grid](
