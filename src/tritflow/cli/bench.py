@@ -213,6 +213,53 @@ def transformer(
         print(bench.table(run))
 
 
+_END_TO_END = """Examples:
+
+\b
+  tritflow bench end-to-end                                   # the small ternary FLUX on this machine
+  tritflow bench end-to-end OUT --base FLUX_DIR --device cuda --mode w2a8 --optimize
+"""
+
+
+@app.command("end-to-end", epilog=_END_TO_END)
+def end_to_end(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, small or small-student.")] = "small-student",
+    base: Annotated[str | None, typer.Option(help="Pipeline that completes a bare ternary transformer.")] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Of what is not ternary.")] = None,
+    mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8 (default: the folder's).")] = None,
+    backend: Annotated[str | None, typer.Option(help="Which kernels (default: the folder's).")] = None,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Run the fused forward.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Pictures that count, after the first.")] = 5,
+    threads: Threads = None,
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Seconds from prompt to PNG: loading, text encoders, steps, VAE and file; the first picture told apart."""
+    from tritflow.profiling import end_to_end as bench
+
+    _set_threads(threads)
+    with progress("generating", shown=not json) as update:
+        run = bench.measure(
+            model,
+            base=base,
+            device=device,
+            dtype=dtype,
+            mode=mode,
+            backend=backend,
+            optimized=optimize,
+            rounds=rounds,
+            note=note,
+            progress=update,
+        )
+    _store(results, "end-to-end", [run])
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
 _TUNE = """Examples:
 
 \b
