@@ -141,6 +141,28 @@ def test_matmul(shape, backend, gated):
         assert_close(found, reference.w2a8_matmul(*args), 4e-3)
 
 
+def test_decoding_in_assembly_gives_the_same_bits(monkeypatch):
+    from tritflow.kernels.triton import gemm
+
+    if not gemm.PACKED_ASM:
+        pytest.skip("no assembly on this GPU")
+    q, scale, weight, row, _, bias, *_ = _matmul(300, 384, 1040, "int8", False)
+    x = q.float() * scale[:, None]
+    products = [
+        (w2a16_linear, (x.to(dtype).cuda(), weight.cuda(), row.cuda(), bias.cuda()))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
+    for kind in _kinds():
+        rows, scales = quantize_activation(x, None, kind)
+        on = [t.cuda() for t in (rows, scales, weight, row)]
+        products.append((w2a8_matmul, (*on, torch.float32, bias.cuda())))
+    for op, args in products:
+        found = op(*args, backend="triton")
+        monkeypatch.setattr(gemm, "PACKED_ASM", False)
+        assert torch.equal(op(*args, backend="triton"), found)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("shape", [(300, 384, 1040), (33, 130, 200)])
 def test_w2a16_scratch(shape):
     q, scale, weight, row, _, bias, *_ = _matmul(*shape, "int8", False)
