@@ -88,6 +88,7 @@ def w2a8_matmul(
         out_dtype=dtype,
         use_fast_accum=True,
     )
+    del dense
     if residual is None or gate is None:
         return out
     return gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)

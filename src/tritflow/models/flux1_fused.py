@@ -61,8 +61,7 @@ class Stream:
         """Output projection and MLP, both with gated residual."""
         _, _, gate, shift, scale, mlp_gate = modulation
         x = self.out(Rows(attention), x, gate)
-        hidden = self.up(Modulated(x, shift, scale, self.eps[1]))
-        return self.down(Activated(hidden), x, mlp_gate)
+        return self.down(Activated(self.up(Modulated(x, shift, scale, self.eps[1])), once=True), x, mlp_gate)
 
 
 def _three(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +125,7 @@ class DoubleBlock:
         eps = _eps(self.image.norm_q)
         q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, text_q, text_k, *text_weights, eps)
         attention = self.attention(q, k, torch.cat([text_v, v], dim=1)).flatten(2)
+        del q, k, v, text_q, text_k, text_v
         tokens = text.shape[1]
         image = self.image.finish(image, attention[:, tokens:], image_parts)
         text = self.text.finish(text, attention[:, :tokens], text_parts)
@@ -158,7 +158,9 @@ class SingleBlock:
         attention = self.attention(q, k, v).flatten(2)
         # The MLP's wide output comes after attention, so that the two are not in memory together.
         del q, k, v
-        return _clip(self.out(Activated(self.up(rows), attention), x, gate))
+        hidden = Activated(self.up(rows), attention, once=True)
+        del rows, attention
+        return _clip(self.out(hidden, x, gate))
 
 
 def _clip(x: Tensor) -> Tensor:

@@ -29,31 +29,44 @@ Quantized = tuple[Tensor, Tensor]
 
 
 class Rows:
-    """An input of linear layers, [B, S, K], computed when asked for and kept in every form that was asked for."""
+    """An input of linear layers, [B, S, K], computed when asked for and kept in every form that was asked for.
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
+    Args:
+        x: what it is computed from.
+        once: one layer alone will ask, so that what it is computed from is let go then. Activations are what the
+            peak of memory is made of.
+    """
+
+    def __init__(self, x: Tensor, *, once: bool = False) -> None:
+        self.batch, self.dtype, self.once = x.shape[:-1], x.dtype, once
+        self._sources: tuple[Tensor | None, ...] = (x,)
         self._full: Tensor | None = None
         self._quantized: dict[tuple[str, int | None], Quantized] = {}
 
     def full(self) -> Tensor:
         """[B, S, K] in the model's dtype."""
         if self._full is None:
-            self._full = self._compute()
+            self._full = self._compute(*self._taken())
         return self._full
 
     def quantized(self, dtype: str, input_scale: Tensor | None) -> Quantized:
         """Per-token 8-bit rows and scales, see `tritflow.kernels.quantize_activation`."""
         key = dtype, None if input_scale is None else id(input_scale)
         if key not in self._quantized:
-            self._quantized[key] = self._quantize(dtype, input_scale)
+            self._quantized[key] = self._quantize(dtype, input_scale, *self._taken())
         return self._quantized[key]
 
-    def _compute(self) -> Tensor:
-        return self.x
+    def _taken(self) -> tuple[Any, ...]:
+        sources = self._sources
+        if self.once:
+            self._sources = ()
+        return sources
 
-    def _quantize(self, dtype: str, input_scale: Tensor | None) -> Quantized:
-        return quantize_activation(self.x, input_scale, dtype)
+    def _compute(self, x: Tensor) -> Tensor:
+        return x
+
+    def _quantize(self, dtype: str, input_scale: Tensor | None, x: Tensor) -> Quantized:
+        return quantize_activation(x, input_scale, dtype)
 
 
 class Modulated(Rows):
@@ -64,17 +77,18 @@ class Modulated(Rows):
         shift: [B, K].
         scale: [B, K].
         eps: of the norm.
+        once: see `Rows`.
     """
 
-    def __init__(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
-        super().__init__(x)
+    def __init__(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, once: bool = False) -> None:
+        super().__init__(x, once=once)
         self.shift, self.scale, self.eps = shift, scale, eps
 
-    def _compute(self) -> Tensor:
-        return adaln(self.x, self.shift, self.scale, self.eps)
+    def _compute(self, x: Tensor) -> Tensor:
+        return adaln(x, self.shift, self.scale, self.eps)
 
-    def _quantize(self, dtype: str, input_scale: Tensor | None) -> Quantized:
-        return adaln_quantize(self.x, self.shift, self.scale, input_scale, dtype, self.eps)
+    def _quantize(self, dtype: str, input_scale: Tensor | None, x: Tensor) -> Quantized:
+        return adaln_quantize(x, self.shift, self.scale, input_scale, dtype, self.eps)
 
 
 class Activated(Rows):
@@ -83,18 +97,19 @@ class Activated(Rows):
     Args:
         x: [B, S, K].
         prefix: [B, S, P] or None.
+        once: see `Rows`.
     """
 
-    def __init__(self, x: Tensor, prefix: Tensor | None = None) -> None:
-        super().__init__(x)
-        self.prefix = prefix
+    def __init__(self, x: Tensor, prefix: Tensor | None = None, *, once: bool = False) -> None:
+        super().__init__(x, once=once)
+        self._sources = (x, prefix)
 
-    def _compute(self) -> Tensor:
-        x = F.gelu(self.x, approximate="tanh")
-        return x if self.prefix is None else torch.cat([self.prefix, x], dim=-1)
+    def _compute(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        x = F.gelu(x, approximate="tanh")
+        return x if prefix is None else torch.cat([prefix, x], dim=-1)
 
-    def _quantize(self, dtype: str, input_scale: Tensor | None) -> Quantized:
-        return gelu_quantize(self.x, self.prefix, input_scale, dtype)
+    def _quantize(self, dtype: str, input_scale: Tensor | None, x: Tensor, prefix: Tensor | None = None) -> Quantized:
+        return gelu_quantize(x, prefix, input_scale, dtype)
 
 
 class _Part(Protocol):
@@ -152,9 +167,9 @@ class _Ternary:
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
-        x = rows.x
-        y = w2a8_matmul(q, scale, self.weight, self.weight_scale, x.dtype, self.bias, residual, gate, self.backend)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        linear = (self.weight, self.weight_scale, rows.dtype, self.bias)
+        y = w2a8_matmul(q, scale, *linear, residual, gate, self.backend)
+        return y.view(*rows.batch, y.shape[-1])
 
 
 def _bias(linear: TernaryLinear) -> Tensor:
