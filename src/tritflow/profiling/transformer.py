@@ -243,7 +243,7 @@ def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]
             for e in trace.key_averages()
             if e.self_device_time_total > 0
         ]
-    except RuntimeError:
+    except (RuntimeError, AssertionError, AttributeError):  # no tracing on this machine: the times stand without it
         return []
     return sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most]
 
