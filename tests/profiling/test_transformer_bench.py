@@ -92,12 +92,11 @@ def test_results_are_written_after_each_contender(tmp_path, monkeypatch):
     lines = []
     run = bench.bench(tmp_path, contenders=names, checked=False, config=CONFIG, say=lines.append)
     assert seen == [names[:i] for i in range(1, 5)]
-    found = run["ratios"]["W2A8 fp8 optimized, scratch"]
-    assert found == {
-        "speed against bf16 compiled": 2.0,
-        "speed against bf16 eager": pytest.approx(2.636, abs=1e-3),
-        "memory against bf16 eager": 8.0,
-    }
+    found = run["contenders"]["W2A8 fp8 optimized, scratch"]
+    assert found["speed"] == {"bf16 compiled": 2.0, "bf16 eager": pytest.approx(2.636, abs=1e-3)}
+    assert found["memory"] == 8.0
+    assert run["contenders"]["W2A8 int8 stock"]["error"] == "out of memory"
+    assert json.loads((tmp_path / "transformer.json").read_text()) == run
     text = bench.table(run)
     assert "2.00x" in text
     assert "out of memory" in text

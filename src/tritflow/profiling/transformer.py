@@ -55,7 +55,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 """In the order of their importance, should the time run out."""
 
-_BASELINES = ("bf16 compiled", "bf16 eager", "fp8 compiled")
+BASELINES = ("bf16 compiled", "bf16 eager", "fp8 compiled")
+MEMORY_BASELINE = "bf16 eager"
 
 
 class Schedule:
@@ -379,7 +380,7 @@ def bench(
         # A kernel that is not proven may hang: it gets less patience, and a process of its own.
         given = [{**task, "attention": attention, **common} for task in group]
         run_isolated(MODULE, given, silence=60 if risky else 200, deadline=deadline, on_result=note)
-    run["ratios"] = ratios(run["contenders"])
+    run["contenders"] = compare(run["contenders"])
     results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
     return run
 
@@ -390,19 +391,17 @@ def fastest(times: Mapping[str, Any]) -> str:
     return min(good, key=lambda name: good[name]) if good else "default"
 
 
-def ratios(contenders: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Each contender's speed and memory against the dense ones of the same run."""
+def compare(contenders: Mapping[str, Any]) -> dict[str, Any]:
+    """The contenders with `speed`: baseline -> its median over theirs, and `memory`: peak of bf16 eager over theirs."""
     good = {name: c for name, c in contenders.items() if "milliseconds" in c}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Any] = {name: dict(c) for name, c in contenders.items()}
     for name, c in good.items():
-        found[name] = {}
-        for base in _BASELINES:
-            if base in good:
-                found[name][f"speed against {base}"] = round(
-                    good[base]["milliseconds"]["p50"] / c["milliseconds"]["p50"], 3
-                )
-        if "bf16 eager" in good:
-            found[name]["memory against bf16 eager"] = round(good["bf16 eager"]["peak_bytes"] / c["peak_bytes"], 3)
+        p50 = c["milliseconds"]["p50"]
+        found[name]["speed"] = {
+            base: round(good[base]["milliseconds"]["p50"] / p50, 4) for base in BASELINES if base in good
+        }
+        if MEMORY_BASELINE in good:
+            found[name]["memory"] = round(good[MEMORY_BASELINE]["peak_bytes"] / c["peak_bytes"], 4)
     return found
 
 
@@ -424,8 +423,11 @@ def table(run: Mapping[str, Any]) -> str:
     lines = [f"{run['device']}, {run['settings']['size']}x{run['settings']['size']}, batch {run['settings']['batch']}"]
     for name, result in run["contenders"].items():
         lines.append(line(name, result))
-        if run["ratios"].get(name):
-            lines.append("    " + ", ".join(f"{key} {value:.2f}x" for key, value in run["ratios"][name].items()))
+        against = [f"{value:.2f}x {base}" for base, value in result.get("speed", {}).items() if base != name]
+        if "memory" in result:
+            against.append(f"{result['memory']:.2f}x less memory")
+        if against:
+            lines.append(f"    {', '.join(against)}")
     return "\n".join(lines)
 
 
