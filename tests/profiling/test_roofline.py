@@ -38,3 +38,14 @@ def test_every_gpu_is_predicted():
     assert set(found) == set(roofline.GPUS)
     assert not found["A10"]["bf16 fits"]
     assert found["B200"]["w2a8"] < found["H200"]["w2a8"] < found["L20"]["w2a8"]
+
+
+def test_a_run_says_that_nothing_was_measured(tmp_path):
+    from tritflow import results
+
+    run = roofline.run()
+    entry = results.append(tmp_path / "roofline.json", "roofline", run)
+    assert entry["measured"] is False
+    text = roofline.table(run)
+    assert text.startswith("PREDICTED")
+    assert text.count("bf16 does not fit") == 4

@@ -213,6 +213,24 @@ def transformer(
         print(bench.table(run))
 
 
+@app.command()
+def roofline(
+    size: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 1,
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Predict one step of FLUX.1-dev's transformer on GPUs that were not measured, from their datasheets."""
+    from tritflow.profiling import roofline as bench
+
+    run = bench.run(size, batch_size)
+    _store(results, "roofline", [run])
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
 _END_TO_END = """Examples:
 
 \b

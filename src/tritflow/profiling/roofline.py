@@ -8,9 +8,10 @@ the others. That assumption is what the measured GPU cannot check.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from tritflow import results
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
 from tritflow.models import FLUX1
 from tritflow.pipelines.synthetic import is_modulation
@@ -160,3 +161,31 @@ def predictions(size: int = 1024, batch: int = 1, reached: Reached = H200_REACHE
         }
         for name, gpu in GPUS.items()
     }
+
+
+def run(size: int = 1024, batch: int = 1, reached: Reached = H200_REACHED) -> dict[str, Any]:
+    """The predictions as a run for `tritflow.results`, topic `roofline`; its device says that nothing was measured."""
+    return {
+        **results.provenance("cpu"),
+        "device": "datasheets",
+        "measured": False,
+        "settings": {"size": size, "batch": batch},
+        "reached": asdict(reached),
+        "work": {key: round(value, 4) for key, value in asdict(work(size=size, batch=batch)).items()},
+        "gpus": predictions(size, batch, reached),
+    }
+
+
+def table(run: Mapping[str, Any]) -> str:
+    """The predictions in plain text."""
+    lines = [
+        f"PREDICTED, {run['settings']['size']}x{run['settings']['size']}, batch {run['settings']['batch']}: ms a step",
+        f"{'':10} {'bf16':>9} {'W2A8':>9} {'speed':>7}   products, attention, between",
+    ]
+    for name, p in run["gpus"].items():
+        lines.append(
+            f"{name:10} {p['bf16']:9.1f} {p['w2a8']:9.1f} {p['speed']:6.2f}x   "
+            f"{p['products']:.1f}, {p['attention']:.1f}, {p['between']:.1f}"
+            f"{'' if p['bf16 fits'] else '   (bf16 does not fit)'}"
+        )
+    return "\n".join(lines)
