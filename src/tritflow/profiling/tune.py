@@ -26,13 +26,18 @@ NAMES = ("w2a8 float8_e4m3fn", "w2a8 int8", tuning.W2A16)
 BACKENDS = ("triton", "scratch")
 TILES = [
     (128, 128, 8, 3),
-    (128, 128, 8, 4),
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+    (64, 256, 8, 4),
+    (64, 256, 4, 3),
     (128, 64, 4, 4),
-    (64, 128, 4, 4),
-    (256, 64, 8, 3),
     (128, 256, 8, 3),
 ]
-"""(BLOCK_M, BLOCK_N, warps, stages) that the plain Triton product is tried with."""
+"""(BLOCK_M, BLOCK_N, warps, stages) that the plain Triton product is tried with.
+
+Packed weights are a quarter of the bytes of activations, so tiles of many weight rows read least; two blocks on a
+multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode and multiply in turn.
+"""
 HOPPER = [
     {},
     {"split": 2},
@@ -50,7 +55,7 @@ def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
         yield Choice("scratch")
     if "triton" in backends:
         for block_m, block_n, warps, stages in TILES:
-            if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
+            if name != tuning.W2A16 or block_m * block_n <= 128 * 128 and warps * 64 >= block_n:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
                 yield Choice("triton", tiles)
     if "hopper" in backends and name != tuning.W2A16:
