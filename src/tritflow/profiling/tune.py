@@ -55,7 +55,7 @@ def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
         yield Choice("scratch")
     if "triton" in backends:
         for block_m, block_n, warps, stages in TILES:
-            if name != tuning.W2A16 or block_m * block_n <= 128 * 128 and warps * 64 >= block_n:
+            if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
                 yield Choice("triton", tiles)
     if "hopper" in backends and name != tuning.W2A16:
