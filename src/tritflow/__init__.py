@@ -25,8 +25,10 @@ _PUBLIC = {
     "TritflowConfig": "tritflow.pipelines.plugin",
     "compare": "tritflow.pipelines.compare",
     "configure_": "tritflow.pipelines.loading",
+    "deoptimize": "tritflow.pipelines.optimize",
     "generate": "tritflow.pipelines.generate",
     "load_pipeline": "tritflow.pipelines.loading",
+    "optimize": "tritflow.pipelines.optimize",
     "quantize": "tritflow.pipelines.quantize",
 }
 

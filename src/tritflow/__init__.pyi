@@ -9,6 +9,8 @@ from tritflow.pipelines.compare import compare as compare
 from tritflow.pipelines.generate import generate as generate
 from tritflow.pipelines.loading import configure_ as configure_
 from tritflow.pipelines.loading import load_pipeline as load_pipeline
+from tritflow.pipelines.optimize import deoptimize as deoptimize
+from tritflow.pipelines.optimize import optimize as optimize
 from tritflow.pipelines.plugin import TritflowConfig as TritflowConfig
 from tritflow.pipelines.quantize import quantize as quantize
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 FORMAT_VERSION = 1
 
 Mode = Literal["w2a16", "w2a8"]
-Backend = Literal["auto", "reference", "cpu", "triton", "hopper"]
+Backend = Literal["auto", "reference", "cpu", "triton", "scratch", "hopper"]
 Packing = Literal["2bit", "base3"]
 ActivationDtype = Literal["int8", "float8_e4m3fn"]
 Ternarizer = Literal["absmean", "mse"]

@@ -27,9 +27,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_shows_the_three_benches_with_examples() -> None:
     shown = invoke("bench", "--help")
     assert shown.exit_code == 0
-    for word in ("kernels", "latency", "storage", "tritflow bench storage --full-size"):
+    for word in ("kernels", "latency", "storage", "end-to-end", "tritflow bench storage --full-size"):
         assert word in shown.stdout
-    for verb in ("kernels", "latency", "storage"):
+    for verb in ("kernels", "latency", "storage", "transformer", "end-to-end"):
         shown = invoke("bench", verb, "--help")
         assert shown.exit_code == 0
         assert f"tritflow bench {verb}" in shown.stdout
@@ -56,6 +56,10 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "--device cpu" in done.stderr
+    for verb in ("transformer", "tune"):
+        done = invoke("bench", verb)
+        assert done.exit_code == 3
+        assert "sees no CUDA device here" in done.stderr
 
 
 def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def test_importing_kernels_is_lean():
 
 def test_describe_names_every_backend():
     lines = describe()
-    assert list(lines) == ["hopper", "triton", "cpu", "reference"]
+    assert list(lines) == ["hopper", "triton", "scratch", "cpu", "reference"]
     assert lines["reference"].startswith("ready")
     if not torch.cuda.is_available():
         assert lines["triton"].startswith("unavailable")
@@ -34,7 +34,7 @@ def test_an_unknown_backend_suggests_the_nearest(problem):
         w2a16_linear(p["x"], p["weight"], p["weight_scale"], backend="tritn")
 
 
-@pytest.mark.parametrize("name", ["triton", "hopper"])
+@pytest.mark.parametrize("name", ["triton", "scratch", "hopper"])
 def test_a_gpu_backend_on_the_cpu_says_what_to_use(problem, name):
     p = problem(2, 8, 8)
     with pytest.raises(BackendError, match=r"cannot be used here.*use backend 'auto'"):

@@ -1,14 +1,28 @@
 """Ternary kernels: registered operations, backend choice, and the plain reference. See ops.py for numerics."""
 
 from tritflow.kernels.backends import Backend, BackendError, Kernel, describe
+from tritflow.kernels.block_ops import (
+    adaln,
+    adaln_quantize,
+    gated_residual,
+    gelu_quantize,
+    qk_norm_rope,
+    w2a8_matmul,
+)
 from tritflow.kernels.ops import quantize_activation, w2a8_linear, w2a16_linear
 
 __all__ = [
     "Backend",
     "BackendError",
     "Kernel",
+    "adaln",
+    "adaln_quantize",
     "describe",
+    "gated_residual",
+    "gelu_quantize",
+    "qk_norm_rope",
     "quantize_activation",
     "w2a8_linear",
+    "w2a8_matmul",
     "w2a16_linear",
 ]

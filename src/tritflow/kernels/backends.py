@@ -2,7 +2,8 @@
 
 A backend is a module with a `BACKEND` object, imported when a tensor on its kind of device first asks for it, so that
 importing `tritflow.kernels` neither imports Triton nor touches a GPU. `auto` takes the first backend in the
-device's order that is usable here and supports the arguments; the reference is last in every order.
+device's order that is usable here and supports the arguments; the reference is last in every order. On a GPU that was
+measured (`tuning.py`) the fastest backend for the size comes first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from tritflow.config import nearest
+from tritflow.kernels import tuning
 
 
 class BackendError(ValueError):
@@ -43,7 +45,7 @@ class Backend:
         name: as in `TernaryConfig.backend`.
         device_types: `torch.device.type`s it runs on; empty for any.
         why_not: one line on why it cannot run on this device here, or None. Called often: cache it.
-        kernels: operation name (`quantize_activation`, `w2a16_linear`, `w2a8_linear`) to kernel.
+        kernels: operation name (see `ops.py` and `block_ops.py`) to kernel; not every backend has all.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Backend:
 _MODULES = {
     "hopper": "tritflow.kernels.hopper.backend",
     "triton": "tritflow.kernels.triton.backend",
+    "scratch": "tritflow.kernels.scratch",
     "cpu": "tritflow.kernels.cpu",
     "reference": "tritflow.kernels.reference",
 }
@@ -97,7 +100,10 @@ def select(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -
         BackendError: an unknown name, or an explicit backend that cannot run here or take these arguments.
     """
     if backend == "auto":
-        for name in _ORDER.get(device.type, _DEFAULT_ORDER):
+        order = _ORDER.get(device.type, _DEFAULT_ORDER)
+        if device.type == "cuda" and op in tuning.TUNED:
+            order = (*tuning.preferred(op, device, args), *order)
+        for name in order:
             found = _usable(name, device)
             if not isinstance(found, str):
                 kernel = found.kernels.get(op)

@@ -334,19 +334,54 @@ def w2a8_linear(
         q, amax = _last.quantize(x, form.unsigned)
     else:
         q, amax = _quantize(x.reshape(-1, x.shape[-1]), form.input_scale, form.unsigned)
+    out = _products(form, q, amax, bias, x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], form.out_features)
+
+
+def _products(form: _Int8, q: Tensor, amax: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[M, N] from rows as `form` wants them (signed or raised by 128) and their largest magnitudes [M, 1]."""
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     tokens = q.shape[0]
     if len(form.blocks) == 1 and (tokens <= form.rows or not form.prepacked):
-        out = _scaled(form.product(q, form.blocks[0]), amax, bias).to(x.dtype)
-    else:
-        out = torch.empty((tokens, form.out_features), dtype=x.dtype)
-        for block in form.blocks:
-            offset = None if bias is None else bias[block.columns]
-            for start in range(0, tokens, form.rows):
-                part = slice(start, start + form.rows)
-                out[part, block.columns] = _scaled(form.product(q[part], block), amax[part], offset)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], form.out_features)
+        return _scaled(form.product(q, form.blocks[0]), amax, bias).to(dtype)
+    out = torch.empty((tokens, form.out_features), dtype=dtype)
+    for block in form.blocks:
+        offset = None if bias is None else bias[block.columns]
+        for start in range(0, tokens, form.rows):
+            part = slice(start, start + form.rows)
+            out[part, block.columns] = _scaled(form.product(q[part], block), amax[part], offset)
+    return out
+
+
+def w2a8_matmul(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """`w2a8_linear` on int8 activations that are quantized already; the gated residual in a pass of its own."""
+
+    def build() -> tuple[_Int8, int]:
+        form = _Int8(weight, weight_scale, None, q.shape[-1], True)
+        return form, form.bytes
+
+    key = ("int8 matmul", _stamp(weight), _stamp(weight_scale))
+    form: _Int8 = _expanded(weight, key, build)
+    rows = (q.view(torch.uint8) ^ 128) if form.unsigned else q
+    # The form holds weight_scale / 127, because w2a8_linear multiplies with a row's largest magnitude.
+    out = _products(form, rows, x_scale[:, None] * 127.0, bias, dtype)
+    if residual is None or gate is None:
+        return out
+    return reference.gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)
+
+
+def _supports_matmul(q: Tensor, *args: Any) -> bool:
+    return q.dtype == torch.int8 and q.numel() > 0 and _has_int_mm()
 
 
 def _scaled(sums: Tensor, amax: Tensor, bias: Tensor | None) -> Tensor:
@@ -372,5 +407,6 @@ BACKEND = Backend(
         "quantize_activation": Kernel(quantize_activation, _supports_quantize),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
+        "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
     },
 )

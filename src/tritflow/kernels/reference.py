@@ -7,6 +7,8 @@ the inputs and the one rounding at the end. Tests and benchmarks import this fil
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,8 +40,11 @@ def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str
     Returns:
         q [M, K] and scale float32 [M].
     """
+    return _quantize_rows(x.reshape(-1, x.shape[-1]).float(), input_scale, dtype)
+
+
+def _quantize_rows(rows: Tensor, input_scale: Tensor | None, dtype: str) -> tuple[Tensor, Tensor]:
     qmax = QMAX[dtype]
-    rows = x.reshape(-1, x.shape[-1]).float()
     if input_scale is not None:
         rows = rows * input_scale.float()
     amax = rows.abs().amax(dim=-1, keepdim=True).clamp_min(AMAX_FLOOR)
@@ -117,6 +122,89 @@ def dequantize(
     return dense.to(dtype)
 
 
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """`layer_norm(x) * (1 + scale) + shift` in float32, rounded once to x.dtype. See `block_ops.adaln`."""
+    return _adaln(x, shift, scale, eps).to(x.dtype)
+
+
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(x.float(), (x.shape[-1],), eps=eps)
+    return normed * (1 + scale.float())[:, None] + shift.float()[:, None]
+
+
+def adaln_quantize(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None = None,
+    dtype: str = "int8",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_activation(adaln(x))` without the rounding between the two. See `block_ops.adaln_quantize`."""
+    return _quantize_rows(_adaln(x, shift, scale, eps).flatten(0, 1), input_scale, dtype)
+
+
+def gelu_quantize(
+    x: Tensor, prefix: Tensor | None = None, input_scale: Tensor | None = None, dtype: str = "int8"
+) -> tuple[Tensor, Tensor]:
+    """`quantize_activation(cat(prefix, gelu(x)))` without a rounding between. See `block_ops.gelu_quantize`."""
+    rows = F.gelu(x.float(), approximate="tanh")
+    if prefix is not None:
+        rows = torch.cat([prefix.float(), rows], dim=-1)
+    return _quantize_rows(rows.reshape(-1, rows.shape[-1]), input_scale, dtype)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    context_q: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_q_weight: Tensor | None = None,
+    context_k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm over each head, then rotation of neighbouring pairs, in float32. See `block_ops.qk_norm_rope`."""
+    queries = [(q, q_weight)] if context_q is None else [(context_q, context_q_weight), (q, q_weight)]
+    keys = [(k, k_weight)] if context_k is None else [(context_k, context_k_weight), (k, k_weight)]
+    return _norm_rope(queries, cos, sin, eps), _norm_rope(keys, cos, sin, eps)
+
+
+def _norm_rope(parts: list[Any], cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    x = torch.cat([F.rms_norm(p.float(), (p.shape[-1],), w.float(), eps) for p, w in parts], dim=1)
+    even, odd = x[..., ::2], x[..., 1::2]
+    rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
+    out = x * cos.float()[None, :, None] + rotated * sin.float()[None, :, None]
+    return out.to(parts[0][0].dtype)
+
+
+def gated_residual(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """`residual + gate * y` in float32, rounded once. See `block_ops.gated_residual`."""
+    return (residual.float() + gate.float()[:, None] * y.float()).to(residual.dtype)
+
+
+def w2a8_matmul(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """`w2a8_linear` on activations that are quantized already. See `block_ops.w2a8_matmul`."""
+    out = integer_product(q, weight) * weight_scale.float() * x_scale[:, None]
+    if bias is not None:
+        out = out + bias.float()
+    if residual is None or gate is None:
+        return out.to(dtype)
+    return gated_residual(residual, gate, out.view(residual.shape)).to(dtype).flatten(0, 1)
+
+
 def _always(*args: object) -> bool:
     return True
 
@@ -129,5 +217,11 @@ BACKEND = Backend(
         "quantize_activation": Kernel(quantize_activation, _always),
         "w2a16_linear": Kernel(w2a16_linear, _always),
         "w2a8_linear": Kernel(w2a8_linear, _always),
+        "adaln": Kernel(adaln, _always),
+        "adaln_quantize": Kernel(adaln_quantize, _always),
+        "gelu_quantize": Kernel(gelu_quantize, _always),
+        "qk_norm_rope": Kernel(qk_norm_rope, _always),
+        "gated_residual": Kernel(gated_residual, _always),
+        "w2a8_matmul": Kernel(w2a8_matmul, _always),
     },
 )

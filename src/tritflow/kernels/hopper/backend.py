@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,33 @@ def _supports_w2a8(
     return x.dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
 
 
+def w2a8_matmul(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """See `tritflow.kernels.w2a8_matmul`; the gated residual in a pass of its own."""
+    from tritflow.kernels.hopper.launch import w2a8_gemm
+    from tritflow.kernels.triton.block import gated_residual
+
+    out = w2a8_gemm(q, x_scale, weight, weight_scale, bias)
+    if residual is None or gate is None:
+        return out
+    return gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)
+
+
+def _supports_matmul(
+    q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, *rest: Any
+) -> bool:
+    m, n, k = _shape(q, weight)
+    return dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
+
+
 def w2a16_linear(
     x: Tensor,
     weight: Tensor,
@@ -76,6 +105,7 @@ BACKEND = Backend(
     why_not=lambda device: why_not(device.index or 0),
     kernels={
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
+        "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
     },
 )

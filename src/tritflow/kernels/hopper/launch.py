@@ -9,6 +9,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import Schedule, make_schedule
 
@@ -106,9 +107,10 @@ def _counters(device: torch.device) -> _Counters:
     return _Counters(device)
 
 
-def choose(m: int, n: int, k: int) -> Config:
-    """The configuration used where none is given."""
-    return Config()
+def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.int8, device: torch.device | None = None) -> Config:
+    """The configuration used where none is given: the tuned one of this GPU and size, if there is one."""
+    choice = None if device is None else tuning.lookup(device, tuning.w2a8(dtype), m, n, k)
+    return Config(**choice.config) if choice is not None and choice.backend == "hopper" else Config()
 
 
 def w2a8_gemm(
@@ -139,7 +141,7 @@ def w2a8_gemm(
     if m == 0:
         return out
     q, weight, x_scale, weight_scale = (t.contiguous() for t in (q, weight, x_scale, weight_scale))
-    config = config or choose(m, n, k)
+    config = config or choose(m, n, k, q.dtype, q.device)
     schedule, table, starts = _tables(m, n, k, config, q.device)
     bm, bn = config.block_m, config.block_n
     accumulator = torch.int32 if q.dtype == torch.int8 else torch.float32

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritflow.kernels.backends import Backend, Kernel
+from tritflow.kernels.triton import block
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
 from tritflow.kernels.triton.quantize import MAX_FEATURES, quantize_activation
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD = 512
 
 
 @cache
@@ -86,6 +89,55 @@ def _supports_w2a8(
     return _supports_quantize(x, input_scale, activation_dtype)
 
 
+def w2a8_matmul(
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
+    product = (q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype)
+    if residual is None or gate is None:
+        return w2a8_gemm(*product)
+    if residual.shape[0] == 1:
+        rows = residual[0]
+        return w2a8_gemm(*product, rows if rows.stride(-1) == 1 else rows.contiguous(), gate[0].contiguous())
+    return block.gated_residual(residual, gate, w2a8_gemm(*product).view(residual.shape)).flatten(0, 1)
+
+
+def _supports_matmul(
+    q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, *rest: Any
+) -> bool:
+    return dtype in _FLOATS and (q.dtype == torch.int8 or _has_fp8(q.device))
+
+
+def _supports_adaln(x: Tensor, *rest: Any) -> bool:
+    return x.dtype in _FLOATS and x.shape[-1] <= MAX_FEATURES
+
+
+def _supports_adaln_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, input_scale: Tensor | None, dtype: str, eps: float
+) -> bool:
+    return _supports_quantize(x, input_scale, dtype)
+
+
+def _supports_gelu_quantize(x: Tensor, prefix: Tensor | None, input_scale: Tensor | None, dtype: str) -> bool:
+    width = 0 if prefix is None else prefix.shape[-1]
+    return _supports_quantize(x, input_scale, dtype) and x.shape[-1] + width <= MAX_FEATURES
+
+
+def _supports_rope(q: Tensor, *rest: Any) -> bool:
+    return q.dtype in _FLOATS and q.shape[-1] <= _MAX_HEAD
+
+
+def _supports_residual(residual: Tensor, gate: Tensor, y: Tensor) -> bool:
+    return residual.dtype in _FLOATS and y.dtype in _FLOATS
+
+
 BACKEND = Backend(
     name="triton",
     device_types=("cuda",),
@@ -94,5 +146,11 @@ BACKEND = Backend(
         "quantize_activation": Kernel(quantize_activation, _supports_quantize),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
+        "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
+        "adaln": Kernel(block.adaln, _supports_adaln),
+        "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
+        "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
+        "qk_norm_rope": Kernel(block.qk_norm_rope, _supports_rope),
+        "gated_residual": Kernel(block.gated_residual, _supports_residual),
     },
 )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.triton.decode import decode
 
 
@@ -31,17 +32,21 @@ def w2a8_kernel(
     weight_ptr,
     weight_scale_ptr,
     bias_ptr,
+    residual_ptr,
+    gate_ptr,
     out_ptr,
     M,
     N,
+    residual_stride,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     FP8: tl.constexpr,
     PACKED_ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n]."""
+    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate[n] * that."""
     BLOCKS: tl.constexpr = (K + 127) // 128
     rows_m, rows_n, in_m, in_n = _tile(tl.program_id(0), tl.program_id(1), M, N, BLOCK_M, BLOCK_N)
     # The weight is the first operand, so that decoded trits can stay in registers.
@@ -68,8 +73,14 @@ def w2a8_kernel(
     out = sums * scale_n[:, None] * scale_m[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
-    pointers = out_ptr + rows_m[:, None] * N + rows_n[None, :]
-    tl.store(pointers, tl.trans(out).to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    if HAS_RESIDUAL:
+        out *= tl.load(gate_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
+    out = tl.trans(out)
+    inside = in_m[:, None] & in_n[None, :]
+    if HAS_RESIDUAL:
+        at = residual_ptr + rows_m[:, None] * residual_stride + rows_n[None, :]
+        out += tl.load(at, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + rows_m[:, None] * N + rows_n[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -114,19 +125,45 @@ def w2a16_kernel(
     tl.store(pointers, tl.trans(out).to(DTYPE), mask=in_m[:, None] & in_n[None, :])
 
 
-def _blocks(tokens: int, wide: bool) -> dict[str, int]:
-    """Tile sizes; fixed choices, so that the same shape gives the same bits."""
+# The interpreter runs no assembly, and AMD's is another.
+PACKED_ASM = isinstance(w2a8_kernel, triton.JITFunction) and torch.version.hip is None
+
+
+def launch_blocks(tokens: int, bits: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Tile sizes where none were tuned; fixed choices, so that the same shape gives the same bits.
+
+    Args:
+        tokens: M.
+        bits: of an activation.
+        hip: for an AMD GPU, whose blocks have 64 KiB of shared memory.
+    """
+    wide = bits == 32
     if tokens <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if tokens <= 64 or wide:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2 if wide else 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2 if hip else 3}
+
+
+def _blocks(name: str, x: Tensor, out_features: int) -> dict[str, int]:
+    choice = tuning.lookup(x.device, name, x.shape[0], out_features, x.shape[1])
+    if choice is not None and choice.backend == "triton" and choice.config:
+        return choice.config
+    return launch_blocks(x.shape[0], 8 * x.itemsize)
 
 
 def w2a8_gemm(
-    q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
-    """(q @ T^T) * weight_scale * x_scale + bias.
+    """(q @ T^T) * weight_scale * x_scale + bias, or residual + gate * that.
 
     Args:
         q: int8 or float8_e4m3fn [M, K], contiguous.
@@ -135,13 +172,17 @@ def w2a8_gemm(
         weight_scale: [N].
         bias: [N] or None.
         dtype: of the result.
+        residual: [M, N], last dimension contiguous, or None.
+        gate: [N], contiguous; together with `residual`.
+        blocks: tile sizes and launch options; by default the tuned ones.
 
     Returns:
         [M, N]. int8 sums are exact.
     """
     (tokens, in_features), out_features = q.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=dtype, device=q.device)
-    blocks = _blocks(tokens, wide=False)
+    if blocks is None:
+        blocks = _blocks(tuning.w2a8(q.dtype), q, out_features)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         fp8 = q.dtype == torch.float8_e4m3fn
@@ -151,20 +192,29 @@ def w2a8_gemm(
             weight,
             weight_scale,
             weight_scale if bias is None else bias,
+            out if residual is None else residual,
+            out if gate is None else gate,
             out,
             tokens,
             out_features,
+            0 if residual is None else residual.stride(0),
             K=in_features,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             FP8=fp8,
-            PACKED_ASM=False,
+            PACKED_ASM=PACKED_ASM,
             **blocks,
         )
     return out
 
 
 def w2a16_gemm(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """((x * input_scale) @ T^T) * weight_scale + bias, float32 sums.
 
@@ -174,13 +224,15 @@ def w2a16_gemm(
         weight_scale: [N].
         bias: [N] or None.
         input_scale: [K] or None.
+        blocks: tile sizes and launch options; by default the tuned ones.
 
     Returns:
         [M, N] in x.dtype.
     """
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     out = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    blocks = _blocks(tokens, wide=x.dtype == torch.float32)
+    if blocks is None:
+        blocks = _blocks(tuning.W2A16, x, out_features)
     grid = (triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(out_features, blocks["BLOCK_N"]))
     if tokens and out_features:
         w2a16_kernel[grid](
@@ -196,7 +248,7 @@ def w2a16_gemm(
             K=in_features,
             HAS_BIAS=bias is not None,
             HAS_COLUMNS=input_scale is not None,
-            PACKED_ASM=False,
+            PACKED_ASM=PACKED_ASM,
             **blocks,
         )
     return out

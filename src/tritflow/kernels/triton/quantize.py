@@ -14,6 +14,33 @@ MAX_FEATURES = 1 << 16
 
 
 @triton.jit
+def store_quantized(
+    x,
+    k,
+    inside,
+    q_ptr,
+    scale_ptr,
+    row,
+    K: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """Write one row x[k] (float32, zeros where not inside): scale = max|x| / QMAX, q = round(x * (QMAX / max|x|))."""
+    # A NaN must reach the scale, or the row would look sound; max alone may drop it.
+    amax = tl.maximum(tl.max(tl.abs(x), axis=0), FLOOR)
+    amax = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), amax)
+    scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
+    if FP8:
+        q = scaled.to(tl.float8e4nv)
+    else:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+    tl.store(q_ptr + row * K + k, q, mask=inside)
+    tl.store(scale_ptr + row, tl.div_rn(amax, tl.full((), QMAX, tl.float32)))
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,
     input_scale_ptr,
@@ -34,17 +61,7 @@ def quantize_kernel(
     x = tl.load(x_ptr + row * stride_m + k, mask=inside, other=0).to(tl.float32)
     if HAS_COLUMNS:
         x *= tl.load(input_scale_ptr + k, mask=inside, other=0).to(tl.float32)
-    # A NaN must reach the scale, or the row would look sound; max alone may drop it.
-    amax = tl.maximum(tl.max(tl.abs(x), axis=0), FLOOR)
-    amax = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), amax)
-    scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
-    if FP8:
-        q = scaled.to(tl.float8e4nv)
-    else:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
-    tl.store(q_ptr + row * K + k, q, mask=inside)
-    tl.store(scale_ptr + row, tl.div_rn(amax, tl.full((), QMAX, tl.float32)))
+    store_quantized(x, k, inside, q_ptr, scale_ptr, row, K, QMAX, FLOOR, FP8)
 
 
 def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> tuple[Tensor, Tensor]:

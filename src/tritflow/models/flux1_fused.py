@@ -1,0 +1,418 @@
+"""FLUX.1's forward over fused operations: the same function as diffusers' blocks in a third of their passes.
+
+Between two products there is one kernel: layer norm + modulation + quantization, RMS norm + rotation, GELU +
+quantization, gated residual. Query, key and value are one product, which shares its quantized input with the MLP of a
+single block. Text and image stay one tensor through all single blocks. Modulation comes from `models.modulation`.
+
+Whatever the fused forward does not know (LoRA, ControlNet residuals, IP-Adapter, gradients, ...) runs on diffusers'
+own forward; `why_not` and the log say what it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritflow.kernels import adaln, qk_norm_rope
+from tritflow.models.cuda_graph import GraphedCall
+from tritflow.models.fused import Activated, Modulated, Projection, Rows, separate_
+from tritflow.models.modulation import Modulation
+from tritflow.modules import TernaryLinear
+
+log = logging.getLogger("tritflow")
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values [B, S, H, D] to [B, S, H, D]."""
+
+_PROCESSOR = "FluxAttnProcessor"
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention on [B, S, H, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@dataclass
+class Stream:
+    """Image or text half of a double block."""
+
+    qkv: Projection
+    out: Projection
+    up: Projection
+    down: Projection
+    norm_q: nn.RMSNorm
+    norm_k: nn.RMSNorm
+    heads: int
+    eps: tuple[float, float]
+
+    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [B, S, H, D], neither normed nor turned."""
+        return _three(self.qkv(Modulated(x, shift, scale, self.eps[0])), self.heads)
+
+    def finish(self, x: Tensor, attention: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Output projection and MLP, both with gated residual."""
+        _, _, gate, shift, scale, mlp_gate = modulation
+        x = self.out(Rows(attention), x, gate)
+        return self.down(Activated(self.up(Modulated(x, shift, scale, self.eps[1])), once=True), x, mlp_gate)
+
+
+def _three(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    return q, k, v
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    return 1e-6 if norm.eps is None else norm.eps
+
+
+@dataclass
+class Rope:
+    """Rotation tables [text + image tokens, head dimension], float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class DoubleBlock:
+    """The fused `FluxTransformerBlock`.
+
+    Args:
+        block: diffusers' block; its projections' tensors become views of joint ones.
+        attention: see `Attend`.
+    """
+
+    def __init__(self, block: Any, attention: Attend = attend) -> None:
+        attn = block.attn
+        self.attention = attention
+        self.image = Stream(
+            Projection(attn.to_q, attn.to_k, attn.to_v),
+            Projection(attn.to_out[0]),
+            Projection(block.ff.net[0].proj),
+            Projection(block.ff.net[2]),
+            attn.norm_q,
+            attn.norm_k,
+            attn.heads,
+            (block.norm1.norm.eps, block.norm2.eps),
+        )
+        self.text = Stream(
+            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            Projection(attn.to_add_out),
+            Projection(block.ff_context.net[0].proj),
+            Projection(block.ff_context.net[2]),
+            attn.norm_added_q,
+            attn.norm_added_k,
+            attn.heads,
+            (block.norm1_context.norm.eps, block.norm2_context.eps),
+        )
+
+    def __call__(
+        self, image: Tensor, text: Tensor, image_modulation: Tensor, text_modulation: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """(image [B, S, D], text [B, T, D]) to the same; modulations are [B, 6 D]."""
+        image_parts, text_parts = image_modulation.chunk(6, dim=1), text_modulation.chunk(6, dim=1)
+        q, k, v = self.image.attention_inputs(image, *image_parts[:2])
+        text_q, text_k, text_v = self.text.attention_inputs(text, *text_parts[:2])
+        weights = (self.image.norm_q.weight, self.image.norm_k.weight)
+        text_weights = (self.text.norm_q.weight, self.text.norm_k.weight)
+        eps = _eps(self.image.norm_q)
+        q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, text_q, text_k, *text_weights, eps)
+        attention = self.attention(q, k, torch.cat([text_v, v], dim=1)).flatten(2)
+        del q, k, v, text_q, text_k, text_v
+        tokens = text.shape[1]
+        image = self.image.finish(image, attention[:, tokens:], image_parts)
+        text = self.text.finish(text, attention[:, :tokens], text_parts)
+        return image, _clip(text)
+
+
+class SingleBlock:
+    """The fused `FluxSingleTransformerBlock`, on text and image as one tensor.
+
+    Args:
+        block: diffusers' block; its projections' tensors become views of joint ones.
+        attention: see `Attend`.
+    """
+
+    def __init__(self, block: Any, attention: Attend = attend) -> None:
+        attn = block.attn
+        self.attention = attention
+        self.qkv = Projection(attn.to_q, attn.to_k, attn.to_v)
+        self.up = Projection(block.proj_mlp)
+        self.out = Projection(block.proj_out)
+        self.norm_q, self.norm_k, self.heads = attn.norm_q, attn.norm_k, attn.heads
+        self.eps: float = block.norm.norm.eps
+
+    def __call__(self, x: Tensor, modulation: Tensor, rope: Rope) -> Tensor:
+        """[B, T + S, D] to the same; modulation is [B, 3 D]."""
+        shift, scale, gate = modulation.chunk(3, dim=1)
+        rows = Modulated(x, shift, scale, self.eps)
+        q, k, v = _three(self.qkv(rows), self.heads)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope.cos, rope.sin, eps=_eps(self.norm_q))
+        attention = self.attention(q, k, v).flatten(2)
+        # The MLP's wide output comes after attention, so that the two are not in memory together.
+        del q, k, v
+        hidden = Activated(self.up(rows), attention, once=True)
+        del rows, attention
+        return _clip(self.out(hidden, x, gate))
+
+
+def _clip(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def why_not(transformer: Any) -> str | None:
+    """Why the fused forward cannot stand for this transformer's own, in one line; None if it can."""
+    if type(transformer).__name__ != "FluxTransformer2DModel":
+        return f"it is a {type(transformer).__name__}, not a FluxTransformer2DModel"
+    if transformer.training:
+        return "it is in training mode; call transformer.eval()"
+    if getattr(transformer, "gradient_checkpointing", False):
+        return "gradient checkpointing is on"
+    for name, module in transformer.named_modules():
+        if not name.startswith(_BLOCKS):
+            continue
+        if type(module).__module__.startswith("peft."):
+            return f"a LoRA adapter is loaded ({name})"
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor).__name__ != _PROCESSOR:
+            return f"{name} runs {type(processor).__name__} instead of {_PROCESSOR}"
+        if processor is not None and (processor._attention_backend or processor._parallel_config) is not None:
+            return f"{name} has an attention backend of its own"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return f"{name} carries hooks (offloading, or someone watching)"
+    if not any(isinstance(m, TernaryLinear) for m in transformer.modules()):
+        return "it has no ternary layer; make one with `tritflow quantize`"
+    return None
+
+
+class FusedFlux1:
+    """The fused forward of one `FluxTransformer2DModel`, which stays as it is beside it.
+
+    Args:
+        transformer: on the device where it will run.
+        scheduler: anything with `timesteps` as diffusers' schedulers have them, to compute all steps' modulation at
+            once; without it each step computes its own.
+        offload_modulation: keep the modulation layers in host memory; they pass through the GPU once a generation.
+        cuda_graph: replay the step as one CUDA graph from the second call of a shape on (CUDA only).
+        attention: see `Attend`.
+
+    Raises:
+        ValueError: `why_not(transformer)`.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any = None,
+        *,
+        offload_modulation: bool = True,
+        cuda_graph: bool = True,
+        attention: Attend = attend,
+    ) -> None:
+        reason = why_not(transformer)
+        if reason is not None:
+            raise ValueError(f"the fused forward cannot be used: {reason}")
+        self.transformer, self.scheduler = transformer, scheduler
+        self.offload_modulation, self.attention = offload_modulation, attention
+        self.stock_forward: Callable[..., Any] = transformer.forward
+        self.graph = GraphedCall(self._core) if cuda_graph else None
+        self._said: set[str] = set()
+        self._rope: tuple[Tensor, Tensor, Rope] | None = None
+        self._slots: list[tuple[nn.Module, str]] = []
+        self._build()
+
+    # --- the plan ---------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        """Join projections and gather modulation layers, on the device where the model is now."""
+        t = self.transformer
+        self.device = t.proj_out.weight.device
+        self.doubles = [DoubleBlock(block, self.attention) for block in t.transformer_blocks]
+        self.singles = [SingleBlock(block, self.attention) for block in t.single_transformer_blocks]
+        linears = [
+            linear for block in t.transformer_blocks for linear in (block.norm1.linear, block.norm1_context.linear)
+        ]
+        linears += [block.norm.linear for block in t.single_transformer_blocks]
+        self.modulation = Modulation([*linears, t.norm_out.linear], self._embed)
+        if self.offload_modulation and self.device.type == "cuda":
+            self.modulation.offload_()
+        self._rope = None
+        if self.graph is not None:
+            self.graph.forget()
+        self._slots = [
+            (parent, leaf)
+            for name, parent in t.named_modules()
+            if name.startswith(_BLOCKS)
+            for leaf, child in parent.named_children()
+            if isinstance(child, nn.Linear)
+        ]
+        self._signature = self._sign()
+
+    def _sign(self) -> list[tuple[Any, ...]]:
+        """What the plan rests on: the layers themselves, where their bytes are, how they are set."""
+        found: list[tuple[Any, ...]] = []
+        for parent, leaf in self._slots:
+            child: Any = parent._modules.get(leaf)
+            weight = getattr(child, "_parameters", {}).get("weight")
+            found.append(
+                (
+                    id(child),
+                    None if weight is None else weight.data_ptr(),
+                    getattr(child, "mode", None),
+                    getattr(child, "activation_dtype", None),
+                    getattr(child, "backend", None),
+                )
+            )
+        return found
+
+    def _embed(self, timestep: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
+        embed, thousand = self.transformer.time_text_embed, timestep * 1000
+        if guidance is None:
+            out: Tensor = embed(thousand, pooled)
+        else:
+            out = embed(thousand, guidance.to(timestep.dtype) * 1000, pooled)
+        return out
+
+    def _tables(self, txt_ids: Tensor, img_ids: Tensor) -> Rope:
+        """Rotation tables, kept as long as the ids are the same tensors."""
+        if self._rope is None or self._rope[0] is not txt_ids or self._rope[1] is not img_ids:
+            two = [ids[0] if ids.dim() == 3 else ids for ids in (txt_ids, img_ids)]
+            cos, sin = self.transformer.pos_embed(torch.cat(two))
+            self._rope = (txt_ids, img_ids, Rope(cos.contiguous(), sin.contiguous()))
+        return self._rope[2]
+
+    def _schedule(self, dtype: torch.dtype) -> Tensor | None:
+        """The sampler's timesteps as the pipeline hands them to the model."""
+        timesteps = getattr(self.scheduler, "timesteps", None)
+        if not isinstance(timesteps, Tensor) or timesteps.dim() != 1 or not timesteps.numel():
+            return None
+        return timesteps.to(self.device).to(dtype) / 1000
+
+    def release(self) -> None:
+        """Undo what building did: layers get tensors of their own, modulation layers come back to the device."""
+        self.modulation.restore_(self.device)
+        for module in self.transformer.modules():
+            if isinstance(module, TernaryLinear):
+                separate_(module)
+        self._rope, self._signature = None, []
+        if self.graph is not None:
+            self.graph.forget()
+
+    # --- the forward ------------------------------------------------------------------------------------------
+
+    def obstacle(self, hidden_states: Tensor, timestep: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+        """Why this call has to take the stock forward, in one line; rebuilds the plan if the model has changed."""
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if kwargs.get(name) is not None:
+                return "ControlNet residuals are given"
+        if any(value is not None for value in (kwargs.get("joint_attention_kwargs") or {}).values()):
+            return f"joint_attention_kwargs are given ({', '.join(kwargs['joint_attention_kwargs'])})"
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return "gradients are asked for"
+        if timestep is None or timestep.dim() != 1:
+            return "the timestep is not one number an image"
+        if self._sign() != self._signature:
+            reason = why_not(self.transformer)
+            if reason is not None:
+                return reason
+            self._build()
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Any = None,
+        controlnet_single_block_samples: Any = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+    ) -> Any:
+        """`FluxTransformer2DModel.forward`, same arguments and results."""
+        rest = {
+            "joint_attention_kwargs": joint_attention_kwargs,
+            "controlnet_block_samples": controlnet_block_samples,
+            "controlnet_single_block_samples": controlnet_single_block_samples,
+            "controlnet_blocks_repeat": controlnet_blocks_repeat,
+        }
+        reason = self.obstacle(hidden_states, timestep, rest)
+        inputs = (encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids)
+        if reason is not None or any(value is None for value in inputs):
+            return self._stock(
+                reason or "an input is missing",
+                hidden_states=hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                pooled_projections=pooled_projections,
+                timestep=timestep,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                guidance=guidance,
+                return_dict=return_dict,
+                **rest,
+            )
+        with torch.no_grad():
+            sample = self._fused(hidden_states, guidance, *inputs)  # type: ignore[arg-type]
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+
+    def _stock(self, reason: str, **kwargs: Any) -> Any:
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("tritflow.optimize: this call takes the stock forward, which is slower: %s", reason)
+        if self.modulation.linears[0].weight.device != self.device:
+            self.modulation.restore_(self.device)
+            self._signature = []  # the next fused call offloads them again
+        return self.stock_forward(**kwargs)
+
+    def _fused(
+        self,
+        hidden_states: Tensor,
+        guidance: Tensor | None,
+        encoder_hidden_states: Tensor,
+        pooled: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Tensor:
+        dtype = hidden_states.dtype
+        rope = self._tables(txt_ids, img_ids)
+        # The stock model rounds the timestep to its own dtype before anything else.
+        timestep = timestep.to(dtype)
+        modulation = self.modulation.rows(timestep, guidance, pooled, self._schedule(dtype))
+        args = (hidden_states, encoder_hidden_states, rope.cos, rope.sin, modulation)
+        if self.graph is not None and hidden_states.is_cuda:
+            return self.graph(*args)
+        return self._core(*args)
+
+    def _core(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor
+    ) -> Tensor:
+        """Everything of a step that depends on the picture; no host synchronisation, no data-dependent shapes."""
+        t = self.transformer
+        rope = Rope(cos, sin)
+        image, text = t.x_embedder(hidden_states), t.context_embedder(encoder_hidden_states)
+        parts = self.modulation.split(modulation)
+        for i, double in enumerate(self.doubles):
+            image, text = double(image, text, parts[2 * i], parts[2 * i + 1], rope)
+        tokens = text.shape[1]
+        x = torch.cat([text, image], dim=1)
+        for single, part in zip(self.singles, parts[2 * len(self.doubles) : -1], strict=True):
+            x = single(x, part, rope)
+        scale, shift = parts[-1].chunk(2, dim=1)
+        out: Tensor = t.proj_out(adaln(x[:, tokens:], shift, scale, t.norm_out.norm.eps))
+        return out

@@ -1,0 +1,466 @@
+"""One sampler step of FLUX.1-dev's transformer on a GPU: dense bf16 and fp8, ternary as stock and optimized.
+
+Random weights of the real config stand in for the checkpoint (`pipelines.synthetic`). Every contender is built,
+measured and freed by itself in a child process that may crash; its result is written before the next one starts.
+All run PyTorch's attention, restricted to the one kernel that is fastest on this GPU.
+
+``python -m tritflow.profiling.transformer --out DIR`` is what ``tritflow bench transformer`` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow import results
+from tritflow.formats.architecture import FLUX1_DEV
+from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.latency import quantiles
+
+MODULE = "tritflow.profiling.transformer"
+STEPS = 28  # of the schedule whose modulation is computed up front
+_TEXT_TOKENS = 512
+
+
+def _optimized(mode: str, backend: str, dtype: str = "int8", **more: Any) -> dict[str, Any]:
+    return {"kind": "ternary", "mode": mode, "dtype": dtype, "backend": backend, "fused": True, **more}
+
+
+_FP8 = "float8_e4m3fn"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "bf16 eager": {"kind": "dense"},
+    "bf16 compiled": {"kind": "dense", "compiled": True},
+    "W2A8 fp8 optimized, scratch": _optimized("w2a8", "scratch", _FP8),
+    "W2A8 fp8 optimized, triton": _optimized("w2a8", "triton", _FP8),
+    "W2A8 int8 optimized, triton": _optimized("w2a8", "triton"),
+    "W2A8 int8 optimized, hopper": _optimized("w2a8", "hopper"),
+    "W2A8 fp8 optimized, hopper": _optimized("w2a8", "hopper", _FP8),
+    "fp8 compiled": {"kind": "fp8", "compiled": True},
+    "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
+    "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
+    "W2A16 optimized, triton": _optimized("w2a16", "triton"),
+    "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
+    "W2A8 fp8 optimized, scratch, no graph": _optimized("w2a8", "scratch", _FP8, graph=False),
+}
+"""In the order of their importance, should the time run out."""
+
+BASELINES = ("bf16 compiled", "bf16 eager", "fp8 compiled")
+MEMORY_BASELINE = "bf16 eager"
+
+
+class Schedule:
+    """As much of a sampler as the fused forward looks at."""
+
+    def __init__(self, steps: int, device: str) -> None:
+        self.timesteps = torch.linspace(1000, 1000 / steps, steps, device=device)
+
+
+def step_inputs(config: Mapping[str, Any], size: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Random keyword arguments of one forward for pictures of `size` x `size` pixels."""
+    side = size // 16
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    img_ids = torch.zeros(side, side, 3, device=device, dtype=dtype)
+    img_ids[..., 1] = torch.arange(side, device=device)[:, None]
+    img_ids[..., 2] = torch.arange(side, device=device)[None]
+    return {
+        "hidden_states": normal(batch, side * side, config["in_channels"]),
+        "encoder_hidden_states": normal(batch, _TEXT_TOKENS, config["joint_attention_dim"]),
+        "pooled_projections": normal(batch, config["pooled_projection_dim"]),
+        "guidance": torch.full((batch,), 3.5, device=device),
+        "txt_ids": torch.zeros(_TEXT_TOKENS, 3, device=device, dtype=dtype),
+        "img_ids": img_ids.reshape(-1, 3),
+        "return_dict": False,
+    }
+
+
+def set_attention(name: str) -> None:
+    """Restrict PyTorch's attention to one kernel: `cudnn`, `flash`, or `default` for its own choice."""
+    if name not in ("cudnn", "flash", "default"):
+        raise ValueError(f"unknown attention '{name}'; use cudnn, flash or default")
+    torch.backends.cuda.enable_cudnn_sdp(name in ("cudnn", "default"))
+    torch.backends.cuda.enable_flash_sdp(name in ("flash", "default"))
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "default")
+
+
+def time_attention(size: int, batch: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Milliseconds of one attention call per kernel, at the model's sizes and in the fused forward's layout."""
+    tokens = (size // 16) ** 2 + _TEXT_TOKENS
+    shape = (batch, tokens, config["num_attention_heads"], config["attention_head_dim"])
+    q, k, v = (torch.randn(shape, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
+    found: dict[str, Any] = {}
+    for name in ("cudnn", "flash", "default"):
+        set_attention(name)
+        try:
+            times = timed(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), 20, 5)
+            found[name] = quantiles(times)
+        except RuntimeError as error:
+            found[name] = {"error": str(error).splitlines()[0][:200]}
+    return found
+
+
+def timed(run: Callable[[], Any], count: int, warm: int) -> list[float]:
+    """Milliseconds of each of `count` calls by CUDA events, after `warm` calls that do not count."""
+    for _ in range(warm):
+        run()
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -> Any:
+    """The contender's transformer, compiled or optimized if it is to be."""
+    from tritflow.pipelines import synthetic
+    from tritflow.pipelines.optimize import optimize
+
+    if settings["kind"] == "dense":
+        model = synthetic.random_dense(config, device)
+    elif settings["kind"] == "fp8":
+        model = dense_fp8(config, device)
+    else:
+        fused = settings.get("fused", False)
+        model = synthetic.random_ternary(
+            config,
+            device,
+            mode=settings.get("mode", "w2a8"),
+            activation_dtype=settings.get("dtype", "int8"),
+            backend=settings["backend"],
+            modulation_device="cpu" if fused and device != "cpu" else None,
+        )
+        for name, module in model.named_modules():
+            if synthetic.is_modulation(name):
+                module.backend = "auto"  # a few rows are no matter for a backend that was chosen for thousands
+        if fused:
+            optimize(model, scheduler=Schedule(STEPS, device), cuda_graph=settings.get("graph", True))
+    if settings.get("compiled"):
+        model.compile_repeated_blocks(fullgraph=True)
+    return model
+
+
+def dense_fp8(config: Mapping[str, Any], device: str) -> Any:
+    """Block linears as dense e4m3, modulation in bf16."""
+    from tritflow.config import TernaryConfig
+    from tritflow.pipelines import synthetic
+    from tritflow.profiling.dense_fp8 import DenseFp8Linear
+
+    targets, model = TernaryConfig(), synthetic.on_meta(config)
+    synthetic.replace_(
+        model,
+        lambda name, _: targets.matches(name) and not synthetic.is_modulation(name),
+        lambda name, linear: DenseFp8Linear(linear.in_features, linear.out_features, "meta"),
+        device,
+    )
+    return model
+
+
+def measure(task: Task, device: str = "cuda") -> dict[str, Any]:
+    """Build one contender, time its steps, read its peak memory, free it."""
+    try:
+        return _measure(task, device)
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _measure(task: Task, device: str) -> dict[str, Any]:
+    config, settings = task["config"], task["settings"]
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begin = time.perf_counter()
+    model = build(settings, config, device)
+    torch.cuda.synchronize()
+    built = time.perf_counter() - begin
+    load_peak = torch.cuda.max_memory_allocated() - before
+    weights = torch.cuda.memory_allocated() - before
+    inputs = step_inputs(config, task["size"], task["batch"], device, torch.bfloat16)
+    timesteps = Schedule(STEPS, device).timesteps
+    turn = 0
+
+    def step() -> Tensor:
+        nonlocal turn
+        t = timesteps[turn % STEPS]
+        turn += 1
+        # As FluxPipeline hands it over.
+        out: Tensor = model(**inputs, timestep=t.expand(task["batch"]).to(torch.bfloat16) / 1000)[0]
+        return out
+
+    begin = time.perf_counter()
+    first = step()
+    torch.cuda.synchronize()
+    first_seconds = time.perf_counter() - begin
+    finite = bool(torch.isfinite(first).all())
+    times = timed(step, task["count"], 3)
+    turn = 0
+    again = [step() for _ in range(2)]
+    turn = 0
+    repeats = all(torch.equal(a, step()) for a in again)
+    peak = torch.cuda.max_memory_allocated() - before
+    return {
+        "milliseconds": quantiles(times),
+        "peak_bytes": peak,
+        "load_peak_bytes": load_peak,
+        "weight_bytes": weights,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "build_seconds": round(built, 2),
+        "first_step_seconds": round(first_seconds, 2),
+        "finite": finite,
+        "same_bits_again": repeats,
+        "kernels": kernel_times(step),
+    }
+
+
+def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]]:
+    """Where a step's time goes: its kernels with the largest totals, in milliseconds; empty where tracing fails."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            step()
+            torch.cuda.synchronize()
+        found = [
+            {"name": e.key[:100], "calls": e.count, "milliseconds": round(e.self_device_time_total / 1e3, 4)}
+            for e in trace.key_averages()
+            if e.self_device_time_total > 0
+        ]
+    except (RuntimeError, AssertionError, AttributeError):  # no tracing on this machine: the times stand without it
+        return []
+    return sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most]
+
+
+@torch.no_grad()
+def check(task: Task, device: str = "cuda") -> dict[str, Any]:
+    """Relative errors of a backend on a few blocks of the real width, stock and optimized, against the reference."""
+    from tritflow.modules import TernaryLinear
+    from tritflow.pipelines import synthetic
+    from tritflow.pipelines.optimize import deoptimize, optimize
+
+    config = {**task["config"], "num_layers": 2, "num_single_layers": 2}
+    model = synthetic.random_ternary(config, device)
+    inputs = step_inputs(config, task["size"], 1, device, torch.bfloat16)
+    inputs["timestep"] = torch.full((1,), 0.5, device=device, dtype=torch.bfloat16)
+    linears = [m for name, m in model.named_modules() if isinstance(m, TernaryLinear)]
+    modulation = {id(m) for name, m in model.named_modules() if synthetic.is_modulation(name)}
+
+    def configure(mode: Any, dtype: Any, backend: Any) -> None:
+        for linear in linears:
+            linear.mode, linear.activation_dtype = mode, dtype
+            linear.backend = "auto" if id(linear) in modulation else backend
+
+    found: dict[str, Any] = {}
+    for mode, dtype in (("w2a8", "int8"), ("w2a8", "float8_e4m3fn"), ("w2a16", "int8")):
+        if (mode, task["backend"]) == ("w2a16", "hopper"):
+            continue  # it has no such product for many tokens
+        configure(mode, dtype, "reference")
+        truth = model(**inputs)[0].double()
+        configure(mode, dtype, task["backend"])
+        for path in ("stock", "eager", "graph"):
+            label = f"{mode if mode == 'w2a16' else f'{mode} {dtype}'}, {path}"
+            try:
+                if path != "stock":
+                    optimize(model, cuda_graph=path == "graph")
+                for _ in range(3 if path == "graph" else 1):
+                    out = model(**inputs)[0]
+                found[label] = float((out.double() - truth).norm() / truth.norm())
+            except (RuntimeError, ValueError) as error:
+                if "CUDA error" in str(error):
+                    raise
+                found[label] = str(error).splitlines()[0][:200]
+            deoptimize(model)
+    return found
+
+
+def handle(task: Task) -> dict[str, Any]:
+    """One task, in the child process."""
+    torch.manual_seed(0)
+    try:
+        if task["kind"] == "attention":
+            with torch.no_grad():
+                return time_attention(task["size"], task["batch"], task["config"])
+        set_attention(task["attention"])
+        return check(task) if task["kind"].startswith("check") else measure(task)
+    except RuntimeError as error:
+        if "CUDA error" in str(error):
+            # Nothing works in this process any more; the parent starts another one on what is left.
+            print(str(error).splitlines()[0], file=sys.stderr, flush=True)
+            os._exit(3)
+        raise
+
+
+def bench(
+    out: Path,
+    *,
+    seconds: float = 350.0,
+    size: int = 1024,
+    batch: int = 1,
+    count: int = 20,
+    contenders: Sequence[str] = (),
+    attention: str = "fastest",
+    checked: bool = True,
+    config: Mapping[str, Any] = FLUX1_DEV,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure contenders one after the other; `out/transformer.json` is complete after each.
+
+    Args:
+        out: folder.
+        seconds: after which nothing new is started.
+        size: of the pictures, in pixels.
+        batch: pictures at once.
+        count: timed steps.
+        contenders: names of `CONTENDERS`; all when empty.
+        attention: `cudnn`, `flash`, `default` (PyTorch's choice), or `fastest` of them by measurement.
+        checked: compare the optimized forward with the stock one first.
+        config: of the transformer.
+        say: told each result in a line.
+
+    Returns:
+        One run for `tritflow.results`, as in the file.
+
+    Raises:
+        ValueError: an unknown contender.
+    """
+    unknown = [name for name in contenders if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"unknown contender '{unknown[0]}'; choose from: {', '.join(CONTENDERS)}")
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    common = {"size": size, "batch": batch, "config": dict(config), "count": count}
+    run: dict[str, Any] = {
+        **results.provenance("cuda"),
+        "model": "FLUX.1-dev's config, random weights",
+        "settings": {"size": size, "batch": batch, "text_tokens": _TEXT_TOKENS, "steps": STEPS, "timed_steps": count},
+        "contenders": {},
+    }
+
+    def note(task: Task, result: dict[str, Any]) -> None:
+        if task["kind"] == "contender":
+            run["contenders"][task["name"]] = {"settings": task["settings"], **result}
+            say(line(task["name"], result))
+        else:
+            run[task["kind"]] = result
+            say(f"{task['kind']}: {json.dumps(result)}")
+        results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
+
+    if attention == "fastest":
+        probe = [{"kind": "attention", **common}]
+        run_isolated(MODULE, probe, silence=90, deadline=deadline, on_result=note)
+        attention = fastest(run["attention"])
+    run["attention_kernel"] = attention
+    tasks: list[Task] = []
+    if checked:
+        tasks += [{"kind": f"check {backend}", "backend": backend} for backend in ("triton", "scratch")]
+    for name in contenders or CONTENDERS:
+        settings = CONTENDERS[name]
+        if checked and settings.get("backend") == "hopper" and not any(t["kind"] == "check hopper" for t in tasks):
+            tasks.append({"kind": "check hopper", "backend": "hopper"})
+        tasks.append({"kind": "contender", "name": name, "settings": settings, "backend": settings.get("backend")})
+    for risky, group in groupby(tasks, key=lambda task: task["backend"] == "hopper"):
+        # A kernel that is not proven may hang: it gets less patience, and a process of its own.
+        given = [{**task, "attention": attention, **common} for task in group]
+        run_isolated(MODULE, given, silence=60 if risky else 200, deadline=deadline, on_result=note)
+    run["contenders"] = compare(run["contenders"])
+    results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
+    return run
+
+
+def fastest(times: Mapping[str, Any]) -> str:
+    """The attention kernel with the smallest median; PyTorch's own choice if none was timed."""
+    good = {name: t["p50"] for name, t in times.items() if isinstance(t, dict) and "p50" in t and name != "default"}
+    return min(good, key=lambda name: good[name]) if good else "default"
+
+
+def compare(contenders: Mapping[str, Any]) -> dict[str, Any]:
+    """The contenders with `speed`: baseline -> its median over theirs, and `memory`: peak of bf16 eager over theirs."""
+    good = {name: c for name, c in contenders.items() if "milliseconds" in c}
+    found: dict[str, Any] = {name: dict(c) for name, c in contenders.items()}
+    for name, c in good.items():
+        p50 = c["milliseconds"]["p50"]
+        found[name]["speed"] = {
+            base: round(good[base]["milliseconds"]["p50"] / p50, 4) for base in BASELINES if base in good
+        }
+        if MEMORY_BASELINE in good:
+            found[name]["memory"] = round(good[MEMORY_BASELINE]["peak_bytes"] / c["peak_bytes"], 4)
+    return found
+
+
+def line(name: str, result: Mapping[str, Any]) -> str:
+    """A contender's result in one line."""
+    if "error" in result:
+        return f"{name:40} {result['error']}"
+    ms = result["milliseconds"]
+    return (
+        f"{name:40} {ms['p50']:8.2f} ms (p20 {ms['p20']:.2f}, p80 {ms['p80']:.2f})  "
+        f"peak {result['peak_bytes'] / 1e9:6.2f} GB  "
+        f"built {result['build_seconds']} s, first step {result['first_step_seconds']} s"
+        f"{'' if result['finite'] else '  NOT FINITE'}{'' if result['same_bits_again'] else '  bits differ'}"
+    )
+
+
+def table(run: Mapping[str, Any]) -> str:
+    """The run in plain text."""
+    lines = [f"{run['device']}, {run['settings']['size']}x{run['settings']['size']}, batch {run['settings']['batch']}"]
+    for name, result in run["contenders"].items():
+        lines.append(line(name, result))
+        against = [f"{value:.2f}x {base}" for base, value in result.get("speed", {}).items() if base != name]
+        if "memory" in result:
+            against.append(f"{result['memory']:.2f}x less memory")
+        if against:
+            lines.append(f"    {', '.join(against)}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=MODULE, description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("transformer-bench"), help="folder for transformer.json")
+    parser.add_argument("--seconds", type=float, default=350.0, help="start nothing new after this long")
+    parser.add_argument("--size", type=int, default=1024, help="of the pictures, in pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--count", type=int, default=20, help="timed steps")
+    parser.add_argument("--contender", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument("--attention", default="fastest", choices=["fastest", "cudnn", "flash", "default"])
+    parser.add_argument("--no-check", action="store_true", help="do not compare with the stock forward first")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        serve(options.worker, handle)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("this bench needs a CUDA device, and this machine shows none")
+    run = bench(
+        options.out,
+        seconds=options.seconds,
+        size=options.size,
+        batch=options.batch,
+        count=options.count,
+        contenders=options.contender,
+        attention=options.attention,
+        checked=not options.no_check,
+        say=lambda text: print(text, flush=True),
+    )
+    print(table(run))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

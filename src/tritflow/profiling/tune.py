@@ -1,0 +1,222 @@
+"""Find the fastest backend and tiles of each ternary product on this GPU, and write them where kernels look them up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow import results
+from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
+from tritflow.kernels.tuning import Choice
+from tritflow.profiling.kernels import Candidate, graph_times, quantized, random_trits
+
+PRODUCTS = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]
+"""(N, K) of FLUX.1-dev's blocks; 9216 is query, key and value as one."""
+TOKENS = (4608, 4096, 512)
+NAMES = ("w2a8 float8_e4m3fn", "w2a8 int8", tuning.W2A16)
+BACKENDS = ("triton", "scratch")
+TILES = [
+    (128, 128, 8, 3),
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+    (64, 256, 8, 4),
+    (64, 256, 4, 3),
+    (128, 64, 4, 4),
+    (128, 256, 8, 3),
+]
+"""(BLOCK_M, BLOCK_N, warps, stages) that the plain Triton product is tried with.
+
+Packed weights are a quarter of the bytes of activations, so tiles of many weight rows read least; two blocks on a
+multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode and multiply in turn.
+"""
+HOPPER = [
+    {},
+    {"split": 2},
+    {"split": 2, "cut": False},
+    {"block_n": 128, "stages": 8},
+    {"block_m": 64, "stages": 8},
+]
+
+Say = Callable[[str], None]
+
+
+def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
+    """What is tried for a product."""
+    if "scratch" in backends:
+        yield Choice("scratch")
+    if "triton" in backends:
+        for block_m, block_n, warps, stages in TILES:
+            if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
+                tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+                yield Choice("triton", tiles)
+    if "hopper" in backends and name != tuning.W2A16:
+        for config in HOPPER:
+            yield Choice("hopper", dict(config))
+
+
+def runner(choice: Choice) -> Callable[..., Tensor]:
+    """The product as a choice computes it, for activations that are quantized already or 16-bit ones."""
+    if choice.backend == "triton":
+        from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
+
+        def tiled(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+            if scale is None:
+                return w2a16_gemm(x, weight, weight_scale, bias, None, blocks=choice.config)
+            return w2a8_gemm(x, scale, weight, weight_scale, bias, torch.bfloat16, blocks=choice.config)
+
+        return tiled
+    if choice.backend == "hopper":
+        from tritflow.kernels.hopper.launch import Config
+        from tritflow.kernels.hopper.launch import w2a8_gemm as hopper_gemm
+
+        config = Config(**choice.config)
+        return lambda x, scale, weight, weight_scale, bias: hopper_gemm(
+            x, scale, weight, weight_scale, bias, config=config
+        )
+
+    def named(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+        if scale is None:
+            return w2a16_linear(x, weight, weight_scale, bias, backend=choice.backend)
+        return w2a8_matmul(x, scale, weight, weight_scale, torch.bfloat16, bias, backend=choice.backend)
+
+    return named
+
+
+def _inputs(name: str, m: int, n: int, k: int) -> list[tuple[Any, ...]]:
+    """Input sets, together over twice the last-level cache."""
+    from tritflow.formats.packing import pack_2bit
+
+    sets = max(2, min(8, math.ceil(160e6 / (m * k + n * k / 4))))
+    found: list[tuple[Any, ...]] = []
+    for _ in range(sets):
+        if name == tuning.W2A16:
+            x, scale = torch.randn(m, k, device="cuda").bfloat16(), None
+        else:
+            x, scale = quantized(m, k, reference.QTYPE[name.removeprefix("w2a8 ")])
+        row, bias = torch.rand(n, device="cuda").bfloat16(), torch.randn(n, device="cuda").bfloat16()
+        found.append((x, scale, pack_2bit(random_trits(n, k)), row, bias))
+    return found
+
+
+def _expected(x: Tensor, scale: Tensor | None, weight: Tensor, row: Tensor, bias: Tensor) -> Tensor:
+    if scale is None:
+        return reference.w2a16_linear(x, weight, row, bias)
+    return reference.w2a8_matmul(x, scale, weight, row, torch.float32, bias)
+
+
+@torch.inference_mode()
+def tune_product(name: str, m: int, n: int, k: int, backends: tuple[str, ...], milliseconds: float) -> dict[str, Any]:
+    """Times of every choice that computes the right thing: label -> choice and microseconds, or an error."""
+    inputs = _inputs(name, m, n, k)
+    truth = _expected(*inputs[0])
+    found: dict[str, Any] = {}
+    ready: dict[str, tuple[Choice, Candidate]] = {}
+    for choice in choices(name, backends):
+        try:
+            run = runner(choice)
+            error = ((run(*inputs[0]).float() - truth).norm() / truth.norm()).item()
+            if not error < 0.01:
+                found[choice.label] = {"error": f"wrong: relative error {error:.3g}"}
+                continue
+        except (BackendError, RuntimeError, ValueError) as problem:
+            if "CUDA error" in str(problem):
+                raise
+            found[choice.label] = {"error": str(problem).splitlines()[0][:160]}
+            continue
+        ready[choice.label] = (
+            choice,
+            Candidate(choice.label, lambda i, run=run: run(*inputs[i]), len(inputs)),  # type: ignore[misc]
+        )
+    times = graph_times([candidate for _, candidate in ready.values()], rounds=2, milliseconds=milliseconds)
+    for label, (choice, _) in ready.items():
+        found[label] = {"choice": choice, **times[label]}
+    return found
+
+
+def tune(
+    path: Path | None = None,
+    *,
+    names: tuple[str, ...] = NAMES,
+    backends: tuple[str, ...] = BACKENDS,
+    tokens: tuple[int, ...] = TOKENS,
+    seconds: float = 240.0,
+    milliseconds: float = 12.0,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Measure FLUX.1-dev's products and write the fastest choices; the file is complete after each product.
+
+    Args:
+        path: of the file; by default this GPU's in the user's cache folder.
+        names: products.
+        backends: that are tried.
+        tokens: sizes.
+        seconds: after which nothing new is started.
+        milliseconds: of measurement a choice and round.
+        say: told each product's result in a line.
+
+    Returns:
+        Every measurement: entry -> label -> microseconds at p20, p50 and p80, or an error.
+    """
+    device = torch.cuda.get_device_name()
+    target = path or tuning.cache_folder() / f"{tuning.slug(device)}.json"
+    versions = results.provenance("cuda")["versions"]
+    kept = {key: versions[key] for key in ("torch", "triton", "tritflow") if key in versions}
+    deadline = time.monotonic() + seconds
+    everything: dict[str, Any] = {}
+    for m in tokens:
+        for name in names:
+            for n, k in PRODUCTS:
+                if time.monotonic() > deadline:
+                    return everything
+                found = tune_product(name, m, n, k, backends, milliseconds)
+                key = tuning.entry(name, m, n, k)
+                everything[key] = {
+                    label: {x: y for x, y in result.items() if x != "choice"} for label, result in found.items()
+                }
+                good = {label: result for label, result in found.items() if "p50" in result}
+                if good:
+                    best = min(good, key=lambda label: good[label]["p50"])
+                    us = good[best]["p50"]
+                    choice = good[best]["choice"]
+                    tuning.write(target, device, kept, {key: Choice(choice.backend, choice.config, round(us, 2))})
+                    rest = ", ".join(f"{label} {r['p50']:.0f}" for label, r in good.items() if label != best)
+                    say(f"{key}: {best} {us:.1f} us ({2e-6 * m * n * k / us:.0f} TFLOP/s); {rest}")
+                else:
+                    say(f"{key}: nothing ran: {json.dumps(everything[key])}")
+    return everything
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tritflow.profiling.tune", description=__doc__)
+    parser.add_argument("--out", type=Path, help="file of choices (default: the user's cache folder)")
+    parser.add_argument("--times", type=Path, help="also write every measurement here, as JSON")
+    parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this long")
+    parser.add_argument("--backend", action="append", help="triton, scratch, hopper; may be repeated (the first two)")
+    parser.add_argument("--name", action="append", help="'w2a8 int8', 'w2a8 float8_e4m3fn', w2a16; may be repeated")
+    parser.add_argument("--tokens", action="append", type=int, help="may be repeated")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("tuning needs a CUDA device, and this machine shows none")
+    times = tune(
+        options.out,
+        names=tuple(options.name or NAMES),
+        backends=tuple(options.backend or BACKENDS),
+        tokens=tuple(options.tokens or TOKENS),
+        seconds=options.seconds,
+        say=lambda text: print(text, flush=True),
+    )
+    if options.times is not None:
+        results.write_atomically(options.times, json.dumps(times, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+
+from tritflow.kernels import tuning
+from tritflow.kernels.tuning import Choice
+from tritflow.profiling import tune as bench
+
+
+def test_every_backend_offers_choices():
+    labels = [c.label for c in bench.choices("w2a8 int8", ("triton", "scratch", "hopper"))]
+    assert len(set(labels)) == len(labels) == 1 + len(bench.TILES) + len(bench.HOPPER)
+    assert "scratch" in labels
+    sixteen = list(bench.choices(tuning.W2A16, ("triton", "hopper")))
+    assert sixteen
+    assert all(c.backend == "triton" and c.config["BLOCK_M"] * c.config["BLOCK_N"] <= 128 * 128 for c in sixteen)
+
+
+def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU 9000")
+    monkeypatch.setattr(bench.results, "provenance", lambda device: {"versions": {"torch": "2.11", "numpy": "2"}})
+    monkeypatch.setattr(bench, "PRODUCTS", [(64, 128), (32, 128)])
+    tiles = {"BLOCK_M": 128}
+
+    def product(name, m, n, k, backends, milliseconds):
+        if n == 32:
+            return {"triton": {"error": "no"}}
+        times = {"p20": 1.0, "p80": 9.0}
+        return {
+            "scratch": {"choice": Choice("scratch"), "p50": 5.0, **times},
+            "triton": {"choice": Choice("triton", tiles), "p50": 4.0, **times},
+            "hopper": {"error": "wrong: relative error 0.3"},
+        }
+
+    monkeypatch.setattr(bench, "tune_product", product)
+    lines = []
+    path = tmp_path / "tuned.json"
+    found = bench.tune(path, names=("w2a8 int8",), tokens=(512,), say=lines.append)
+    assert tuning.read(path) == {"w2a8 int8 512x64x128": Choice("triton", tiles, 4.0)}
+    assert '"numpy"' not in path.read_text()
+    assert found["w2a8 int8 512x64x128"]["triton"] == {"p20": 1.0, "p50": 4.0, "p80": 9.0}
+    assert found["w2a8 int8 512x32x128"] == {"triton": {"error": "no"}}
+    assert "nothing ran" in lines[1]
+    assert bench.tune(path, seconds=-1.0, say=lines.append) == {}
