@@ -158,6 +158,7 @@ class DistillationConfig(_Config):
         ema_decay: of a moving average of all trained parameters that replaces them in the end (0: none).
         checkpoint_every: steps between resumable checkpoints (0: only the last).
         seed: of the batch order.
+        compile_blocks: `torch.compile` the blocks first (CUDA alone; it takes a minute, which long runs win back).
     """
 
     version: int = FORMAT_VERSION
@@ -174,6 +175,7 @@ class DistillationConfig(_Config):
     ema_decay: float = 0.0
     checkpoint_every: int = 200
     seed: int = 0
+    compile_blocks: bool = False
 
 
 @dataclass(frozen=True)

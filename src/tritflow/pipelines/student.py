@@ -11,6 +11,8 @@ resumes.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from tritflow.calibration.trajectories import Trajectories
 from tritflow.distillation.compensation import compensate_blocks_, restore_
 from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.reconstruction import Blocks, reconstruct_blocks_
-from tritflow.distillation.velocity import distill_
+from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.loading import ModelError, resolve_model
 from tritflow.pipelines.teacher import record_trajectories
@@ -269,7 +271,8 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
-    result = distill_(
+    train = functools.partial(
+        distill_,
         lambda **kwargs: model(**kwargs, return_dict=False)[0],
         parameter_groups(model, config),
         trajectories,
@@ -279,6 +282,10 @@ def _distill(
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
+    if config.compile_blocks and job.device.type == "cuda":
+        result = _compiled(model, train)
+    else:
+        result = train()
     store = RoundedStore(work / "student", job.id)
     twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
     for block in job.family.block_order(job.source.config):
@@ -286,6 +293,29 @@ def _distill(
         if inside:
             store.write(block, inside)
     return result.validation
+
+
+def _compiled(model: Any, train: Callable[[], DistillationResult]) -> DistillationResult:
+    """`train` with the model's blocks compiled; without, where this machine's compiler fails (it needs a C compiler).
+
+    Nothing is lost then: compilation fails before the first step.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    model.compile_repeated_blocks(fullgraph=True)
+    try:
+        return train()
+    except TorchDynamoException as error:
+        warnings.warn(f"the blocks could not be compiled and train slower ({str(error).splitlines()[0]})", stacklevel=2)
+        _uncompile(model)
+        return train()
+    finally:
+        _uncompile(model)
+
+
+def _uncompile(model: Any) -> None:
+    for module in model.modules():
+        module._compiled_call_impl = None
 
 
 def _weight_of(job: Job) -> Callable[[str], Tensor]:
