@@ -17,7 +17,7 @@ from evaluation_fakes import draw as toy_draw
 from PIL import Image
 from suite_fakes import MODEL, SETTINGS, GenEvalTask, draw_suite
 
-from tritflow.evaluation import run as running
+from tritflow.evaluation import sharing
 from tritflow.evaluation.api import EvaluationError, TaskOptions
 from tritflow.evaluation.drawing import draw_images, encode_png
 from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId
@@ -131,8 +131,8 @@ sys.path.insert(0, sys.argv[1])
 from evaluation_fakes import MODEL, SETTINGS, ToyTask, draw
 from tritflow.evaluation.ranks import shard_of_environment
 from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate
-import tritflow.evaluation.run as running
-running.WAIT = 0.05
+import tritflow.evaluation.sharing as sharing
+sharing.WAIT = 0.05
 task = ToyTask()
 run = evaluate(task, task.prompts(per_tag=4), Contender(MODEL, SETTINGS, lambda: draw), sys.argv[2],
     teacher=Contender(type(MODEL)("teacher", "tt"), SETTINGS, lambda: draw),
@@ -142,7 +142,7 @@ print(bool(run))
 
 
 def test_three_processes_make_the_folder_of_one(tmp_path: Path) -> None:
-    """As torchrun starts them: RANK and WORLD_SIZE alone tell them apart; rank 0 alone scores."""
+    """As torchrun starts them: RANK and WORLD_SIZE alone tell them apart; each draws and scores its share."""
     task = ToyTask()
     teacher = Contender(ModelId("teacher", "tt"), TOY_SETTINGS, lambda: toy_draw)
     student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
@@ -166,10 +166,10 @@ def test_three_processes_make_the_folder_of_one(tmp_path: Path) -> None:
 
 
 def test_rank_0_gives_up_on_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "WAIT", 0.01)
+    monkeypatch.setattr(sharing, "WAIT", 0.01)
     task = ToyTask()
     student = Contender(ModelId("fake", "aaaa"), TOY_SETTINGS, lambda: toy_draw)
-    with pytest.raises(ImageSetError, match=r"of 24 pictures, and the other processes have drawn none for 0 s"):
+    with pytest.raises(ImageSetError, match=r"pictures: 12 of 24, and the other processes have added none for 0 s"):
         evaluate(
             task,
             task.prompts(per_tag=4),

@@ -176,3 +176,29 @@ def test_a_second_seed_set_is_no_student(tmp_path: Path) -> None:
     written = write_report(collect([tmp_path]), tmp_path / "report")
     pages = [p.parent.name for p in written if p.name == "index.html"]
     assert pages == ["one-oooooooo-w2a16"]
+
+
+def test_two_suites_in_one_report(evaluated: Path, tmp_path: Path) -> None:
+    """Each has its own grid and its own galleries, though the folders have the same names."""
+    from evaluation_fakes import SETTINGS, ToyTask, draw
+
+    from tritflow.evaluation.images import ModelId
+    from tritflow.evaluation.run import Contender, Sampling, evaluate
+    from tritflow.results import append
+
+    class Other(ToyTask):
+        name = "other"
+
+    task = Other()
+    teacher = Contender(ModelId("teacher", "tttttttt"), SETTINGS, lambda: draw)
+    student = Contender(ModelId("student <b>", "ssssssss"), SETTINGS, lambda: draw)
+    run = evaluate(task, task.prompts(per_tag=2), student, tmp_path / "o", teacher=teacher, sampling=Sampling(2))
+    append(tmp_path / "o" / "results.json", "other", run)
+    written = write_report(collect([evaluated, tmp_path / "o"]), tmp_path / "report")
+    names = {p.relative_to(tmp_path / "report").as_posix() for p in written}
+    assert {"grid-toy.png", "grid-other.png"} <= names
+    pages = {n for n in names if n.endswith("index.html")}
+    assert pages == {
+        "gallery/toy-student-b-ssssssss-w2a16/index.html",
+        "gallery/other-student-b-ssssssss-w2a16/index.html",
+    }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from tritflow.evaluation.api import (
     prompts_hash,
 )
 from tritflow.evaluation.drawing import draw_images
-from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, Settings, read_lines
-from tritflow.evaluation.projection import Projection, duration, project
+from tritflow.evaluation.images import ImageSet, ModelId, Settings, read_lines
+from tritflow.evaluation.projection import Projection, project
+from tritflow.evaluation.sharing import drop_parts, finished, score_shared, wait_for
 from tritflow.evaluation.summaries import between_seed_sets, compare, summarise
 from tritflow.evaluation.tasks import fidelity
 from tritflow.results import canonical, provenance, slug, write_atomically
@@ -83,8 +85,8 @@ class Plan:
         fidelity: compare pictures with the teacher's.
         perceptual: for LPIPS.
         split: of the suite's prompts, for the record; the suite's first one by default.
-        shard: (rank, number of processes); every rank draws its share, and rank 0 does the rest.
-        patience: seconds that rank 0 waits for the others without any new picture.
+        shard: (rank, number of processes); every rank draws and scores its share, and rank 0 does the rest.
+        patience: seconds that a rank waits for the others without anything new.
     """
 
     noise_seed: int | None = None
@@ -148,6 +150,7 @@ def evaluate(
     out = Path(out)
     for projection in projections(records, student, out, teacher=teacher, sampling=sampling, plan=plan):
         projection.check()
+    drop_parts(out, plan.shard[0])
     origin = provenance(student.device)
     clock = _Clock(stage)
     wanted = _picture_sets(student, teacher, sampling, plan)
@@ -156,11 +159,22 @@ def evaluate(
         return {}
 
     def judged(folder: str, name: str) -> list[Judgement]:
+        place = out / f"{folder}.scores.jsonl"
         with clock("scoring", f"scoring {name}") as report:
-            judgements = task.read_official(sets[folder]) if plan.official else task.score(sets[folder], report)
-        _write_lines(out / f"{folder}.scores.jsonl", [asdict(j) for j in judgements])
+            if plan.official:
+                judgements = task.read_official(sets[folder])
+            else:
+                shared = score_shared(task, sets[folder], place, plan.shard, plan.patience, report)
+                if shared is None:
+                    return []
+                judgements = shared
+        _write_lines(place, [asdict(j) for j in judgements])
         return judgements
 
+    if plan.shard[0] != 0:
+        for folder in sorted(sets, key=lambda f: f != student.folder_name):  # rank 0 asks for the student's first
+            judged(folder, folder)
+        return {}
     mine = sets[student.folder_name]
     judgements = judged(student.folder_name, student.model.name)
     seen = overlap(records, trained_on) if trained_on is not None else set()
@@ -280,7 +294,7 @@ def _draw(
     origin: dict[str, Any],
     clock: _Clock,
 ) -> dict[str, ImageSet] | None:
-    """All picture sets by folder: this rank draws its share, rank 0 waits for the others'. None on other ranks."""
+    """All picture sets by folder: this rank draws its share and waits for the others'. None when that is all."""
     versions = {k: v for k, v in origin["versions"].items() if k in ("torch", "diffusers", "pillow")}
 
     def draw(folder: str, who: Contender, base_seed: int, report: Progress | None) -> ImageSet | None:
@@ -302,6 +316,7 @@ def _draw(
         )
 
     sets: dict[str, ImageSet] = {}
+    total = len(records) * sampling.samples
     waiting = []
     for folder, who, base_seed in wanted:
         with clock("drawing", f"drawing {who.model.name}") as report:
@@ -310,29 +325,21 @@ def _draw(
             waiting.append((folder, who, base_seed))
         else:
             sets[folder] = images
-    if plan.shard[0] != 0:
+    rank = plan.shard[0]
+    if rank != 0 and (plan.draw_only or plan.official):
         return None
     for folder, who, base_seed in waiting:
         with clock("waiting", "waiting for the other processes") as report:
-            last, pictures = time.monotonic(), -1
-            while (images := draw(folder, who, base_seed, None)) is None:
-                there = project(out / folder, who.model.name, len(records) * sampling.samples, who.settings).present
-                if there > pictures:
-                    last, pictures = time.monotonic(), there
-                elif time.monotonic() - last > plan.patience:
-                    raise ImageSetError(
-                        f"{out / folder}: {there} of {len(records) * sampling.samples} pictures, and the other "
-                        f"processes have drawn none for {duration(plan.patience)}; run the same command again"
-                    )
-                if report is not None:
-                    report(there, len(records) * sampling.samples)
-                time.sleep(WAIT)
-            sets[folder] = images
+            sets[folder] = wait_for(
+                # Rank 0 joins what the ranks drew; the others wait for the joined folder.
+                partial(draw, folder, who, base_seed, None) if rank == 0 else partial(finished, out / folder, task),
+                lambda: project(out / folder, who.model.name, total, who.settings).present,  # noqa: B023
+                total,
+                f"{out / folder}: pictures",
+                plan.patience,
+                report,
+            )
     return sets
-
-
-WAIT = 2.0
-"""Seconds between two looks at what other ranks have drawn."""
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:

@@ -41,14 +41,15 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
             write_atomically(path, figures.encode(figure))
             written.append(path)
             parts.append(f"![{topic}: {name}]({path.name})")
-    sets = _ordered(sources)
-    if len(sets) > 1:
-        path = out / "grid.png"
+    groups = [sets for sets in _comparable(sources) if len(sets) > 1]
+    for sets in groups:
+        suite = str(sets[0].meta["suite"]["name"])
+        path = out / ("grid.png" if len(groups) == 1 else f"grid-{slug(suite)}.png")
         write_atomically(path, grid_png(sets))
         written.append(path)
-        parts += ["## Pictures", f"![The same prompts from the same noise]({path.name})"]
+        parts += [f"## Pictures of {suite}", f"![The same prompts from the same noise]({path.name})"]
         for student in sets[1:]:
-            page = _gallery(out, sets[0], student)
+            page = _gallery(out, sets[0], student, len(groups) == 1)
             written.append(page)
             parts.append(f"[{student.model.name} over {sets[0].model.name}]({page.relative_to(out).as_posix()})")
     if len(parts) == 1:
@@ -90,25 +91,25 @@ def grid_png(sets: Sequence[ImageSet], rows: int = GRID_ROWS) -> bytes:
     return buffer.getvalue()
 
 
-def _ordered(sources: Sources) -> list[ImageSet]:
-    """The picture sets, the teacher's first; only those of its prompts and noise, since others show other pictures."""
+def _comparable(sources: Sources) -> list[list[ImageSet]]:
+    """The picture sets in groups of the same prompts and noise, the teacher's first in each."""
     runs: list[Run] = [r for found in sources.runs.values() for r in found]
     teachers = {r["against"]["pictures"]["folder"] for r in runs if r.get("against")}
-    again = {r["seed_sets"]["pictures"]["folder"] for r in runs if r.get("seed_sets")}
-    sets = [s for s in sources.image_sets() if s.folder.name not in again]
-    sets.sort(key=lambda s: s.folder.name not in teachers)
-    alike = ("suite", "prompts_hash", "samples", "base_seed")
-    return [s for s in sets if all(s.meta[k] == sets[0].meta[k] for k in alike)]
+    groups: dict[str, list[ImageSet]] = {}
+    for images in sorted(sources.image_sets(), key=lambda s: s.folder.name not in teachers):
+        alike = [images.meta[k] for k in ("suite", "prompts_hash", "samples", "base_seed")]
+        groups.setdefault(repr(alike), []).append(images)
+    return list(groups.values())
 
 
-def _gallery(out: Path, teacher: ImageSet, student: ImageSet) -> Path:
+def _gallery(out: Path, teacher: ImageSet, student: ImageSet, plain: bool) -> Path:
     judged = []
     for images in (teacher, student):
         path = images.folder.with_name(f"{images.folder.name}.scores.jsonl")
         judged.append(verdicts(read_judgements(path)) if path.exists() else None)
     suite = student.meta["suite"]["name"]
     return write_gallery(
-        out / "gallery" / slug(student.folder.name),
+        out / "gallery" / slug(f"{'' if plain else suite} {student.folder.name}"),
         teacher,
         student,
         teacher_verdicts=judged[0],
