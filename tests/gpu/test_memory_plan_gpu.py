@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ from transformers import T5Config, T5EncoderModel
 
 from tritflow import TernaryLinear
 from tritflow.modules import swap_linears_
-from tritflow.pipelines.component_sizes import sizes_of
+from tritflow.pipelines.component_sizes import meta_model, sizes_of
 from tritflow.pipelines.memory_plan import CONTEXT, GIB, MemoryPlan, MemoryPlanError, Workload, choose_plan, plans
 from tritflow.pipelines.offloading import apply_plan, keep_plan
 from tritflow.testing import random_linear, rope_axes, tiny_flux_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from flux1_dev_components import components
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -185,3 +191,65 @@ def test_every_placement_runs(build: Any) -> None:
         del pipe
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def full_size(folder: Path) -> Any:
+    """FLUX.1-dev at its real size on the CPU, with repeated noise for weights; tokenizers are the tiny pipeline's."""
+    small = FluxPipeline.from_pretrained(tiny_flux_folder(folder, dtype=torch.bfloat16))
+    models: dict[str, Any] = {
+        name: meta_model(library, cls, config, torch.bfloat16)
+        for name, _, library, cls, config in components(ternary=True)
+    }
+    g = torch.Generator().manual_seed(0)
+    noise = (torch.randn(1 << 20, generator=g) * 0.02).bfloat16()
+    codes = torch.tensor([a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product((0, 1, 3), repeat=4)])
+    trits = codes[torch.randint(81, (1 << 20,), generator=g)].to(torch.uint8)
+    for model in models.values():
+        positions = {n: b.shape for n, b in model.named_buffers() if n.endswith("position_ids")}
+        model.to_empty(device="cpu").eval()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            flat = tensor.detach().view(-1)
+            if name in positions:
+                flat.copy_(torch.arange(flat.numel()))
+                continue
+            source = trits if flat.dtype == torch.uint8 else noise.to(flat.dtype)
+            flat.copy_(source.repeat(-(-flat.numel() // source.numel()))[: flat.numel()])
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=small.tokenizer,
+        tokenizer_2=small.tokenizer_2,
+        **models,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.slow
+def test_flux1_dev_draws_within_5_3_gib(tmp_path: Path) -> None:
+    """The bar of a 6 GB card: 13 GB of random weights on the host, 1024x1024, two steps, by the driver's count."""
+    pipe = full_size(tmp_path / "flux")
+    work = Workload(1024, 1024)
+    plan = choose_plan(sizes_of(pipe), work, int(5.3 * GIB))
+    assert plan.tile is None
+    keep_plan(plan, CUDA)
+    try:
+        apply_plan(pipe, plan, CUDA)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                picture = pipe("a red star", num_inference_steps=2, generator=generator, output_type="pt").images
+            seconds = time.perf_counter() - start
+            assert picture.shape == (1, 3, 1024, 1024)
+        free, total = torch.cuda.mem_get_info(CUDA)
+        outside = total - free - torch.cuda.memory_reserved()
+        reserved = torch.cuda.max_memory_reserved()
+        print("\n".join(plan.lines()))
+        print(
+            f"reserved {reserved / GIB:.2f} + outside {outside / GIB:.2f} GiB; second picture {seconds:.1f} s, 2 steps"
+        )
+        assert reserved + outside <= 5.3 * GIB
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)

@@ -229,8 +229,8 @@ def test_fusing_is_refused_before_anything_changes(pipe: Any, draw: Any, safe: b
     assert_close(draw(pipe), dense, SAME)
 
 
-def test_control_lora_of_black_forest_labs_fits_flux1_dev() -> None:
-    """Its converter knows FLUX.1-dev's depth and widths alone: here on the meta device, with tensors of rank 2."""
+def flux1_dev_on_meta() -> Any:
+    """FLUX.1-dev's shapes, its block linears ternary, without memory."""
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FLUX1_DEV)
 
@@ -238,6 +238,33 @@ def test_control_lora_of_black_forest_labs_fits_flux1_dev() -> None:
         return TernaryLinear(linear.in_features, linear.out_features, device="meta")
 
     swap_linears_(transformer, lambda name, _: "blocks." in name, ternary)
+    return transformer
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_single_blocks_7_linear1", "diffusion_model.single_blocks.7.linear1"])
+def test_fused_linears_of_single_blocks_are_split_at_flux1_devs_widths(prefix: str) -> None:
+    """The one layer that the tiny model cannot show: its converter knows real widths alone."""
+    transformer = flux1_dev_on_meta()
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(RANK, 3072, generator=g), torch.randn(7 * 3072, RANK, generator=g)
+    file = {f"{prefix}.lora_down.weight": a, f"{prefix}.lora_up.weight": b, f"{prefix}.alpha": torch.tensor(2.0)}
+    state, _, _ = FluxPipeline.lora_state_dict(file, return_alphas=True, return_lora_metadata=True)
+    assert not FluxPipeline._maybe_expand_transformer_param_shape_or_error_(transformer, state)
+    transformer.load_lora_adapter(state, prefix="transformer", adapter_name="a", low_cpu_mem_usage=True)
+    block = "single_transformer_blocks.7"
+    names = [f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"]
+    for name, rows in zip(names, b.split([3072, 3072, 3072, 4 * 3072]), strict=True):
+        down, up = (state[f"transformer.{name}.lora_{x}.weight"] for x in "AB")
+        assert_close(up @ down, 2.0 / RANK * rows @ a, 1e-5)
+        layer = transformer.get_submodule(name)
+        assert isinstance(layer.base_layer, TernaryLinear)
+        assert layer.lora_A["a"].weight.shape == down.shape
+        assert layer.lora_B["a"].weight.shape == up.shape
+
+
+def test_control_lora_of_black_forest_labs_fits_flux1_dev() -> None:
+    """Its converter knows FLUX.1-dev's depth and widths alone: here on the meta device, with tensors of rank 2."""
+    transformer = flux1_dev_on_meta()
     file: dict[str, Tensor] = {}
 
     def add(name: str, rows: int, columns: int) -> None:

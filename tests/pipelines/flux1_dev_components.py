@@ -40,21 +40,27 @@ VAE: dict[str, Any] = {
     "sample_size": 1024,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
 }
 
 
-def flux1_dev(ternary: bool = True) -> list[Size]:
-    """Sizes in bf16, with a ternary or a dense transformer."""
+def components(ternary: bool) -> tuple[tuple[str, Any, str, str, dict[str, Any]], ...]:
+    """(name, kind, library, class, config) of each, with a ternary or a dense transformer."""
     config = dict(FLUX1_DEV)
     if ternary:
         config["quantization_config"] = {"quant_method": "tritflow", "digest": "0" * 64, **TernaryConfig().to_dict()}
-    parts: tuple[tuple[str, Any, str, str, dict[str, Any]], ...] = (
+    return (
         ("text_encoder", "text", "transformers", "CLIPTextModel", CLIP_L),
         ("text_encoder_2", "text", "transformers", "T5EncoderModel", T5_XXL),
         ("transformer", "transformer", "diffusers", "FluxTransformer2DModel", config),
         ("vae", "vae", "diffusers", "AutoencoderKL", VAE),
     )
+
+
+def flux1_dev(ternary: bool = True) -> list[Size]:
+    """Sizes in bf16."""
     return [
         measure(name, kind, meta_model(library, cls, values, torch.bfloat16))
-        for name, kind, library, cls, values in parts
+        for name, kind, library, cls, values in components(ternary)
     ]

@@ -24,6 +24,8 @@ import peft
 
 from tritflow.pipelines.lora_layer import TernaryLora, adopt_
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
 
 def make(mode: str = "w2a16", adapters: int = 2, **settings: Any) -> tuple[nn.Module, nn.Module]:
     """(adopted, peft's own) over the same ternary layer, with non-zero adapters."""

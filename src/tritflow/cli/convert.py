@@ -29,6 +29,7 @@ def convert(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a ternary model again with its trits packed another way: lossless, verified, resumable."""
+    import tritflow.models  # noqa: F401 - families register their tensors' shapes
     from tritflow.assets import ASSETS, asset_path
     from tritflow.config import TernaryConfig
     from tritflow.formats.accounting import account

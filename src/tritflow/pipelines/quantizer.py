@@ -15,6 +15,7 @@ from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+import tritflow.models  # noqa: F401 - families register their tensors' shapes
 from tritflow.config import Packing, TernaryConfig
 from tritflow.formats.checkpoint import CheckpointError, Digest, TernaryFolder, file_metadata, tensor_sha256
 from tritflow.formats.integrity import CHECKSUM_DIGITS, FileClaims
