@@ -130,6 +130,14 @@ def test_it_beats_the_compensated_start_in_every_window_and_as_a_whole(
     assert not list(tmp_path.glob("overlap-*"))
 
 
+def test_without_importance_every_stream_counts_alike(trajectories, compensated, tmp_path):
+    _, store, curve = reconstruct(trajectories, compensated, tmp_path, settings(importance_samples=0))
+    assert model_error(store, trajectories) < 0.6 * model_error(compensated, trajectories)
+    _, _, weighed = reconstruct(trajectories, compensated, tmp_path / "weighed")
+    # Unweighed, each stream's error is a share of its own change; weighed, of the change of all.
+    assert curve[0]["before"]["text"] > 2 * weighed[0]["before"]["text"]
+
+
 def test_the_model_is_left_rounded_and_nothing_else_is_changed(trajectories, compensated, tmp_path):
     model, store, _ = reconstruct(trajectories, compensated, tmp_path, settings(steps=5))
     for name in LINEARS:

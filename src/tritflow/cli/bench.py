@@ -165,6 +165,42 @@ def latency(
         print(bench.table(rows))
 
 
+_STORAGE = """Examples:
+
+\b
+  tritflow bench storage                       # the small FLUX: bf16, 2-bit, base-3
+  tritflow bench storage --full-size           # also FLUX.1-dev's config at its real size: minutes, 9 GB of disk
+"""
+
+
+@app.command(epilog=_STORAGE)
+def storage(
+    full_size: Annotated[
+        bool,
+        typer.Option("--full-size", help="Also write FLUX.1-dev's config at its real size, random content."),
+    ] = False,
+    workdir: Annotated[
+        Path | None,
+        typer.Option("--workdir", help="Where the real-size files lie meanwhile (default: temporary)."),
+    ] = None,
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Measure transformer folders on disk: dense bf16, 2-bit and base-3."""
+    from tritflow.profiling import storage as bench
+
+    with progress("measuring", shown=not json) as update:
+        rows = bench.small_flux(lambda _, done, total: update(done, total))
+    if full_size:
+        with progress("writing files of real size", shown=not json) as update:
+            rows += bench.full_size(workdir, progress=lambda _, done, total: update(done, total))
+    _store(results, "storage", rows)
+    if json:
+        print_json(rows)
+    else:
+        print(bench.table(rows))
+
+
 _SENSITIVITY = """Examples:
 
 \b
@@ -365,42 +401,6 @@ def tune(
         print_json(times)
 
 
-_STORAGE = """Examples:
-
-\b
-  tritflow bench storage                       # the small FLUX: bf16, 2-bit, base-3
-  tritflow bench storage --full-size           # also FLUX.1-dev's config at its real size: minutes, 9 GB of disk
-"""
-
-
-@app.command(epilog=_STORAGE)
-def storage(
-    full_size: Annotated[
-        bool,
-        typer.Option("--full-size", help="Also write FLUX.1-dev's config at its real size, random content."),
-    ] = False,
-    workdir: Annotated[
-        Path | None,
-        typer.Option("--workdir", help="Where the real-size files lie meanwhile (default: temporary)."),
-    ] = None,
-    results: Results = None,
-    json: Json = False,
-) -> None:
-    """Measure transformer folders on disk: dense bf16, 2-bit and base-3."""
-    from tritflow.profiling import storage as bench
-
-    with progress("measuring", shown=not json) as update:
-        rows = bench.small_flux(lambda _, done, total: update(done, total))
-    if full_size:
-        with progress("writing files of real size", shown=not json) as update:
-            rows += bench.full_size(workdir, progress=lambda _, done, total: update(done, total))
-    _store(results, "storage", rows)
-    if json:
-        print_json(rows)
-    else:
-        print(bench.table(rows))
-
-
 _SCORERS = """Examples:
 
 \b
@@ -434,3 +434,4 @@ def scorers(
         print_json(run)
     else:
         print(throughput.table(run))
+

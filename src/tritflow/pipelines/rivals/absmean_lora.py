@@ -164,7 +164,7 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__name__ if __name__ != '__main__' else 'absmean_lora'}")
+    parser = argparse.ArgumentParser(prog="python -m tritflow.pipelines.rivals.absmean_lora")
     parser.add_argument("src", help="a dense pipeline folder, or small")
     parser.add_argument("out", help="the folder to write; an unfinished run resumes")
     parser.add_argument("--recipe", default="balanced", help="whose trajectories and optimiser settings (balanced)")

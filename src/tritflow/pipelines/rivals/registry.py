@@ -147,10 +147,14 @@ def apply_rival_(rival: Rival, model: nn.Module, names: Sequence[str]) -> dict[s
     if reason:
         raise RivalError(reason)
     weights = sum(_linear(model, name).weight.numel() for name in names)
+    widths = {name: _linear(model, name).in_features for name in names}
     module, _, function = rival.apply.partition(":")
     call = getattr(importlib.import_module(f"tritflow.pipelines.rivals.{module}"), function)
     try:
         size: int = call(model, list(names), parameter.device, parameter.dtype, **rival.settings)
+        # Kernels that some libraries build when they are first used fail here, not in the middle of a picture.
+        for name, width in widths.items():
+            model.get_submodule(name)(torch.zeros(1, 8, width, device=parameter.device, dtype=parameter.dtype))
     except RivalError:
         raise
     except Exception as error:
