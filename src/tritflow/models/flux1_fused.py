@@ -178,7 +178,7 @@ def why_not(transformer: Any) -> str | None:
     for name, module in transformer.named_modules():
         if not name.startswith(_BLOCKS):
             continue
-        if type(module).__module__.startswith("peft."):
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
             return f"a LoRA adapter is loaded ({name})"
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor).__name__ != _PROCESSOR:
