@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,14 @@ TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=3
 
 
 class NoPool:
-    """No worker processes: nothing is scored in so short a run."""
+    """No worker processes: examples are made on the spot, and nothing is scored in so short a run."""
 
     def __init__(self, *args: object, **options: object) -> None: ...
+
+    def submit(self, work: Callable[[object], object], task: object) -> Future[object]:
+        future: Future[object] = Future()
+        future.set_result(work(task))
+        return future
 
     def shutdown(self, **options: object) -> None: ...
 
@@ -31,10 +38,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(models, "SmallFluxSize", lambda: TINY)
         patch.setattr("tritflow.training.export.CALIBRATION_PROMPTS", 32)
         patch.setattr(run, "ProcessPoolExecutor", NoPool)
+        patch.setattr("tritflow.training.supply.CHUNK", 16)
+        patch.setattr("tritflow.training.data.CHUNK", 16)
         patch.setattr("os.cpu_count", lambda: 1)
         patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {})
         patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
-        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --flow-seconds 1 --guidance-seconds 0.5"
+        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --reading-seconds 0.5"
+        options += " --flow-seconds 1 --guidance-seconds 0.5"
         patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
         main(["--out", str(out), *options.split()])
     return out
@@ -59,6 +69,7 @@ def test_all_artifacts_are_there(folder: Path) -> None:
     assert not list(folder.glob("*.tmp"))
     log = (folder / "log-0.txt").read_text()
     assert "64 examples" in log
+    assert "reading: error" in log
     assert log.rstrip().endswith("written")
     statistics = json.loads((folder / "vae.json").read_text())
     assert statistics["scale"] > 0

@@ -154,11 +154,11 @@ def _train_front(rng: random.Random, ground: str) -> tuple[str, Scene]:
 
 
 _TRAINING: tuple[tuple[float, Callable[[random.Random, str], tuple[str, Scene]]], ...] = (
-    (0.16, _train_single),
-    (0.20, _train_place),
-    (0.18, _train_list),
-    (0.18, _train_count),
-    (0.20, _train_relation),
+    (0.10, _train_single),
+    (0.18, _train_place),
+    (0.24, _train_list),
+    (0.16, _train_count),
+    (0.24, _train_relation),
     (0.08, _train_front),
 )
 

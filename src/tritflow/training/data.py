@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from tritflow.scenes import SceneBatch, render, training_examples
-from tritflow.training.models import SEQUENCE_LENGTH
+from tritflow.training.models import SEQUENCE_LENGTH, build_tokenizers
+
+# Examples that a worker makes at a time.
+CHUNK = 4096
 
 
 def vocabulary(captions: list[str]) -> list[str]:
@@ -28,33 +32,53 @@ def training_words() -> list[str]:
     return vocabulary(captions)
 
 
-def _chunk(task: tuple[int, int]) -> tuple[list[str], SceneBatch]:
+@dataclass
+class Examples:
+    """Training captions as token ids [N, L] of both tokenizers (int16), and their scenes."""
+
+    clip_ids: Tensor
+    t5_ids: Tensor
+    scenes: SceneBatch
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+@lru_cache(maxsize=1)
+def word_tokenizers() -> tuple[Any, Any]:
+    """Both tokenizers of the small FLUX, one token a word."""
+    return build_tokenizers(training_words())
+
+
+def example_chunk(task: tuple[int, int, int]) -> Examples:
+    """`count` examples of chunk `number` of the stream `seed`; task is (seed, number, count). Tokens are made here,
+    in the worker: the process that trains has better things to do."""
     torch.set_num_threads(1)
-    seed, count = task
-    pairs = list(itertools.islice(training_examples(seed), count))
-    return [c for c, _ in pairs], SceneBatch.from_scenes([s for _, s in pairs])
+    seed, number, count = task
+    pairs = list(itertools.islice(training_examples(seed * 1_000_003 + number), count))
+    clip_ids, t5_ids = tokenize([c for c, _ in pairs], *word_tokenizers())
+    return Examples(clip_ids.short(), t5_ids.short(), SceneBatch.from_scenes([s for _, s in pairs]))
 
 
-def make_examples(count: int, seed: int, workers: int) -> tuple[list[str], SceneBatch]:
-    """`count` training captions with their scenes, made by `workers` processes; independent of their number."""
-    chunk = 4096
-    tasks = [(seed * 1_000_003 + i, min(chunk, count - i * chunk)) for i in range(-(-count // chunk))]
-    captions: list[str] = []
-    batches: list[SceneBatch] = []
+def make_examples(count: int, seed: int, workers: int) -> Examples:
+    """`count` training examples, made by `workers` processes; independent of their number."""
+    tasks = [(seed, i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
     with ExitStack() as stack:
-        results: Iterable[tuple[list[str], SceneBatch]]
+        results: Iterable[Examples]
         if workers <= 1:
-            results = map(_chunk, tasks)
+            results = map(example_chunk, tasks)
         else:
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            results = pool.map(_chunk, tasks)
-        for part, batch in results:
-            captions += part
-            batches.append(batch)
-    return captions, SceneBatch(
-        torch.cat([b.kind for b in batches]),
-        torch.cat([b.place for b in batches]),
-        torch.cat([b.ground for b in batches]),
+            results = pool.map(example_chunk, tasks)
+        parts = list(results)
+    return Examples(
+        torch.cat([p.clip_ids for p in parts]),
+        torch.cat([p.t5_ids for p in parts]),
+        SceneBatch(
+            torch.cat([p.scenes.kind for p in parts]),
+            torch.cat([p.scenes.place for p in parts]),
+            torch.cat([p.scenes.ground for p in parts]),
+        ),
     )
 
 
@@ -94,37 +118,56 @@ def tokenize(captions: list[str], clip_tokenizer: Any, t5_tokenizer: Any) -> tup
     return clip.input_ids, t5.input_ids
 
 
+_EXAMPLES = ("latents", "clip_ids", "t5_ids", "kind", "place", "ground")
+
+
 @dataclass
 class LatentSet:
-    """Training data of the transformer: packed, normalised latents [N, T, C] (bf16) and token ids."""
+    """Training data of the transformer: packed, normalised latents [N, T, C] (bf16), token ids [N, L] and what the
+    scenes hold (`scenes.SceneBatch`: kind int8 [N, S, 3], place [N, S, 3], ground [N])."""
 
     latents: Tensor
     clip_ids: Tensor
     t5_ids: Tensor
+    kind: Tensor
+    place: Tensor
+    ground: Tensor
     empty_clip: Tensor
     empty_t5: Tensor
 
+    def first(self, count: int) -> LatentSet:
+        """The first `count` examples."""
+        own = {name: getattr(self, name)[:count] for name in _EXAMPLES}
+        return LatentSet(**own, empty_clip=self.empty_clip, empty_t5=self.empty_t5)
+
+    def replace(self, begin: int, other: LatentSet) -> int:
+        """Overwrite examples from `begin` on, in place (a captured graph sees the new ones), going on at the front
+        when the end is reached. Returns where to go on."""
+        rows = (begin + torch.arange(len(other.latents), device=self.latents.device)) % len(self.latents)
+        for name in _EXAMPLES:
+            getattr(self, name)[rows] = getattr(other, name)
+        return (begin + len(other.latents)) % len(self.latents)
+
 
 @torch.no_grad()
-def encode_set(
-    captions: list[str],
-    scenes: SceneBatch,
-    vae: Any,
-    tokenizers: tuple[Any, Any],
-    size: int,
-    device: torch.device,
-    batch: int = 256,
-) -> LatentSet:
+def encode_set(examples: Examples, vae: Any, size: int, device: torch.device, batch: int = 256) -> LatentSet:
     """Render and encode every scene; latents are shifted and scaled as FluxPipeline undoes it."""
     parts = []
+    scenes = examples.scenes
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     for i in range(0, len(scenes), batch):
         image = render(scenes[slice(i, i + batch)].to(device), size) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.encode(image).latent_dist.mean
         parts.append(pack((mean.float() - shift) * scale).to(torch.bfloat16))
-    clip_ids, t5_ids = tokenize(captions, *tokenizers)
-    empty_clip, empty_t5 = tokenize([""], *tokenizers)
+    empty_clip, empty_t5 = tokenize([""], *word_tokenizers())
     return LatentSet(
-        torch.cat(parts), clip_ids.to(device), t5_ids.to(device), empty_clip.to(device), empty_t5.to(device)
+        torch.cat(parts),
+        examples.clip_ids.to(device).long(),
+        examples.t5_ids.to(device).long(),
+        scenes.kind.to(device, torch.int8),
+        scenes.place.to(device),
+        scenes.ground.to(device),
+        empty_clip.to(device),
+        empty_t5.to(device),
     )

@@ -1,4 +1,4 @@
-"""Train text encoders and transformer together by flow matching, and distil guidance into its embedding.
+"""Train the transformer by flow matching, and distil guidance into its embedding. Text encoders stay as they are.
 
 x_t = (1 - sigma) x_0 + sigma eps, target velocity v = eps - x_0 (rectified flow, as FLUX.1); the transformer receives
 sigma as its `timestep`. Guidance: v = v_empty + w (v_prompt - v_empty) (classifier-free guidance, Ho & Salimans 2022),
@@ -17,8 +17,13 @@ from torch import Tensor, nn
 
 from tritflow.training.data import LatentSet
 from tritflow.training.loop import Trainer
+from tritflow.training.patches import PatchHead
 
 CAPTION_DROPOUT = 0.1
+# Weight of the patch head's error beside the velocity's, while the learning rate is at its peak; it fades with it.
+PATCH_WEIGHT = 0.1
+# Muon steps are of one size whatever the gradient: without decay, directions that nothing needs grow all the same.
+MATRIX_DECAY = 0.1
 
 
 class SmallFlux(nn.Module):
@@ -47,6 +52,31 @@ class SmallFlux(nn.Module):
             return_dict=False,
         )[0]
 
+    def velocity_and_tokens(
+        self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], guidance: Tensor, side: int
+    ) -> tuple[Tensor, Tensor]:
+        """What `velocity` gives, and the image tokens [B, T, hidden] two thirds of the way through the blocks."""
+        m = self.transformer
+        states, pooled = text
+        tokens = m.x_embedder(x)
+        # In the tokens' type, as the stock forward has it: sampling sees these very roundings.
+        embedded = m.time_text_embed(sigma.to(tokens.dtype) * 1000, guidance.to(tokens.dtype) * 1000, pooled)
+        states = m.context_embedder(states)
+        rotary = m.pos_embed(torch.cat([torch.zeros(states.shape[1], 3, device=x.device), image_ids(side, x.device)]))
+        blocks = [*m.transformer_blocks, *m.single_transformer_blocks]
+        middle = tokens
+        for number, block in enumerate(blocks):
+            states, tokens = block(
+                hidden_states=tokens,
+                encoder_hidden_states=states,
+                temb=embedded,
+                image_rotary_emb=rotary,
+                joint_attention_kwargs=None,
+            )
+            if number + 1 == len(blocks) * 2 // 3:
+                middle = tokens
+        return m.proj_out(m.norm_out(tokens, embedded)), middle
+
 
 def image_ids(side: int, device: torch.device) -> Tensor:
     """Position ids [side^2, 3] of packed latents."""
@@ -57,14 +87,17 @@ def image_ids(side: int, device: torch.device) -> Tensor:
 
 
 def draw_sigma(batch: int, device: torch.device) -> Tensor:
-    """Noise levels: logit-normal around the noisier half, where layout is decided; a tenth uniform."""
-    normal = torch.sigmoid(torch.randn(batch, device=device) + 0.4)
+    """Noise levels: logit-normal in the noisier half, where layout is decided; a tenth uniform."""
+    normal = torch.sigmoid(1.1 * torch.randn(batch, device=device) + 0.7)
     uniform = torch.rand(batch, device=device)
     return torch.where(torch.rand(batch, device=device) < 0.1, uniform, normal).clamp(1e-3, 1 - 1e-3)
 
 
-def flow_loss(model: SmallFlux, data: LatentSet, batch: int, side: int) -> Callable[[], Tensor]:
-    """A closure that draws a batch and returns the velocity error; a tenth of the captions are dropped."""
+def flow_loss(
+    model: SmallFlux, data: LatentSet, batch: int, side: int, head: PatchHead, share: Tensor
+) -> Callable[[], Tensor]:
+    """A closure that draws a batch and returns the velocity error plus `share` (of its weight) of the patch head's;
+    a tenth of the captions are dropped."""
     device = data.latents.device
 
     def loss() -> Tensor:
@@ -78,8 +111,11 @@ def flow_loss(model: SmallFlux, data: LatentSet, batch: int, side: int) -> Calla
         x = x0 + sigma[:, None, None] * (noise - x0)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             guidance = torch.ones(batch, device=device)
-            v = model.velocity(x, sigma, model.text(clip_ids, t5_ids), guidance, side)
-        return (v.float() - (noise - x0)).square().mean()
+            with torch.no_grad():
+                text = model.text(clip_ids, t5_ids)
+            v, middle = model.velocity_and_tokens(x, sigma, text, guidance, side)
+        seen = head.loss(middle.float(), data.kind[index].long(), data.place[index])
+        return (v.float() - (noise - x0)).square().mean() + PATCH_WEIGHT * share * seen
 
     return loss
 
@@ -113,10 +149,15 @@ def train_flow(
     at once, for `log` to look at."""
     if compile:
         model.transformer.compile_repeated_blocks(fullgraph=True)
+    device = data.latents.device
+    head = PatchHead(model.transformer.inner_dim).to(device)
+    share = torch.zeros((), device=device)
     trainer = Trainer(
-        flow_loss(model, data, batch, side),
-        [p for p in model.parameters() if p.requires_grad],
+        flow_loss(model, data, batch, side, head, share),
+        [p for m in (model, head) for p in m.parameters() if p.requires_grad],
         matrices=block_matrices(model.transformer) if muon else (),
+        matrix_decay=MATRIX_DECAY,
+        share=share,
         peak=peak,
         ema=0.9995,
         synchronize=synchronize,
@@ -178,6 +219,7 @@ def distil_guidance(
         loss,
         parameters,
         matrices=block_matrices(model.transformer) if muon else (),
+        matrix_decay=MATRIX_DECAY,
         peak=peak,
         ema=0.999,
         graph=graph,

@@ -35,6 +35,10 @@ class Trainer:
         parameters: float32, on one device.
         matrices: those of `parameters` that Muon takes; the rest go to AdamW.
         peak: learning rate; `set_rate` scales it.
+        weight_decay: decoupled, of what AdamW takes.
+        matrix_decay: decoupled, of what Muon takes.
+        share: a scalar on the device that `set_rate` keeps at the learning rate's share of its peak, for `loss` to
+            read, captured or not.
         ema: decay of the averaged weights.
         graph: capture CUDA graphs (ignored on the CPU).
         synchronize: average gradients over all processes.
@@ -48,6 +52,8 @@ class Trainer:
         matrices: Sequence[nn.Parameter] = (),
         peak: float = 1e-3,
         weight_decay: float = 0.0,
+        matrix_decay: float = 0.0,
+        share: Tensor | None = None,
         ema: float = 0.999,
         clip: float = 1.0,
         graph: bool = True,
@@ -60,6 +66,7 @@ class Trainer:
         device = self.parameters[0].device
         self.device = device
         self.rate = torch.tensor(0.0, device=device)
+        self.share = torch.zeros((), device=device) if share is None else share
         self.flat = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
         offset = 0
         for p in self.parameters:
@@ -74,7 +81,7 @@ class Trainer:
             weight_decay=weight_decay,
             capturable=device.type == "cuda",
         )
-        self.muon = Muon(matrices, self.rate, weight_decay=weight_decay) if matrices else None
+        self.muon = Muon(matrices, self.rate, weight_decay=matrix_decay) if matrices else None
         self.average = [p.detach().clone() for p in self.parameters]
         self.last = torch.zeros((), device=device)
         self.ema_weight = torch.tensor(1 - ema, device=device)
@@ -85,6 +92,7 @@ class Trainer:
     def set_rate(self, share: float) -> None:
         """Set the learning rate to `share` of its peak."""
         self.rate.fill_(self.peak * share)
+        self.share.fill_(share)
         for group in self.adam.param_groups:
             group["lr"].fill_(self.peak * share)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tritflow.scenes.held_out import evaluation_prompts
-from tritflow.training import data, models
+from tritflow.training import data
 from tritflow.training.loop import rank, world_size
 
 # Seeds of prompts that are only looked at while training; the reported scores use others.
@@ -41,9 +41,8 @@ class Run:
         self.workers = max(1, (os.cpu_count() or 2) // world_size() - 1)
         self.pool = ProcessPoolExecutor(min(12, self.workers), mp_context=get_context("spawn"))
         self.compile = not args.no_compile and self.device.type == "cuda"
-        self.curve: list[dict[str, Any]] = []
         self.words = data.training_words()
-        self.tokenizers = models.build_tokenizers(self.words)
+        self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
 
     def close(self) -> None:
@@ -60,9 +59,10 @@ class Run:
         with (self.args.out / f"log-{rank()}.txt").open("a") as f:
             f.write(line + "\n")
 
-    def save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Process 0 writes safetensors into the run's folder, whole or not at all."""
+    def save(self, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any] | None = None) -> None:
+        """Process 0 writes safetensors into the run's folder, whole or not at all; `facts` go into the metadata."""
         if rank() == 0:
             path = self.args.out / name
-            save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(path) + ".tmp")
+            metadata = {k: str(v) for k, v in (facts or {}).items()}
+            save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, str(path) + ".tmp", metadata)
             os.replace(str(path) + ".tmp", path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tritflow.scenes import SceneBatch
-from tritflow.training import data, flow, models, vae
+from tritflow.training import data, flow, models, reading, vae
 from tritflow.training.export import export_pipeline
 from tritflow.training.loop import rank, world_size
 from tritflow.training.run import Run
 from tritflow.training.score import draw, score
+from tritflow.training.supply import Supply
 
 
 def train_vae(run: Run, scenes: SceneBatch) -> Any:
@@ -70,31 +71,51 @@ def build(run: Run) -> flow.SmallFlux:
     return model
 
 
+def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> None:
+    """The text encoders, before anything is drawn."""
+    size = models.SmallFluxSize()
+    reader = reading.Reader(size.text_width, size.pooled_width, reading.noun_table(run.tokenizers[1])).to(run.device)
+    error = reading.learn_to_read(
+        model.clip,
+        model.t5,
+        reader,
+        latents,
+        seconds=run.args.reading_seconds,
+        batch=min(1024, 4 * run.args.batch),
+        graph=not run.args.no_graph,
+        log=lambda s, value, rate: run.log(f"reading: step {s} loss {value:.4f} rate {rate:.2f}"),
+    )
+    run.log(f"reading: error {error:.4f}")
+
+
+def resume(model: flow.SmallFlux, path: Path) -> bool:
+    """Weights of an earlier leg, in any float type; returns whether text encoders were among them."""
+    found = load_file(path)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    if unexpected or any(name.startswith("transformer.") for name in missing):
+        wrong = (list(unexpected) or list(missing))[0]
+        raise ValueError(f"{path} holds another model's weights ('{wrong}'); give a flow-*.safetensors of this size")
+    return any(name.startswith("t5.") for name in found)
+
+
 def reporter(
-    run: Run, model: flow.SmallFlux, autoencoder: Any, name: str, trainer_box: list[Any], every: float
+    run: Run, model: flow.SmallFlux, name: str, trainer_box: list[Any], renew: Callable[[], int] | None = None
 ) -> Callable[[int, float, float], None]:
-    """A report callback that logs, and on GPU 0 scores the averaged weights and keeps them, every so often."""
-    shadow = copy.deepcopy(model).eval().requires_grad_(False) if every else model
+    """A report callback that renews the examples and logs; on GPU 0 it keeps the averaged weights every so often in
+    `NAME-last.safetensors`, for `python -m tritflow.training.watch` to score beside the training."""
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
     state = {"told": time.monotonic()}
 
     def report(steps: int, value: float, rate: float) -> None:
+        fresh = renew() if renew is not None else 0
         if rank() != 0:
             return
-        run.log(f"{name}: step {steps} loss {value:.4f} rate {rate:.2f}")
-        if not every or time.monotonic() - state["told"] < every or not trainer_box:
-            return
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        mirror = dict(zip(trainable, trainer_box[0].average, strict=True))
-        for p, q in zip(model.parameters(), shadow.parameters(), strict=True):
-            q.copy_(mirror.get(p, p))
-        scores = score(
-            shadow, autoencoder, run.tokenizers, run.prompts, size=run.args.size, pool=run.pool, true_guidance=2.5
-        )
-        run.curve.append({"stage": name, "steps": steps, "seconds": time.monotonic() - run.begin, **scores})
-        (run.args.out / "curve.json").write_text(json.dumps(run.curve, indent=1))
-        run.log(f"{name}: guided 2.5 {rounded(scores)}")
-        run.save(f"{name}-last.safetensors", shadow.state_dict())
-        state["told"] = time.monotonic()
+        run.log(f"{name}: step {steps} loss {value:.4f} rate {rate:.2f}, {fresh} fresh examples")
+        if run.args.keep_every and trainer_box and time.monotonic() - state["told"] > run.args.keep_every:
+            average = dict(zip(trained, trainer_box[0].average, strict=False))  # heads of training alone come last
+            seconds = time.monotonic() - run.begin
+            run.save(f"{name}-last.safetensors", model.state_dict() | average, {"steps": steps, "seconds": seconds})
+            state["told"] = time.monotonic()
 
     return report
 
@@ -140,8 +161,13 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
     muon = args.optimizer == "muon"
     if args.probe_seconds and world_size() == 2:
         muon = probe(run, model, latents, autoencoder)
-    if args.resume:
-        model.load_state_dict(load_file(args.resume))
+    reads = bool(args.resume) and resume(model, args.resume)
+    if args.reading_seconds and not reads:
+        learn_to_read(run, model, latents)
+    # From here on as in FLUX: the encoders know language and stay. Trained along, T5's attention collapses to single
+    # tokens within a few thousand steps, and what is red or left of what can no longer be told.
+    model.clip.requires_grad_(False)
+    model.t5.requires_grad_(False)
     common = {
         "side": args.size // 16,
         "batch": args.batch,
@@ -150,11 +176,20 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         "graph": not args.no_graph,
     }
     box: list[Any] = []
-    report = reporter(run, model, autoencoder, "flow", box, every=args.score_every)
+    supply = Supply(run.pool, 1 + rank(), len(latents.latents))
+    report = reporter(
+        run,
+        model,
+        "flow",
+        box,
+        renew=lambda: supply.refill(latents, autoencoder, args.size),
+    )
     flow.train_flow(model, latents, seconds=args.flow_seconds, peak=args.peak, log=report, box=box, **common)
+    supply.close()
+    run.log(f"flow: {supply.total} examples beyond the first {len(latents.latents)}")
     run.save("flow.safetensors", model.state_dict())
     if args.guidance_seconds:
-        report = reporter(run, model, autoencoder, "guidance", [], every=0)
+        report = reporter(run, model, "guidance", [])
         flow.distil_guidance(model, latents, seconds=args.guidance_seconds, log=report, **common)
     run.save("guided.safetensors", model.state_dict())
 

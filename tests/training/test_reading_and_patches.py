@@ -1,0 +1,141 @@
+"""The helpers of the first minutes: nouns find their objects, patches their owners, and heads learn both."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from tritflow.scenes import SHAPES, Object, Scene, SceneBatch
+from tritflow.training import models
+from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
+from tritflow.training.flow import SmallFlux, image_ids
+from tritflow.training.patches import PatchHead, patch_owners
+from tritflow.training.reading import Reader, learn_to_read, named_objects, noun_table
+from tritflow.training.supply import Supply
+
+TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[Any, Any]:
+    return word_tokenizers()
+
+
+def latent_set(examples: Examples) -> LatentSet:
+    """Examples with random latents: no VAE is needed here."""
+    empty_clip, empty_t5 = tokenize([""], *word_tokenizers())
+    latents = torch.randn(len(examples), 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scenes = examples.scenes
+    ids = examples.clip_ids.long(), examples.t5_ids.long()
+    return LatentSet(latents, *ids, scenes.kind.to(torch.int8), scenes.place, scenes.ground, empty_clip, empty_t5)
+
+
+def test_nouns_find_their_objects(tokenizers: tuple[Any, Any]) -> None:
+    table = noun_table(tokenizers[1])
+    for text, shapes in (("two red stars above a ring", ["star", "ring"]), ("crosses, a heart", ["cross", "heart"])):
+        nouns = table[tokenizers[1](text, return_tensors="pt").input_ids]
+        assert [SHAPES[i] for i in nouns[nouns >= 0]] == shapes
+    star, ring = SHAPES.index("star"), SHAPES.index("ring")
+    kind = torch.tensor([[[ring, 0, 0], [star, 1, 0], [star, 2, 0], [-1, -1, -1]]])
+    # Told in another order than they were painted: the shape decides; told twice: the order does.
+    slots, many = named_objects(torch.tensor([[-1, star, -1, ring, star]]), kind)
+    assert slots[0, [1, 3, 4]].tolist() == [1, 0, 2]
+    assert many[0, [1, 3, 4]].tolist() == [2, 1, 2]
+
+
+def test_patches_belong_to_the_object_in_front() -> None:
+    behind = Object("square", "red", "solid", 0.5, 0.5, 0.3)
+    front = Object("circle", "blue", "striped", 0.25, 0.25, 0.2)
+    batch = SceneBatch.from_scenes([Scene((behind, front))])
+    slots, offset = patch_owners(batch.kind, batch.place, 8)
+    grid = slots.view(8, 8)
+    assert grid[1, 1] == 1
+    assert grid[4, 4] == 0  # (.5625, .5625) lies in the square alone
+    assert grid[3, 3] == 1  # (.4375, .4375) lies in both: the circle is in front
+    assert grid[7, 7] == -1
+    centre = (torch.tensor([1, 1]) + 0.5) / 8
+    expected = [(0.25 - float(centre[0])) / 0.2, (0.25 - float(centre[1])) / 0.2, 0.8]
+    assert offset.view(8, 8, 3)[1, 1].tolist() == pytest.approx(expected, abs=1e-5)
+    assert offset.view(8, 8, 3)[7, 7].tolist() == [0, 0, 0]
+
+
+def test_a_head_learns_the_owners_from_tokens_that_hold_them() -> None:
+    scenes = make_examples(64, seed=3, workers=1).scenes
+    slots, offset = patch_owners(scenes.kind, scenes.place, 4)
+    facts = scenes.kind.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, 3))
+    one_hot = [torch.nn.functional.one_hot(facts[..., i].clamp(min=0), 8).float() for i in range(3)]
+    tokens = torch.cat([*one_hot, offset, (slots >= 0)[..., None].float(), torch.zeros(64, 16, 4)], dim=-1)
+    torch.manual_seed(0)
+    head = PatchHead(tokens.shape[-1], 64)
+    optimizer = torch.optim.Adam(head.parameters(), 5e-3)
+    first = float(head.loss(tokens, scenes.kind, scenes.place))
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = head.loss(tokens, scenes.kind, scenes.place)
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.15 * first
+
+
+def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
+    data = latent_set(make_examples(256, seed=5, workers=1))
+    torch.manual_seed(0)
+    clip, t5 = models.build_text_encoders(TINY, *tokenizers)
+    reader = Reader(TINY.text_width, TINY.pooled_width, noun_table(tokenizers[1]))
+
+    def error() -> float:
+        index = torch.arange(256)
+        with torch.no_grad():
+            pooled = clip(data.clip_ids).pooler_output
+            states = t5(data.t5_ids).last_hidden_state
+            return float(reader.loss(states, pooled, data.t5_ids, data, index))
+
+    first = error()
+    learn_to_read(clip, t5, reader, data, seconds=8, batch=64, graph=False)
+    assert error() < 0.9 * first
+
+
+def test_the_tapped_forward_is_the_stock_forward(tokenizers: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    clip, t5 = models.build_text_encoders(TINY, *tokenizers)
+    model = SmallFlux(clip, t5, models.build_transformer(TINY))
+    for p in model.transformer.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, sigma, guidance = torch.randn(2, 16, 64), torch.rand(2), torch.full((2,), 3.0)
+    text = (torch.randn(2, 7, TINY.text_width), torch.randn(2, TINY.pooled_width))
+    with torch.no_grad():
+        stock = model.velocity(x, sigma, text, guidance, 4)
+        tapped, middle = model.velocity_and_tokens(x, sigma, text, guidance, 4)
+    assert float(stock.std()) > 0
+    assert torch.equal(stock, tapped)
+    assert middle.shape == (2, 16, 64)
+    assert image_ids(4, torch.device("cpu")).shape == (16, 3)
+
+
+def test_fresh_examples_overwrite_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritflow.training.supply.CHUNK", 8)
+    data = latent_set(make_examples(20, seed=6, workers=1))
+    before = data.t5_ids.clone()
+    monkeypatch.setattr("tritflow.training.supply.encode_set", lambda examples, *_: latent_set(examples))
+
+    class Now(ThreadPoolExecutor):
+        def submit(self, work: Any, task: Any) -> Future[Any]:  # type: ignore[override]
+            future: Future[Any] = Future()
+            future.set_result(work(task))
+            return future
+
+    pool: Executor = Now(1)
+    supply = Supply(pool, seed=6, made=20, ahead=2)
+    assert supply.next == 3 + 2  # chunks 0..2 hold the first 20
+    pointer = data.t5_ids.data_ptr()
+    assert supply.refill(data, None, 32, most=2) == 16
+    changed = (data.t5_ids != before).any(1)
+    assert changed[:16].float().mean() > 0.9
+    assert not changed[16:].any()
+    supply.refill(data, None, 32)
+    assert supply.place == 4  # around the end
+    assert data.t5_ids.data_ptr() == pointer
+    supply.close()
