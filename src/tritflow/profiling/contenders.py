@@ -21,6 +21,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "bf16 eager": {"kind": "dense"},
     "bf16 compiled": {"kind": "dense", "compiled": True},
     "W2A8 fp8 optimized, scratch": _optimized("w2a8", "scratch", _FP8),
+    "W2A8 fp8 optimized, scratch, no graph": _optimized("w2a8", "scratch", _FP8, graph=False),
     "W2A8 fp8 optimized, triton": _optimized("w2a8", "triton", _FP8),
     "W2A8 int8 optimized, triton": _optimized("w2a8", "triton"),
     "W2A8 int8 optimized, hopper": _optimized("w2a8", "hopper"),
@@ -30,7 +31,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
     "W2A16 optimized, triton": _optimized("w2a16", "triton"),
     "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
-    "W2A8 fp8 optimized, scratch, no graph": _optimized("w2a8", "scratch", _FP8, graph=False),
 }
 """In the order of their importance, should the time run out."""
 
