@@ -110,7 +110,7 @@ def test_gelu_quantize(poisoned, features, width):
 @pytest.mark.parametrize(("heads", "features"), [(1, 2), (3, 12), (24, 64), (9, 128)])
 def test_qk_norm_rope(poisoned, heads, features, context):
     from tritflow.kernels import reference
-    from tritflow.kernels.triton import block
+    from tritflow.kernels.triton.rope import qk_norm_rope
     from tritflow.testing import assert_close
 
     batch, tokens = 2, 4
@@ -121,7 +121,7 @@ def test_qk_norm_rope(poisoned, heads, features, context):
     if context:
         cq, ck = _randn(batch, context, 2, heads, features, seed=8).unbind(2)
         args += [cq, ck, *weights[2:]]
-    for found, expected in zip(block.qk_norm_rope(*args), reference.qk_norm_rope(*args), strict=True):
+    for found, expected in zip(qk_norm_rope(*args), reference.qk_norm_rope(*args), strict=True):
         assert_close(found, expected, 1e-5)
 
 

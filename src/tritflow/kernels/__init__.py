@@ -7,8 +7,8 @@ from tritflow.kernels.block_ops import (
     gated_residual,
     gelu_quantize,
     qk_norm_rope,
-    w2a8_matmul,
 )
+from tritflow.kernels.matmul_op import w2a8_matmul
 from tritflow.kernels.ops import quantize_activation, w2a8_linear, w2a16_linear
 
 __all__ = [

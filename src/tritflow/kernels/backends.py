@@ -45,7 +45,7 @@ class Backend:
         name: as in `TernaryConfig.backend`.
         device_types: `torch.device.type`s it runs on; empty for any.
         why_not: one line on why it cannot run on this device here, or None. Called often: cache it.
-        kernels: operation name (see `ops.py` and `block_ops.py`) to kernel; not every backend has all.
+        kernels: operation name (see `ops.py`, `block_ops.py` and `matmul_op.py`) to kernel; not every backend has all.
     """
 
     name: str

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritflow.formats.packing import packed_width
 from tritflow.kernels import reference
 from tritflow.kernels.backends import select
-from tritflow.kernels.ops import _bytes, _check_activation_dtype, _dispatched, _size
+from tritflow.kernels.ops import _check_activation_dtype, _dispatched
 
 _LIB = torch.library.Library("tritflow", "FRAGMENT")
 
 
-def _check_modulation(x: Tensor, **vectors: Tensor) -> None:
+def check_modulation(x: Tensor, **vectors: Tensor) -> None:
+    """Raise ValueError unless x is [B, S, K] and every vector [B, K]."""
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be a float tensor [batch, tokens, features], not {x.dtype} {list(x.shape)}")
     for name, vector in vectors.items():
@@ -34,8 +34,8 @@ def _check_columns(input_scale: Tensor | None, features: int) -> None:
         raise ValueError(f"input_scale must have shape [{features}], not {list(input_scale.shape)}")
 
 
-def _run(op: str, x: Tensor, args: tuple[Any, ...], backend: str = "auto") -> Any:
-    return select(op, backend, x.device, args)(*args)
+def _run(op: str, x: Tensor, args: tuple[Any, ...]) -> Any:
+    return select(op, "auto", x.device, args)(*args)
 
 
 def _quantized_like(x: Tensor, tokens: int, features: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def _quantized_like(x: Tensor, tokens: int, features: int, dtype: str) -> tuple[
 
 
 def _check_adaln(x: Tensor, shift: Tensor, scale: Tensor) -> None:
-    _check_modulation(x, shift=shift, scale=scale)
+    check_modulation(x, shift=shift, scale=scale)
 
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -188,11 +188,11 @@ def _qk_norm_rope_fake(
     return q.new_empty(shape), q.new_empty(shape)
 
 
-# --- residuals and products -----------------------------------------------------------------------------------
+# --- residual -----------------------------------------------------------------------------------
 
 
 def _check_residual(residual: Tensor, gate: Tensor, y: Tensor) -> None:
-    _check_modulation(residual, gate=gate)
+    check_modulation(residual, gate=gate)
     if y.shape != residual.shape or not y.is_floating_point():
         raise ValueError(f"y must be a float tensor {list(residual.shape)}, not {y.dtype} {list(y.shape)}")
 
@@ -206,75 +206,6 @@ def _gated_residual(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 def _gated_residual_fake(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     _check_residual(residual, gate, y)
     return residual.new_empty(residual.shape)
-
-
-def _check_matmul(
-    q: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-) -> None:
-    rows, width = _size(weight)
-    if q.dim() != 2 or q.dtype not in reference.QTYPE.values():
-        raise ValueError(f"q must be an int8 or float8_e4m3fn matrix, not {q.dtype} {list(q.shape)}")
-    if weight.dtype != torch.uint8 or width != packed_width(q.shape[1]):
-        raise ValueError(
-            f"a weight for {q.shape[1]} input features is uint8 [N, {packed_width(q.shape[1])}] packed two bits a "
-            f"trit, not {weight.dtype} [{rows}, {width}]"
-        )
-    for name, vector, length in (
-        ("x_scale", x_scale, q.shape[0]),
-        ("weight_scale", weight_scale, rows),
-        ("bias", bias, rows),
-    ):
-        if vector is not None and vector.shape != (length,):
-            raise ValueError(f"{name} must have shape [{length}], not {list(vector.shape)}")
-    if (residual is None) != (gate is None):
-        raise ValueError("residual and gate come together or not at all")
-    if residual is not None and gate is not None:
-        _check_modulation(residual, gate=gate)
-        tokens = residual.shape[0] * residual.shape[1]
-        if (tokens, residual.shape[2]) != (q.shape[0], rows) or residual.dtype != dtype:
-            raise ValueError(
-                f"residual must be {dtype} with {q.shape[0]} tokens of {rows} features, "
-                f"not {residual.dtype} {list(residual.shape)}"
-            )
-
-
-def _w2a8_matmul(
-    q: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate)
-    args = (q, x_scale, _bytes(weight), weight_scale, dtype, bias, residual, gate)
-    out: Tensor = _run("w2a8_matmul", q, args, backend)
-    return out
-
-
-def _w2a8_matmul_fake(
-    q: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate)
-    return q.new_empty((q.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
 _CONTEXT = (
@@ -307,13 +238,6 @@ _SCHEMAS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = 
         "(Tensor residual, Tensor gate, Tensor y) -> Tensor",
         _gated_residual,
         _gated_residual_fake,
-    ),
-    (
-        "w2a8_matmul",
-        "(Tensor q, Tensor x_scale, Tensor weight, Tensor weight_scale, ScalarType dtype, Tensor? bias=None,"
-        " Tensor? residual=None, Tensor? gate=None, str backend='auto') -> Tensor",
-        _w2a8_matmul,
-        _w2a8_matmul_fake,
     ),
 )
 for _name, _schema, _impl, _fake in _SCHEMAS:
@@ -449,42 +373,4 @@ def gated_residual(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """
     run = _OPS["gated_residual"] if _dispatched(residual, None) else _gated_residual
     out: Tensor = run(residual, gate, y)
-    return out
-
-
-def w2a8_matmul(
-    q: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    dtype: torch.dtype,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """`(q @ T^T) * weight_scale * x_scale + bias` on activations that are quantized already; exact sums for int8.
-
-    With `residual` and `gate` the result is `residual + gate * that`.
-
-    Args:
-        q: int8 or float8_e4m3fn [M, K], as `quantize_activation` gives it.
-        x_scale: float32 [M].
-        weight: uint8 [N, 32 * ceil(K / 128)], `formats.packing.pack_2bit`.
-        weight_scale: [N], any float type.
-        dtype: of the result.
-        bias: [N] or None.
-        residual: [B, S, N] in `dtype` with B * S = M, or None.
-        gate: [B, N]; together with `residual`.
-        backend: see `tritflow.kernels.w2a16_linear`, and `scratch`.
-
-    Returns:
-        [M, N] in `dtype`.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-        BackendError: the named backend does not exist, cannot run here, or does not take these arguments.
-    """
-    run = _OPS["w2a8_matmul"] if _dispatched(q, None) else _w2a8_matmul
-    out: Tensor = run(q, x_scale, weight, weight_scale, dtype, bias, residual, gate, backend)
     return out

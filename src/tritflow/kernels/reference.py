@@ -196,7 +196,7 @@ def w2a8_matmul(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """`w2a8_linear` on activations that are quantized already. See `block_ops.w2a8_matmul`."""
+    """`w2a8_linear` on activations that are quantized already. See `matmul_op.w2a8_matmul`."""
     out = integer_product(q, weight) * weight_scale.float() * x_scale[:, None]
     if bias is not None:
         out = out + bias.float()

@@ -1,8 +1,7 @@
 """FLUX.1's forward over fused operations: the same function as diffusers' blocks in a third of their passes.
 
-Between two products there is one kernel: layer norm + modulation + quantization, RMS norm + rotation, GELU +
-quantization, gated residual. Query, key and value are one product, which shares its quantized input with the MLP of a
-single block. Text and image stay one tensor through all single blocks. Modulation comes from `models.modulation`.
+Blocks are those of `flux1_blocks`; text and image stay one tensor through all single blocks. Modulation comes from
+`models.modulation`.
 
 Whatever the fused forward does not know (LoRA, ControlNet residuals, IP-Adapter, gradients, ...) runs on diffusers'
 own forward; `why_not` and the log say what it was.
@@ -12,159 +11,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritflow.kernels import adaln, qk_norm_rope
+from tritflow.kernels import adaln
 from tritflow.models.cuda_graph import GraphedCall
-from tritflow.models.fused import Activated, Modulated, Projection, Rows, separate_
+from tritflow.models.flux1_blocks import Attend, DoubleBlock, Rope, SingleBlock, attend
+from tritflow.models.fused import separate_
 from tritflow.models.modulation import Modulation
 from tritflow.modules import TernaryLinear
 
 log = logging.getLogger("tritflow")
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values [B, S, H, D] to [B, S, H, D]."""
-
 _PROCESSOR = "FluxAttnProcessor"
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's attention on [B, S, H, D]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-@dataclass
-class Stream:
-    """Image or text half of a double block."""
-
-    qkv: Projection
-    out: Projection
-    up: Projection
-    down: Projection
-    norm_q: nn.RMSNorm
-    norm_k: nn.RMSNorm
-    heads: int
-    eps: tuple[float, float]
-
-    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [B, S, H, D], neither normed nor turned."""
-        return _three(self.qkv(Modulated(x, shift, scale, self.eps[0])), self.heads)
-
-    def finish(self, x: Tensor, attention: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Output projection and MLP, both with gated residual."""
-        _, _, gate, shift, scale, mlp_gate = modulation
-        x = self.out(Rows(attention), x, gate)
-        return self.down(Activated(self.up(Modulated(x, shift, scale, self.eps[1])), once=True), x, mlp_gate)
-
-
-def _three(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-    return q, k, v
-
-
-def _eps(norm: nn.RMSNorm) -> float:
-    return 1e-6 if norm.eps is None else norm.eps
-
-
-@dataclass
-class Rope:
-    """Rotation tables [text + image tokens, head dimension], float32."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-class DoubleBlock:
-    """The fused `FluxTransformerBlock`.
-
-    Args:
-        block: diffusers' block; its projections' tensors become views of joint ones.
-        attention: see `Attend`.
-    """
-
-    def __init__(self, block: Any, attention: Attend = attend) -> None:
-        attn = block.attn
-        self.attention = attention
-        self.image = Stream(
-            Projection(attn.to_q, attn.to_k, attn.to_v),
-            Projection(attn.to_out[0]),
-            Projection(block.ff.net[0].proj),
-            Projection(block.ff.net[2]),
-            attn.norm_q,
-            attn.norm_k,
-            attn.heads,
-            (block.norm1.norm.eps, block.norm2.eps),
-        )
-        self.text = Stream(
-            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-            Projection(attn.to_add_out),
-            Projection(block.ff_context.net[0].proj),
-            Projection(block.ff_context.net[2]),
-            attn.norm_added_q,
-            attn.norm_added_k,
-            attn.heads,
-            (block.norm1_context.norm.eps, block.norm2_context.eps),
-        )
-
-    def __call__(
-        self, image: Tensor, text: Tensor, image_modulation: Tensor, text_modulation: Tensor, rope: Rope
-    ) -> tuple[Tensor, Tensor]:
-        """(image [B, S, D], text [B, T, D]) to the same; modulations are [B, 6 D]."""
-        image_parts, text_parts = image_modulation.chunk(6, dim=1), text_modulation.chunk(6, dim=1)
-        q, k, v = self.image.attention_inputs(image, *image_parts[:2])
-        text_q, text_k, text_v = self.text.attention_inputs(text, *text_parts[:2])
-        weights = (self.image.norm_q.weight, self.image.norm_k.weight)
-        text_weights = (self.text.norm_q.weight, self.text.norm_k.weight)
-        eps = _eps(self.image.norm_q)
-        q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, text_q, text_k, *text_weights, eps)
-        attention = self.attention(q, k, torch.cat([text_v, v], dim=1)).flatten(2)
-        del q, k, v, text_q, text_k, text_v
-        tokens = text.shape[1]
-        image = self.image.finish(image, attention[:, tokens:], image_parts)
-        text = self.text.finish(text, attention[:, :tokens], text_parts)
-        return image, _clip(text)
-
-
-class SingleBlock:
-    """The fused `FluxSingleTransformerBlock`, on text and image as one tensor.
-
-    Args:
-        block: diffusers' block; its projections' tensors become views of joint ones.
-        attention: see `Attend`.
-    """
-
-    def __init__(self, block: Any, attention: Attend = attend) -> None:
-        attn = block.attn
-        self.attention = attention
-        self.qkv = Projection(attn.to_q, attn.to_k, attn.to_v)
-        self.up = Projection(block.proj_mlp)
-        self.out = Projection(block.proj_out)
-        self.norm_q, self.norm_k, self.heads = attn.norm_q, attn.norm_k, attn.heads
-        self.eps: float = block.norm.norm.eps
-
-    def __call__(self, x: Tensor, modulation: Tensor, rope: Rope) -> Tensor:
-        """[B, T + S, D] to the same; modulation is [B, 3 D]."""
-        shift, scale, gate = modulation.chunk(3, dim=1)
-        rows = Modulated(x, shift, scale, self.eps)
-        q, k, v = _three(self.qkv(rows), self.heads)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope.cos, rope.sin, eps=_eps(self.norm_q))
-        attention = self.attention(q, k, v).flatten(2)
-        # The MLP's wide output comes after attention, so that the two are not in memory together.
-        del q, k, v
-        hidden = Activated(self.up(rows), attention, once=True)
-        del rows, attention
-        return _clip(self.out(hidden, x, gate))
-
-
-def _clip(x: Tensor) -> Tensor:
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def why_not(transformer: Any) -> str | None:
@@ -178,7 +40,7 @@ def why_not(transformer: Any) -> str | None:
     for name, module in transformer.named_modules():
         if not name.startswith(_BLOCKS):
             continue
-        if type(module).__module__.startswith("peft."):
+        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
             return f"a LoRA adapter is loaded ({name})"
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor).__name__ != _PROCESSOR:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from tritflow.models.flux1_fused import Attend, FusedFlux1, attend, why_not
+from tritflow.models.flux1_blocks import Attend, attend
+from tritflow.models.flux1_fused import FusedFlux1, why_not
 from tritflow.pipelines.loading import ModelError
 
 _ATTRIBUTE = "_tritflow_fused"

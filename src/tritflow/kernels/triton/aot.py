@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import block, expand, gemm, quantize
+from tritflow.kernels.triton import block, expand, gemm, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -145,8 +145,11 @@ def _product_cases(fp8: bool) -> list[Case]:
 def _other_cases() -> list[Case]:
     strides = [f"{name}_stride_{axis}" for name in ("q", "k", "context_q", "context_k") for axis in "bsh"]
     pointers = ["q", "k", "q_weight", "k_weight", "context_q", "context_k", "context_q_weight", "context_k_weight"]
-    rope = {f"{name}_ptr": "*bf16" for name in [*pointers, "q_out", "k_out"]} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    rope |= _numbers("context_tokens", "tokens", *strides, "H")
+    turned = {f"{name}_ptr": "*bf16" for name in [*pointers, "q_out", "k_out"]} | {
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+    }
+    turned |= _numbers("context_tokens", "tokens", *strides, "H")
     gated = {f"{name}_ptr": "*bf16" for name in ("residual", "gate", "y", "out")}
     gated |= _numbers("tokens", "residual_stride_b", "residual_stride_s", "gate_stride", "y_stride_b", "y_stride_s")
     blocks = gemm.launch_blocks(4608, 16)
@@ -166,7 +169,7 @@ def _other_cases() -> list[Case]:
     for context in (False, True):
         constants = {"D": 128, "EPS": 1e-6, "HAS_CONTEXT": context, "HEADS": 8, "BLOCK_D": 128}
         name = "norm + rotation, two streams" if context else "norm + rotation"
-        cases.append(Case(name, block.qk_norm_rope_kernel, rope, constants, {"num_warps": 4}))
+        cases.append(Case(name, rope.qk_norm_rope_kernel, turned, constants, {"num_warps": 4}))
     for kind, out in enumerate(("*i8", "*u8", "*bf16")):
         types = {"weight_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": out, **_numbers("N")}
         constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 256}

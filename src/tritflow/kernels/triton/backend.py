@@ -12,6 +12,7 @@ from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.triton import block
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
 from tritflow.kernels.triton.quantize import MAX_FEATURES, quantize_activation
+from tritflow.kernels.triton.rope import qk_norm_rope
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD = 512
@@ -150,7 +151,7 @@ BACKEND = Backend(
         "adaln": Kernel(block.adaln, _supports_adaln),
         "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
-        "qk_norm_rope": Kernel(block.qk_norm_rope, _supports_rope),
+        "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),
         "gated_residual": Kernel(block.gated_residual, _supports_residual),
     },
 )
