@@ -1,0 +1,109 @@
+"""`tritflow bench kernels|tune`: kernels and their tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tritflow.cli.bench.app import app
+from tritflow.cli.bench.options import Device, Json, Note, Results, Threads, set_threads, store
+from tritflow.cli.console import print_json, say
+
+_KERNELS = """Examples:
+
+\b
+  tritflow bench kernels
+  tritflow bench kernels --threads 1 --seconds 30 --results benchmarks/results
+  tritflow bench kernels --device cuda --quick --json
+"""
+
+
+@app.command(epilog=_KERNELS)
+def kernels(
+    device: Device = "cpu",
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="CPU: for each of three comparisons (10); GPU: stop after (240)."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="GPU: two shapes only.")] = False,
+    threads: Threads = None,
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Time ternary matrix products against the dense ones of the same machine.
+
+    On a GPU every kernel variant is checked against the reference first, in a process of its own.
+    """
+    from tritflow.pipelines.loading import DeviceError, pick_device
+
+    on = pick_device(device)
+    if on.type == "cuda":
+        run = _gpu_kernels(str(on), 240.0 if seconds is None else seconds, quick, note)
+        store(results, "kernels-cuda", [run])
+        if json:
+            print_json(run)
+        return
+    if on.type != "cpu":
+        raise DeviceError(f"--device {device}: kernels are measured on cpu and cuda; use --device cpu")
+    from tritflow.profiling import cpu
+
+    set_threads(threads)
+    run = cpu.bench_cpu(10.0 if seconds is None else seconds, note)
+    store(results, "kernels-cpu", [run])
+    if json:
+        print_json(run)
+    else:
+        print(cpu.table(run))
+
+
+def _gpu_kernels(device: str, seconds: float, quick: bool, note: str) -> dict[str, Any]:
+    """The probe, whose running account goes to stderr."""
+    import contextlib
+    import json
+    import sys
+    import tempfile
+
+    from tritflow.profiling.kernels import probe
+    from tritflow.results import provenance
+
+    with tempfile.TemporaryDirectory(prefix="tritflow-kernels-") as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            probe(Path(folder), seconds, quick)
+        # Results hold no NaN; a ratio that could not be formed is absent.
+        tasks = json.loads((Path(folder) / "kernels.json").read_text(), parse_constant=lambda _: None)
+    return {**provenance(device), "quick": quick, "note": note, "tasks": tasks}
+
+
+_TUNE = """Examples:
+
+\b
+  tritflow bench tune                                  # two to four minutes; used from then on
+  tritflow bench tune --backend triton --tokens 1024
+"""
+
+
+@app.command(epilog=_TUNE)
+def tune(
+    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (the first two).")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations (4608, 4096, 512).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of choices (default: in the cache folder).")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 240.0,
+    json: Json = False,
+) -> None:
+    """Find the fastest kernel for each of FLUX.1-dev's products on this GPU, and use it from then on."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import tune as bench
+
+    pick_device("cuda")
+    times = bench.tune(
+        out,
+        backends=tuple(backend or bench.BACKENDS),
+        tokens=tuple(tokens or bench.TOKENS),
+        seconds=seconds,
+        say=say,
+    )
+    if json:
+        print_json(times)

@@ -1,0 +1,137 @@
+"""`tritflow bench storage|sensitivity|scorers`: bytes on disk, sensitivity of layers, scorers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tritflow.cli.bench.app import app
+from tritflow.cli.bench.options import Device, Json, Note, Results, store
+from tritflow.cli.console import print_json, progress, say
+
+_STORAGE = """Examples:
+
+\b
+  tritflow bench storage                       # the small FLUX: bf16, 2-bit, base-3
+  tritflow bench storage --full-size           # also FLUX.1-dev's config at its real size: minutes, 9 GB of disk
+"""
+
+
+@app.command(epilog=_STORAGE)
+def storage(
+    full_size: Annotated[
+        bool,
+        typer.Option("--full-size", help="Also write FLUX.1-dev's config at its real size, random content."),
+    ] = False,
+    workdir: Annotated[
+        Path | None,
+        typer.Option("--workdir", help="Where the real-size files lie meanwhile (default: temporary)."),
+    ] = None,
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Measure transformer folders on disk: dense bf16, 2-bit and base-3."""
+    from tritflow.profiling import storage as bench
+
+    with progress("measuring", shown=not json) as update:
+        rows = bench.small_flux(lambda _, done, total: update(done, total))
+    if full_size:
+        with progress("writing files of real size", shown=not json) as update:
+            rows += bench.full_size(workdir, progress=lambda _, done, total: update(done, total))
+    store(results, "storage", rows)
+    if json:
+        print_json(rows)
+    else:
+        print(bench.table(rows))
+
+
+_SENSITIVITY = """Examples:
+
+\b
+  tritflow bench sensitivity                            # the small FLUX
+  tritflow bench sensitivity --model FLUX_DIR --device cuda --plot sensitivity.svg --results benchmarks/results
+"""
+
+
+@app.command(epilog=_SENSITIVITY)
+def sensitivity(
+    model: Annotated[str, typer.Option("--model", "-m", help="A dense model: folder, hub id or small.")] = "small",
+    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl (default: the model folder's own).")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Trajectories.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of each.")] = 8,
+    bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 4,
+    column_scale: Annotated[bool, typer.Option("--column-scale", help="Round with column scales.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs run at once.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Draw a figure, .svg or .png.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Velocity error when one linear alone is ternary: by layer, stream and timestep."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import sensitivity as bench
+
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"--plot {plot}: name a .svg or .png file")
+    on = pick_device(device)
+    with progress("rounding one linear at a time", shown=not json) as update:
+        run = bench.measure(
+            model,
+            prompts=prompts,
+            num_prompts=num_prompts,
+            num_inference_steps=steps,
+            bins=bins,
+            batch_size=batch_size,
+            column_scale=column_scale,
+            device=str(on),
+            progress=update,
+        )
+    store(results, f"sensitivity-{on.type}", [run])
+    if plot is not None:
+        from tritflow.calibration.artifacts import write_bytes
+        from tritflow.report.figures import encode
+        from tritflow.report.figures import sensitivity as draw
+
+        write_bytes(plot, encode(draw(run), plot.suffix.removeprefix(".")))
+        say(f"drew {plot}")
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
+_SCORERS = """Examples:
+
+\b
+  tritflow bench scorers --device cuda --results benchmarks/results   # about four minutes
+  tritflow bench scorers --scorer mask2former --pictures 16 --size 512
+"""
+
+
+@app.command(epilog=_SCORERS)
+def scorers(
+    device: Device = "cpu",
+    scorer: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="How many are scored.")] = 256,
+    size: Annotated[int, typer.Option(min=32, help="Of the pictures, in pixels.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 8,
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Pictures a second of the suites' scorers: real architectures, random weights, PNGs read meanwhile."""
+    from tritflow.evaluation import throughput
+    from tritflow.pipelines.loading import pick_device
+
+    on = str(pick_device(device))
+    run = throughput.measure(
+        scorer or (), device=on, pictures=pictures, size=size, batch_size=batch_size, say=None if json else say
+    )
+    run["note"] = note
+    store(results, "scorers", [run])
+    if json:
+        print_json(run)
+    else:
+        print(throughput.table(run))
