@@ -71,13 +71,13 @@ def test_a_head_learns_the_owners_from_tokens_that_hold_them() -> None:
     torch.manual_seed(0)
     head = PatchHead(tokens.shape[-1], 64)
     optimizer = torch.optim.Adam(head.parameters(), 5e-3)
-    first = float(head.loss(tokens, scenes.kind, scenes.place))
+    first = head.loss(tokens, scenes.kind, scenes.place).item()
     for _ in range(150):
         optimizer.zero_grad()
         loss = head.loss(tokens, scenes.kind, scenes.place)
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.15 * first
+    assert loss.item() < 0.15 * first
 
 
 def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
