@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tritflow.scenes import SHAPES, Object, Scene, SceneBatch
+from tritflow.scenes import COLORS, SHAPES, Object, Scene, SceneBatch
 from tritflow.training import models
 from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
 from tritflow.training.flow import SmallFlux, image_ids
 from tritflow.training.patches import PatchHead, patch_owners
-from tritflow.training.reading import Reader, learn_to_read, named_objects, noun_table
+from tritflow.training.reading import Reader, learn_to_read, named_objects, noun_table, reads
 from tritflow.training.supply import Supply
 
 TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
@@ -96,6 +96,38 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
     first = error()
     learn_to_read(clip, t5, reader, data, seconds=8, batch=64, graph=False)
     assert error() < 0.9 * first
+
+
+def test_reading_rightly_is_told_from_a_bag_of_words(tokenizers: tuple[Any, Any]) -> None:
+    tokenizer = tokenizers[1]
+    data = latent_set(make_examples(1024, seed=8, workers=1))
+    nouns = noun_table(tokenizer)
+    reader = Reader(32, 32, nouns)
+    ids = data.t5_ids
+    at_noun = nouns[ids] >= 0
+    first = at_noun & (at_noun.cumsum(1) == 1)
+
+    class States:
+        """Hands over states that make heads say what `colors` says, and the first noun left of the second or not."""
+
+        def __init__(self, colors: torch.Tensor, sign: float) -> None:
+            self.last_hidden_state = torch.zeros(*ids.shape, 32)
+            self.last_hidden_state[..., :8] = torch.nn.functional.one_hot(colors, 8).float()
+            self.last_hidden_state[..., 8] = torch.where(first, -sign, sign)
+
+    with torch.no_grad():
+        reader.at_noun.weight.zero_()
+        reader.at_noun.bias.zero_()
+        reader.at_noun.weight[:8, :8] = torch.eye(8)
+        reader.at_noun.weight[-3, 8] = 1
+    names = torch.zeros(len(nouns), dtype=torch.long)
+    for index, word in enumerate(COLORS):
+        names[tokenizer.convert_tokens_to_ids(f"▁{word}")] = index
+    before = torch.cat([torch.zeros_like(ids[:, :1]), names[ids][:, :-1]], dim=1)
+    right = reads(lambda _: States(before, 1.0), reader, data, tokenizer)
+    assert right == {"colors": 1.0, "sides": 1.0}
+    wrong = reads(lambda _: States((before + 1) % 8, -1.0), reader, data, tokenizer)
+    assert wrong == {"colors": 0.0, "sides": 0.0}
 
 
 def test_the_tapped_forward_is_the_stock_forward(tokenizers: tuple[Any, Any]) -> None:

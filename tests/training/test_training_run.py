@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("os.cpu_count", lambda: 1)
         patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {})
         patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
-        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --reading-seconds 0.5"
+        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --reading-seconds 0.5 --reading-floor 0"
         options += " --flow-seconds 1 --guidance-seconds 0.5"
         patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
         main(["--out", str(out), *options.split()])
@@ -116,6 +116,19 @@ def test_bad_options_say_so(options: list[str], message: str, capsys: pytest.Cap
         arguments(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_stops_when_its_encoders_cannot_read(folder: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "SmallFluxSize", lambda: TINY)
+        patch.setattr(run, "ProcessPoolExecutor", NoPool)
+        patch.setattr("os.cpu_count", lambda: 1)
+        patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
+        for name in ("vae.safetensors", "vae.json"):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        options = "--size 32 --examples 2048 --batch 8 --reading-seconds 0.1 --flow-seconds 1"
+        with pytest.raises(RuntimeError, match=r"did not learn to read .*--reading-seconds"):
+            main(["--out", str(tmp_path), *options.split()])
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

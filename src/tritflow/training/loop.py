@@ -8,7 +8,7 @@ run eagerly.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ class Trainer:
         peak: learning rate; `set_rate` scales it.
         weight_decay: decoupled, of what AdamW takes.
         matrix_decay: decoupled, of what Muon takes.
+        slower: factor -> those of `parameters` that AdamW steps at that share of the learning rate.
         share: a scalar on the device that `set_rate` keeps at the learning rate's share of its peak, for `loss` to
             read, captured or not.
         ema: decay of the averaged weights.
@@ -53,6 +54,7 @@ class Trainer:
         peak: float = 1e-3,
         weight_decay: float = 0.0,
         matrix_decay: float = 0.0,
+        slower: Mapping[float, Sequence[nn.Parameter]] | None = None,
         share: Tensor | None = None,
         ema: float = 0.999,
         clip: float = 1.0,
@@ -72,10 +74,12 @@ class Trainer:
         for p in self.parameters:
             p.grad = self.flat[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
-        taken = {id(p) for p in matrices}
+        taken = {id(p) for p in matrices} | {id(p) for group in (slower or {}).values() for p in group}
         rest = [p for p in self.parameters if id(p) not in taken]
+        groups = [(1.0, rest), *((factor, list(group)) for factor, group in (slower or {}).items())]
+        self.factors = [factor for factor, _ in groups]
         self.adam = torch.optim.AdamW(
-            rest,
+            [{"params": group, "lr": torch.tensor(0.0, device=device)} for _, group in groups],
             lr=torch.tensor(0.0, device=device),
             betas=(0.9, 0.99),
             weight_decay=weight_decay,
@@ -93,8 +97,8 @@ class Trainer:
         """Set the learning rate to `share` of its peak."""
         self.rate.fill_(self.peak * share)
         self.share.fill_(share)
-        for group in self.adam.param_groups:
-            group["lr"].fill_(self.peak * share)
+        for group, factor in zip(self.adam.param_groups, self.factors, strict=True):
+            group["lr"].fill_(self.peak * share * factor)
 
     def _gradients(self) -> None:
         self.flat.zero_()

@@ -19,6 +19,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-seconds", type=float, default=300)
     parser.add_argument("--probe-seconds", type=float, default=0, help="two GPUs: AdamW and Muon side by side first")
     parser.add_argument("--reading-seconds", type=float, default=45, help="text encoders alone, before the flow")
+    parser.add_argument("--reading-floor", type=float, default=0.97, help="go on only if this share is read rightly")
     parser.add_argument("--flow-seconds", type=float, default=1200)
     parser.add_argument("--guidance-seconds", type=float, default=180)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")

@@ -85,7 +85,14 @@ def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> N
         graph=not run.args.no_graph,
         log=lambda s, value, rate: run.log(f"reading: step {s} loss {value:.4f} rate {rate:.2f}"),
     )
-    run.log(f"reading: error {error:.4f}")
+    right = reading.reads(model.t5, reader, latents, run.tokenizers[1])
+    run.log(f"reading: error {error:.4f}, read rightly: {rounded(right)}")
+    # A second chance of a reader that is blind to word order costs minutes; a transformer trained on it costs the run.
+    if min(right.values()) < run.args.reading_floor:
+        raise RuntimeError(
+            f"the text encoders did not learn to read ({rounded(right)}, at least {run.args.reading_floor} wanted): "
+            "give --reading-seconds more, or another --seed"
+        )
 
 
 def resume(model: flow.SmallFlux, path: Path) -> bool:
