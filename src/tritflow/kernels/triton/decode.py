@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritflow.kernels.assembly import HALVES
+
 # Four bytes at once; bits that a shift carries into the next byte are masked away.
 _BYTES = tl.constexpr(
     """
@@ -20,30 +22,7 @@ _BYTES = tl.constexpr(
     }
     """
 )
-# Bytes (0, 1) and (2, 3) go to the upper halves of two 16-bit numbers each, then as above.
-_HALVES = tl.constexpr(
-    """
-    {
-    .reg .b32 a, b, t<6>;
-    prmt.b32 a, $8, 0, 0x1404;
-    prmt.b32 b, $8, 0, 0x3424;
-    shl.b32 t0, a, 6;
-    shl.b32 t1, b, 6;
-    shl.b32 t2, a, 4;
-    shl.b32 t3, b, 4;
-    shl.b32 t4, a, 2;
-    shl.b32 t5, b, 2;
-    and.b32 $0, t0, 0xC000C000;
-    and.b32 $1, t1, 0xC000C000;
-    and.b32 $2, t2, 0xC000C000;
-    and.b32 $3, t3, 0xC000C000;
-    and.b32 $4, t4, 0xC000C000;
-    and.b32 $5, t5, 0xC000C000;
-    and.b32 $6, a, 0xC000C000;
-    and.b32 $7, b, 0xC000C000;
-    }
-    """
-)
+_HALVES = tl.constexpr(HALVES)
 
 
 @triton.jit
