@@ -137,6 +137,8 @@ def test_matmul(shape, backend, gated):
         try:
             found = w2a8_matmul(*on, backend=backend)
         except BackendError as error:
+            if backend == "triton":  # takes every shape on every GPU
+                raise
             pytest.skip(str(error))
         assert_close(found, reference.w2a8_matmul(*args), 4e-3)
 
