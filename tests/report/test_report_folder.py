@@ -18,6 +18,7 @@ from tritflow.report import figures
 from tritflow.report.build import write_report
 from tritflow.report.gallery import write_gallery
 from tritflow.report.sources import ReportError, Sources, collect
+from tritflow.results import append
 
 
 class Page(HTMLParser):
@@ -202,3 +203,19 @@ def test_two_suites_in_one_report(evaluated: Path, tmp_path: Path) -> None:
         "gallery/toy-student-b-ssssssss-w2a16/index.html",
         "gallery/other-student-b-ssssssss-w2a16/index.html",
     }
+
+
+def test_a_training_run_is_drawn_as_a_curve(tmp_path: Path) -> None:
+    point = {"single_object": 0.5, "position": 0.1, "overall": 0.3}
+    curve = [{"steps": 100.0 * i, "seconds": 60.0 * i} | {k: v * i for k, v in point.items()} for i in (1, 2)]
+    run = {"label": "small FLUX", "prompts_per_tag": 8, "curve": curve, "device": "GPU"}
+    append(tmp_path / "results" / "training-gpu.json", "training", run)
+    sources = collect([tmp_path / "results"])
+    axes = figures.training_curve(sources.runs["training"][0]).axes[0]
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in axes.lines}
+    assert drawn["position"] == [0.1, 0.2]
+    assert list(axes.lines[-2].get_xdata()) == [1, 2]
+    written = write_report(sources, tmp_path / "report")
+    assert "training-curve.svg" in [p.name for p in written]
+    with pytest.raises(ReportError, match="no curve"):
+        figures.training_curve({"label": "x", "curve": []})

@@ -41,6 +41,11 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
             write_atomically(path, figures.encode(figure))
             written.append(path)
             parts.append(f"![{topic}: {name}]({path.name})")
+    for run in sources.runs.get("training", ())[-1:]:
+        path = out / "training-curve.svg"
+        write_atomically(path, figures.encode(figures.training_curve(run)))
+        written.append(path)
+        parts.append(f"![Score while the small FLUX was trained]({path.name})")
     groups = [sets for sets in _comparable(sources) if len(sets) > 1]
     for sets in groups:
         suite = str(sets[0].meta["suite"]["name"])

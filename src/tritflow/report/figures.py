@@ -116,6 +116,28 @@ def sensitivity(run: Run) -> Figure:
     return figure
 
 
+def training_curve(run: Run) -> Figure:
+    """Score by tag against minutes of training (a run of the topic "training"); the overall score in black."""
+    points = run.get("curve")
+    if not points:
+        raise ReportError("the run holds no curve to draw")
+    figure, axes = _figure(7.0, 3.4)
+    minutes = [p["seconds"] / 60 for p in points]
+    tags = [k for k in points[0] if k not in ("steps", "seconds", "overall")]
+    for i, tag in enumerate(tags):
+        color = _COLORS[i % (len(_COLORS) - 1)]
+        style = "-" if i < len(_COLORS) - 1 else "--"
+        axes.plot(minutes, [p[tag] for p in points], style, color=color, linewidth=1.1, label=tag.replace("_", " "))
+    axes.plot(minutes, [p["overall"] for p in points], color="black", linewidth=2, marker="o", markersize=3)
+    axes.plot([], [], color="black", linewidth=2, label="overall")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("minutes since the start of the run")
+    axes.set_ylabel("score")
+    axes.set_title(f"Averaged weights while training, {run['prompts_per_tag']} held-out prompts a tag", loc="left")
+    figure.legend(frameon=False, ncols=5, loc="outside lower center", fontsize=8)
+    return figure
+
+
 def encode(figure: Figure, kind: str = "svg") -> bytes:
     """The figure as "svg" or "png" bytes, without a time stamp."""
     import matplotlib

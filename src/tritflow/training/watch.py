@@ -1,6 +1,7 @@
 """`python -m tritflow.training.watch RUN`: score a training run's kept weights beside the training, into `curve.json`.
 
-Scoring inside the training loop would keep the GPU waiting for the detector; a second process does not.
+Scoring inside the training loop would keep the GPU waiting for the detector; a second process does not. With
+`--results DIR` the curve becomes a run of the topic "training" there: `report.figures.training_curve` draws it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from tritflow.formats.atomic import write_atomic
+from tritflow.results import append, path_for, provenance
 from tritflow.scenes.held_out import evaluation_prompts
 from tritflow.training import data, flow, models
 from tritflow.training.run import PROGRESS_SEED
@@ -85,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 4))
     parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--results", type=Path, help="folder of results files that takes the curve at the end")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         parser.error(f"{args.run}: no such folder; start the training first")
-    watch(
+    curve = watch(
         args.run,
         per_tag=args.per_tag,
         size=args.size,
@@ -96,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds=args.seconds,
         log=lambda text: print(text, flush=True),
     )
+    if args.results and curve:
+        source = provenance("cuda" if torch.cuda.is_available() else "cpu")
+        run = {"label": "small FLUX", "prompts_per_tag": args.per_tag, "curve": curve}
+        append(path_for(args.results, "training", source["device"]), "training", source | run)
 
 
 if __name__ == "__main__":
