@@ -9,11 +9,22 @@ import pytest
 import torch
 
 from tritflow.scenes import COLORS, SHAPES, Object, Scene, SceneBatch
+from tritflow.scenes.held_out import evaluation_prompts
 from tritflow.training import models
 from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
 from tritflow.training.flow import SmallFlux, image_ids
 from tritflow.training.patches import PatchHead, patch_owners
-from tritflow.training.reading import Reader, learn_to_read, named_objects, noun_table, reads
+from tritflow.training.reading import (
+    InventedWords,
+    Reader,
+    learn_to_read,
+    named_objects,
+    noun_table,
+    reads,
+    reads_unseen,
+    renamed,
+    told_before,
+)
 from tritflow.training.supply import Supply
 
 TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
@@ -84,14 +95,15 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
     data = latent_set(make_examples(256, seed=5, workers=1))
     torch.manual_seed(0)
     clip, t5 = models.build_text_encoders(TINY, *tokenizers)
-    reader = Reader(TINY.text_width, TINY.pooled_width, noun_table(tokenizers[1]))
+    reader = Reader(TINY.text_width, TINY.pooled_width, tokenizers)
 
     def error() -> float:
         index = torch.arange(256)
         with torch.no_grad():
             pooled = clip(data.clip_ids).pooler_output
             states = t5(data.t5_ids).last_hidden_state
-            return float(reader.loss(states, pooled, data.t5_ids, data, index))
+            unchanged = torch.full((256, len(SHAPES) + len(COLORS)), -1)
+            return float(reader.loss(states, pooled, data.t5_ids, unchanged, data, index))
 
     first = error()
     learn_to_read(clip, t5, reader, data, seconds=8, batch=64, graph=False)
@@ -99,35 +111,84 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
 
 
 def test_reading_rightly_is_told_from_a_bag_of_words(tokenizers: tuple[Any, Any]) -> None:
-    tokenizer = tokenizers[1]
     data = latent_set(make_examples(1024, seed=8, workers=1))
-    nouns = noun_table(tokenizer)
-    reader = Reader(32, 32, nouns)
+    reader = Reader(32, 64, tokenizers)
     ids = data.t5_ids
-    at_noun = nouns[ids] >= 0
-    first = at_noun & (at_noun.cumsum(1) == 1)
+    nouns, told, _ = reader.told(ids)
+    first = (nouns >= 0) & ((nouns >= 0).cumsum(1) == 1)
+    color = len(SHAPES) + 24  # where the logits of colours begin
 
     class States:
         """Hands over states that make heads say what `colors` says, and the first noun left of the second or not."""
 
         def __init__(self, colors: torch.Tensor, sign: float) -> None:
             self.last_hidden_state = torch.zeros(*ids.shape, 32)
-            self.last_hidden_state[..., :8] = torch.nn.functional.one_hot(colors, 8).float()
+            self.last_hidden_state[..., :8] = torch.nn.functional.one_hot(colors.clamp(min=0), 8).float()
             self.last_hidden_state[..., 8] = torch.where(first, -sign, sign)
 
     with torch.no_grad():
         reader.at_noun.weight.zero_()
         reader.at_noun.bias.zero_()
-        reader.at_noun.weight[:8, :8] = torch.eye(8)
+        reader.at_noun.weight[color : color + 8, :8] = torch.eye(8)
         reader.at_noun.weight[-3, 8] = 1
-    names = torch.zeros(len(nouns), dtype=torch.long)
-    for index, word in enumerate(COLORS):
-        names[tokenizer.convert_tokens_to_ids(f"▁{word}")] = index
-    before = torch.cat([torch.zeros_like(ids[:, :1]), names[ids][:, :-1]], dim=1)
-    right = reads(lambda _: States(before, 1.0), reader, data, tokenizer)
+    right = reads(lambda _: States(told, 1.0), reader, data, tokenizers[1])
     assert right == {"colors": 1.0, "sides": 1.0}
-    wrong = reads(lambda _: States((before + 1) % 8, -1.0), reader, data, tokenizer)
+    wrong = reads(lambda _: States((told + 1) % 8, -1.0), reader, data, tokenizers[1])
     assert wrong == {"colors": 0.0, "sides": 0.0}
+
+
+def test_what_is_said_of_a_noun_stands_between_it_and_the_one_before() -> None:
+    nouns = torch.tensor([[-1, -1, 4, -1, -1, 5, -1, 6]])
+    words = torch.tensor([[-1, 2, -1, 3, 1, -1, -1, -1]])
+    assert told_before(nouns, words).tolist() == [[-1, -1, 2, -1, -1, 1, -1, -1]]
+
+
+def test_invented_words_take_the_places_of_nouns_and_colors(tokenizers: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    clip_ids, t5_ids = tokenize(["two red stars, a striped star and a blue ring", "a ring"], *tokenizers)
+    words = InventedWords(*tokenizers, share=1.0)
+    choice = torch.full((2, len(SHAPES) + len(COLORS)), -1)
+    choice[0, SHAPES.index("star")] = 1
+    choice[0, len(SHAPES) + COLORS.index("red")] = 24
+    changed = words.replace(t5_ids, "t5", choice)
+    said = [t for t in tokenizers[1].convert_ids_to_tokens(changed[0]) if not t.startswith("<")]
+    assert said == ["▁two", "0", "B", ",", "▁a", "▁striped", "B", "▁and", "▁a", "▁blue", "▁ring"]
+    assert torch.equal(changed[1], t5_ids[1])
+    clip_said = tokenizers[0].convert_ids_to_tokens(words.replace(clip_ids, "clip", choice)[0])
+    assert clip_said.count("B</w>") == 2
+    assert clip_said.count("0</w>") == 1
+    many = words.choose(4000)
+    assert set(many[:, :8].unique().tolist()) == set(range(-1, 24))
+    assert set(many[:, 8:].unique().tolist()) == {-1, *range(24, 36)}
+    nouns = many[:, :8]
+    assert all(len(set(row)) == len(row) for row in ([n for n in r if n >= 0] for r in nouns.tolist()))
+    assert 0.6 < float((many >= 0).float().mean()) < 0.73
+    assert float((InventedWords(*tokenizers, share=0.0).choose(100) >= 0).float().sum()) == 0
+
+
+def test_labels_follow_the_invented_words() -> None:
+    choice = torch.tensor([[-1, 3], [-1, -1]])
+    assert renamed(torch.tensor([[0, 1, -1], [0, 1, -1]]), choice, 0, 2).tolist() == [[0, 5, -1], [0, 1, -1]]
+
+
+def test_unseen_prompts_are_read_by_all_that_was_said(tokenizers: tuple[Any, Any]) -> None:
+    reader = Reader(32, 64, tokenizers)
+    prompts = evaluation_prompts(2, 5)
+
+    class Silent:
+        last_hidden_state = torch.zeros(len(prompts), 48, 32)
+
+    with torch.no_grad():
+        reader.at_noun.weight.zero_()
+        reader.at_noun.bias.zero_()
+        reader.at_noun.bias[SHAPES.index("ring")] = 1
+        reader.at_noun.bias[8 + 24 + 8 + 12] = 1  # no colour
+        reader.at_noun.bias[8 + 24 + 8 + 12 + 1 + 3] = 1  # no texture
+    _, ids = tokenize([p.text for p in prompts], *tokenizers)
+    nouns, colors, textures = reader.told(ids)
+    plain = (nouns == SHAPES.index("ring")) & (colors < 0) & (textures < 0)
+    expected = float(plain[nouns >= 0].float().mean())
+    assert reads_unseen(lambda _: Silent(), reader, prompts, tokenizers) == pytest.approx(expected)
 
 
 def test_the_tapped_forward_is_the_stock_forward(tokenizers: tuple[Any, Any]) -> None:

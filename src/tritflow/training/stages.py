@@ -74,7 +74,7 @@ def build(run: Run) -> flow.SmallFlux:
 def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> None:
     """The text encoders, before anything is drawn."""
     size = models.SmallFluxSize()
-    reader = reading.Reader(size.text_width, size.pooled_width, reading.noun_table(run.tokenizers[1])).to(run.device)
+    reader = reading.Reader(size.text_width, size.pooled_width, run.tokenizers).to(run.device)
     error = reading.learn_to_read(
         model.clip,
         model.t5,
@@ -86,6 +86,7 @@ def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> N
         log=lambda s, value, rate: run.log(f"reading: step {s} loss {value:.4f} rate {rate:.2f}"),
     )
     right = reading.reads(model.t5, reader, latents, run.tokenizers[1])
+    right["unseen"] = reading.reads_unseen(model.t5, reader, run.prompts, run.tokenizers)
     run.log(f"reading: error {error:.4f}, read rightly: {rounded(right)}")
     # A second chance of a reader that is blind to word order costs minutes; a transformer trained on it costs the run.
     if min(right.values()) < run.args.reading_floor:
