@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tritflow.scenes import COLORS, SHAPES, Object, Scene, SceneBatch
+from tritflow.scenes import COLORS, SHAPES, TEXTURES, Object, Scene, SceneBatch
 from tritflow.scenes.held_out import evaluation_prompts
 from tritflow.training import models
 from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
@@ -18,11 +18,11 @@ from tritflow.training.reading import (
     InventedWords,
     Reader,
     learn_to_read,
+    moved,
     named_objects,
     noun_table,
     reads,
     reads_unseen,
-    renamed,
     told_before,
 )
 from tritflow.training.supply import Supply
@@ -102,7 +102,7 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
         with torch.no_grad():
             pooled = clip(data.clip_ids).pooler_output
             states = t5(data.t5_ids).last_hidden_state
-            unchanged = torch.full((256, len(SHAPES) + len(COLORS)), -1)
+            unchanged = torch.full((256, len(SHAPES) + len(COLORS) + len(TEXTURES)), -1)
             return float(reader.loss(states, pooled, data.t5_ids, unchanged, data, index))
 
     first = error()
@@ -146,8 +146,8 @@ def test_what_is_said_of_a_noun_stands_between_it_and_the_one_before() -> None:
 def test_invented_words_take_the_places_of_nouns_and_colors(tokenizers: tuple[Any, Any]) -> None:
     torch.manual_seed(0)
     clip_ids, t5_ids = tokenize(["two red stars, a striped star and a blue ring", "a ring"], *tokenizers)
-    words = InventedWords(*tokenizers, share=1.0)
-    choice = torch.full((2, len(SHAPES) + len(COLORS)), -1)
+    words = InventedWords(*tokenizers)
+    choice = torch.full((2, len(SHAPES) + len(COLORS) + len(TEXTURES)), -1)
     choice[0, SHAPES.index("star")] = 1
     choice[0, len(SHAPES) + COLORS.index("red")] = 24
     changed = words.replace(t5_ids, "t5", choice)
@@ -157,18 +157,31 @@ def test_invented_words_take_the_places_of_nouns_and_colors(tokenizers: tuple[An
     clip_said = tokenizers[0].convert_ids_to_tokens(words.replace(clip_ids, "clip", choice)[0])
     assert clip_said.count("B</w>") == 2
     assert clip_said.count("0</w>") == 1
-    many = words.choose(4000)
+    many = words.choose(4000, captions=0.9)
     assert set(many[:, :8].unique().tolist()) == set(range(-1, 24))
-    assert set(many[:, 8:].unique().tolist()) == {-1, *range(24, 36)}
-    nouns = many[:, :8]
-    assert all(len(set(row)) == len(row) for row in ([n for n in r if n >= 0] for r in nouns.tolist()))
-    assert 0.6 < float((many >= 0).float().mean()) < 0.73
-    assert float((InventedWords(*tokenizers, share=0.0).choose(100) >= 0).float().sum()) == 0
+    assert set(many[:, 8:16].unique().tolist()) == {-1, *range(24, 36)}
+    assert set(many[:, 16:].unique().tolist()) == {-1, *range(36, 44)}
+    assert all(len(set(row)) == len(row) for row in ([n for n in r if n >= 0] for r in many.tolist()))
+    assert 0.57 < float((many >= 0).float().mean()) < 0.63
+    assert float((words.choose(100, captions=0.0) >= 0).float().sum()) == 0
+    assert float((words.choose(100, 1.0, 1.0) < 0).float().sum()) == 0
 
 
 def test_labels_follow_the_invented_words() -> None:
-    choice = torch.tensor([[-1, 3], [-1, -1]])
-    assert renamed(torch.tensor([[0, 1, -1], [0, 1, -1]]), choice, 0, 2).tolist() == [[0, 5, -1], [0, 1, -1]]
+    choice = torch.full((2, len(SHAPES) + len(COLORS) + len(TEXTURES)), -1)
+    choice[0, 1] = 3  # the second shape becomes the fourth invented noun
+    choice[1, len(SHAPES)] = 24  # the first colour becomes the first invented colour
+    index = torch.tensor([[0, 1, -1], [0, 1, -1]])
+    assert InventedWords.renamed(index, choice, 0).tolist() == [[0, 8 + 3, -1], [0, 1, -1]]
+    assert InventedWords.renamed(index, choice, 1).tolist() == [[0, 1, -1], [8, 1, -1]]
+    assert InventedWords.renamed(index, choice, 2).tolist() == [[0, 1, -1], [0, 1, -1]]
+
+
+def test_states_that_stay_have_not_moved_and_unrelated_ones_have_by_their_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pooled, other = (torch.randn(4000, 8, generator=generator) * 3 for _ in range(2))
+    assert float(moved(pooled, pooled)) == 0
+    assert float(moved(pooled, other)) == pytest.approx(1, rel=0.05)
 
 
 def test_unseen_prompts_are_read_by_all_that_was_said(tokenizers: tuple[Any, Any]) -> None:
@@ -183,7 +196,7 @@ def test_unseen_prompts_are_read_by_all_that_was_said(tokenizers: tuple[Any, Any
         reader.at_noun.bias.zero_()
         reader.at_noun.bias[SHAPES.index("ring")] = 1
         reader.at_noun.bias[8 + 24 + 8 + 12] = 1  # no colour
-        reader.at_noun.bias[8 + 24 + 8 + 12 + 1 + 3] = 1  # no texture
+        reader.at_noun.bias[8 + 24 + 8 + 12 + 1 + 3 + 8] = 1  # no texture
     _, ids = tokenize([p.text for p in prompts], *tokenizers)
     nouns, colors, textures = reader.told(ids)
     plain = (nouns == SHAPES.index("ring")) & (colors < 0) & (textures < 0)

@@ -3,11 +3,13 @@
 FLUX.1 hears its prompts through encoders that already know language; the small FLUX's start from noise, and the
 velocity error teaches them word order (what is left of what, whose colour is whose) last of all. A minute of plain
 reading first: from T5's state at each noun, which noun it is, what was said of it and where it stands; from CLIP's
-pooled state, how many of which shape, which colours, which ground. The heads are thrown away.
+pooled state, how many objects on which ground. The heads are thrown away.
 
 Encoders that have only met red circles and blue stars learn pairs, not grammar: a blue circle then reads as something
-in between. So in half of the captions nouns and colours give way to invented words, single characters that no caption
-contains, and what is said of those has to be read as well. Held-out combinations stay unread.
+in between, and shifts CLIP's one vector, which every block hears, to where none ever was. So in half of the captions
+nouns, colours and textures give way to invented words, single characters that no caption contains, and what is said of
+those has to be read as well; and CLIP's state has to stay when they do: what things are is left to T5's tokens.
+Held-out combinations stay unread.
 """
 
 from __future__ import annotations
@@ -29,47 +31,59 @@ from tritflow.training.loop import Trainer
 # instead (6.9 times at width 48). Stepped like the rest, they outgrow the others, attention collapses to single tokens,
 # and what was learned is a bag of words.
 QUERY_RATE = 0.3
-# Characters that stand for invented nouns and colours.
-_NOUNS = "ABCDEFGHIJKLMNOPQRSTUVWX"
-_COLORS = "0123456789YZ"
-_KINDS, _HUES = len(SHAPES) + len(_NOUNS), len(COLORS) + len(_COLORS)
+# What has a word, and the characters that stand for invented ones.
+_CLASSES = (
+    (tuple((shape, PLURAL[shape]) for shape in SHAPES), "ABCDEFGHIJKLMNOPQRSTUVWX"),
+    (tuple((color,) for color in COLORS), "0123456789YZ"),
+    (tuple((texture,) for texture in TEXTURES), "bcdfghjk"),
+)
+_KINDS, _HUES, _GRAINS = (len(real) + len(characters) for real, characters in _CLASSES)
 # At a noun: which one, its colour and texture or that none was named, how many, where.
-_AT_NOUN = (_KINDS, _HUES + 1, len(TEXTURES) + 1, MAX_OBJECTS, 3)
-_POOLED = (_KINDS * (MAX_OBJECTS + 1), _HUES, 1)
+_AT_NOUN = (_KINDS, _HUES + 1, _GRAINS + 1, MAX_OBJECTS, 3)
+_POOLED = (MAX_OBJECTS + 1, 1)
 
 
 class InventedWords(nn.Module):
-    """Puts invented words in the place of a caption's nouns and colours, the same word wherever one stands.
+    """Puts invented words in the place of a caption's nouns, colours and textures, the same wherever one stands.
 
-    Args:
-        share: of the captions that are changed; in those, two words of three are.
+    Numbers of words: the real ones of all classes, one class after the other; so are those of invented ones.
     """
 
-    def __init__(self, clip_tokenizer: Any, t5_tokenizer: Any, share: float = 0.5) -> None:
+    def __init__(self, clip_tokenizer: Any, t5_tokenizer: Any) -> None:
         super().__init__()
-        self.share = share
         self.t5_table: Tensor
-        words = [(shape, PLURAL[shape]) for shape in SHAPES] + [(color,) for color in COLORS]
-        for name, tokenizer, form in (("t5", t5_tokenizer, "▁{}"), ("clip", clip_tokenizer, "{}</w>")):
+        words = [forms for real, _ in _CLASSES for forms in real]
+        characters = "".join(invented for _, invented in _CLASSES)
+        for name, tokenizer, form, character in (
+            ("t5", t5_tokenizer, "▁{}", "{}"),
+            ("clip", clip_tokenizer, "{}</w>", "{}</w>"),
+        ):
             table = torch.full((len(tokenizer),), -1)
             for index, forms in enumerate(words):
                 for word in forms:
                     token = tokenizer.convert_tokens_to_ids(form.format(word))
                     if token != tokenizer.unk_token_id:
                         table[token] = index
-            character = form if name == "clip" else "{}"
-            invented = [tokenizer.convert_tokens_to_ids(character.format(c)) for c in _NOUNS + _COLORS]
+            invented = [tokenizer.convert_tokens_to_ids(character.format(c)) for c in characters]
             self.register_buffer(f"{name}_table", table)
             self.register_buffer(f"{name}_invented", torch.tensor(invented))
 
-    def choose(self, batch: int) -> Tensor:
-        """For each of a caption's shapes and colours an invented word's number, or -1: it stays [batch, words]."""
+    def choose(self, batch: int, captions: float = 0.5, words: float = 2 / 3) -> Tensor:
+        """For each word of each caption the number of an invented one, or -1: it stays [batch, words].
+
+        Args:
+            captions: share of them that are changed at all.
+            words: share of a changed caption's words that are.
+        """
         device = self.t5_table.device
-        nouns = torch.rand(batch, len(_NOUNS), device=device).argsort(1)[:, : len(SHAPES)]
-        colors = torch.rand(batch, len(_COLORS), device=device).argsort(1)[:, : len(COLORS)] + len(_NOUNS)
-        words = torch.cat([nouns, colors], 1)
-        changed = (torch.rand(batch, 1, device=device) < self.share) & (torch.rand(words.shape, device=device) < 2 / 3)
-        return torch.where(changed, words, -1)
+        columns, first = [], 0
+        for real, characters in _CLASSES:
+            # A different one for each word: two nouns never become the same.
+            columns.append(torch.rand(batch, len(characters), device=device).argsort(1)[:, : len(real)] + first)
+            first += len(characters)
+        chosen = torch.cat(columns, 1)
+        changed = torch.rand(batch, 1, device=device) < captions
+        return torch.where(changed & (torch.rand(chosen.shape, device=device) < words), chosen, -1)
 
     def replace(self, ids: Tensor, which: str, choice: Tensor) -> Tensor:
         """Token ids [B, L] of the tokenizer `which` ("clip" or "t5") with the chosen words in their places."""
@@ -77,6 +91,16 @@ class InventedWords(nn.Module):
         word = table[ids]
         other = choice.gather(1, word.clamp(min=0))
         return torch.where((word >= 0) & (other >= 0), invented[other.clamp(min=0)], ids)
+
+    @staticmethod
+    def renamed(index: Tensor, choice: Tensor, which: int) -> Tensor:
+        """What words `index` [B, ...] of class `which` (-1: none) are after `choice`: the real ones of the class keep
+        their numbers, invented ones come after them."""
+        begin = sum(len(real) for real, _ in _CLASSES[:which])
+        first = sum(len(characters) for _, characters in _CLASSES[:which])
+        real = len(_CLASSES[which][0])
+        other = choice[:, begin : begin + real].gather(1, index.clamp(min=0).flatten(1)).view_as(index)
+        return torch.where(index < 0, -1, torch.where(other >= 0, other - first + real, index))
 
 
 def told_before(nouns: Tensor, words: Tensor) -> Tensor:
@@ -157,26 +181,20 @@ class Reader(nn.Module):
         spot = place.gather(1, slots[..., None].expand(-1, -1, 3))
         shape, color, texture, count, where = self.at_noun(states.float()).split(_AT_NOUN, dim=-1)
         total = 8 * ((where - spot).square().sum(-1) * weight).sum()
-        names = renamed(nouns, choice[:, : len(SHAPES)], 0, len(SHAPES))
-        hues = renamed(colors, choice[:, len(SHAPES) :], len(_NOUNS), len(COLORS))
-        unnamed = torch.where(hues < 0, _HUES, hues), torch.where(textures < 0, len(TEXTURES), textures)
-        for logits, truth in ((shape, names), (color, unnamed[0]), (texture, unnamed[1]), (count, many - 1)):
+        names, hues, grains = (self.invented.renamed(w, choice, i) for i, w in enumerate((nouns, colors, textures)))
+        hues, grains = torch.where(hues < 0, _HUES, hues), torch.where(grains < 0, _GRAINS, grains)
+        for logits, truth in ((shape, names), (color, hues), (texture, grains), (count, many - 1)):
             errors = F.cross_entropy(logits.flatten(0, 1), truth.clamp(min=0).flatten(), reduction="none")
             total = total + (errors.view_as(weight) * weight).sum()
-        counts, named, ground = self.at_end(pooled.float()).split(_POOLED, dim=-1)
-        kinds = renamed(kind[..., 0], choice[:, : len(SHAPES)], 0, len(SHAPES))
-        present = (kinds[..., None] == torch.arange(_KINDS, device=kind.device)).sum(1)
-        total = total + _KINDS / len(SHAPES) * F.cross_entropy(counts.reshape(-1, MAX_OBJECTS + 1), present.flatten())
-        said = (hues[..., None] == torch.arange(_HUES, device=kind.device)).any(1).float()
-        total = total + F.binary_cross_entropy_with_logits(named, said)
+        objects, ground = self.at_end(pooled.float()).split(_POOLED, dim=-1)
+        total = total + F.cross_entropy(objects, (kind[..., 0] >= 0).sum(1))
         return total + (ground[:, 0] - data.ground[index]).square().mean()
 
 
-def renamed(index: Tensor, choice: Tensor, first: int, real: int) -> Tensor:
-    """Classes of shapes or colours `index` [B, ...] (-1: none) after `choice` [B, real]; invented words come after the
-    real ones, `first` is the number of the first one."""
-    other = choice.gather(1, index.clamp(min=0).flatten(1)).view_as(index)
-    return torch.where(index < 0, -1, torch.where(other >= 0, other - first + real, index))
+def moved(pooled: Tensor, other: Tensor) -> Tensor:
+    """How far pooled states [B, P] of the same captions in other words are apart, in shares of their variance."""
+    spread = pooled.float().var(0).mean().detach()
+    return (pooled.float() - other.float()).square().mean() / (2 * spread + 1e-6)
 
 
 @torch.no_grad()
@@ -205,7 +223,7 @@ def reads_unseen(t5: Any, reader: Reader, prompts: Sequence[Prompt], tokenizers:
     nouns, colors, textures = reader.told(t5_ids)
     right = shape.argmax(-1) == nouns
     right &= color.argmax(-1) == torch.where(colors < 0, _HUES, colors)
-    right &= texture.argmax(-1) == torch.where(textures < 0, len(TEXTURES), textures)
+    right &= texture.argmax(-1) == torch.where(textures < 0, _GRAINS, textures)
     return float(right[nouns >= 0].float().mean())
 
 
@@ -230,8 +248,10 @@ def learn_to_read(
         choice = reader.invented.choose(batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             pooled = clip(reader.invented.replace(clip_ids, "clip", choice)).pooler_output
+            others = reader.invented.replace(clip_ids, "clip", reader.invented.choose(batch, 1.0, 1.0))
+            elsewhere = clip(others).pooler_output
             states = t5(reader.invented.replace(t5_ids, "t5", choice)).last_hidden_state
-        return reader.loss(states, pooled, t5_ids, choice, data, index)
+        return reader.loss(states, pooled, t5_ids, choice, data, index) + moved(pooled, elsewhere)
 
     parameters = [p for m in (clip, t5, reader) for p in m.parameters()]
     queries = [p for name, p in t5.named_parameters() if name.endswith("SelfAttention.q.weight")]
