@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import qk_norm_rope
+from tritflow.models.beside import Beside
 from tritflow.models.fused import Activated, Modulated, Projection, Rows
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,11 +75,12 @@ class DoubleBlock:
     Args:
         block: diffusers' block; its projections' tensors become views of joint ones.
         attention: see `Attend`.
+        beside: where the text stream's few rows are computed while the image stream's many are.
     """
 
-    def __init__(self, block: Any, attention: Attend = attend) -> None:
+    def __init__(self, block: Any, attention: Attend = attend, beside: Callable[[], Beside] = Beside) -> None:
         attn = block.attn
-        self.attention = attention
+        self.attention, self.beside = attention, beside
         self.image = Stream(
             Projection(attn.to_q, attn.to_k, attn.to_v),
             Projection(attn.to_out[0]),
@@ -105,8 +107,10 @@ class DoubleBlock:
     ) -> tuple[Tensor, Tensor]:
         """(image [B, S, D], text [B, T, D]) to the same; modulations are [B, 6 D]."""
         image_parts, text_parts = image_modulation.chunk(6, dim=1), text_modulation.chunk(6, dim=1)
+        with self.beside() as aside:
+            text_q, text_k, text_v = self.text.attention_inputs(text, *text_parts[:2])
         q, k, v = self.image.attention_inputs(image, *image_parts[:2])
-        text_q, text_k, text_v = self.text.attention_inputs(text, *text_parts[:2])
+        aside.join()
         weights = (self.image.norm_q.weight, self.image.norm_k.weight)
         text_weights = (self.text.norm_q.weight, self.text.norm_k.weight)
         eps = _eps(self.image.norm_q)
@@ -114,9 +118,11 @@ class DoubleBlock:
         attention = self.attention(q, k, torch.cat([text_v, v], dim=1)).flatten(2)
         del q, k, v, text_q, text_k, text_v
         tokens = text.shape[1]
+        with self.beside() as aside:
+            text = _clip(self.text.finish(text, attention[:, :tokens], text_parts))
         image = self.image.finish(image, attention[:, tokens:], image_parts)
-        text = self.text.finish(text, attention[:, :tokens], text_parts)
-        return image, _clip(text)
+        aside.join()
+        return image, text
 
 
 class SingleBlock:

@@ -146,6 +146,8 @@ class _Ternary:
         self.weight: Tensor = first.weight
         if len(linears) > 1:
             self._join()
+        # cuBLAS wants float32 scales; converting them would be a launch of its own before every product.
+        self.scale = self.weight_scale.float()
 
     def _join(self) -> None:
         first = self.linears[0]
@@ -167,7 +169,7 @@ class _Ternary:
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
-        linear = (self.weight, self.weight_scale, rows.dtype, self.bias)
+        linear = (self.weight, self.scale, rows.dtype, self.bias)
         y = w2a8_matmul(q, scale, *linear, residual, gate, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 

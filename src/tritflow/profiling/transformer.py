@@ -128,12 +128,17 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         "first_step_seconds": round(first_seconds, 2),
         "finite": finite,
         "same_bits_again": repeats,
-        "kernels": kernel_times(step),
+        **kernel_times(step),
     }
 
 
-def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]]:
-    """Where a step's time goes: its kernels with the largest totals, in milliseconds; empty where tracing fails."""
+def kernel_times(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
+    """Where a step's time goes.
+
+    Returns:
+        `kernels`, those with the largest totals in milliseconds; `kernel_milliseconds` and `kernel_calls` of all of
+        them. Empty where tracing fails. Kernels that run side by side count twice in the sum.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     try:
@@ -146,8 +151,12 @@ def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]
             if e.self_device_time_total > 0
         ]
     except (RuntimeError, AssertionError, AttributeError):  # no tracing on this machine: the times stand without it
-        return []
-    return sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most]
+        return {}
+    return {
+        "kernels": sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most],
+        "kernel_milliseconds": round(sum(kernel["milliseconds"] for kernel in found), 4),
+        "kernel_calls": sum(kernel["calls"] for kernel in found),
+    }
 
 
 @torch.no_grad()
