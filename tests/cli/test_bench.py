@@ -29,7 +29,7 @@ def test_help_shows_the_three_benches_with_examples() -> None:
     assert shown.exit_code == 0
     for word in ("kernels", "latency", "storage", "end-to-end", "tritflow bench storage --full-size"):
         assert word in shown.stdout
-    for verb in ("kernels", "latency", "storage", "transformer", "end-to-end"):
+    for verb in ("kernels", "latency", "storage", "full-size", "transformer", "end-to-end"):
         shown = invoke("bench", verb, "--help")
         assert shown.exit_code == 0
         assert f"tritflow bench {verb}" in shown.stdout

@@ -146,7 +146,9 @@ def check_packed(packed: Tensor, in_features: int, packing: Packing) -> None:
 
 
 def _check_2bit(part: Tensor, in_features: int, first_row: int) -> None:
-    bad = (part >> 1) & ~part & 0x55
+    # Eight bytes at a time: on a CPU, a byte at a time takes longer than reading the file.
+    words = part.contiguous().view(torch.int64)
+    bad = ((words >> 1) & ~words & 0x5555555555555555).view(torch.uint8)
     if bool(bad.any()):
         row = first_row + int(bad.any(dim=1).nonzero()[0])
         raise CheckpointError(f"row {row} holds the 2-bit code 10, which no trit has: the weight is damaged")

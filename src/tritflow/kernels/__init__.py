@@ -5,6 +5,7 @@ from tritflow.kernels.block_ops import (
     adaln,
     adaln_quantize,
     gated_residual,
+    gelu,
     gelu_quantize,
     qk_norm_rope,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "adaln_quantize",
     "describe",
     "gated_residual",
+    "gelu",
     "gelu_quantize",
     "qk_norm_rope",
     "quantize_activation",

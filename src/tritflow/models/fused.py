@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import (
     adaln,
     adaln_quantize,
     gated_residual,
+    gelu,
     gelu_quantize,
     quantize_activation,
     w2a8_matmul,
@@ -105,8 +105,7 @@ class Activated(Rows):
         self._sources = (x, prefix)
 
     def _compute(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        x = F.gelu(x, approximate="tanh")
-        return x if prefix is None else torch.cat([prefix, x], dim=-1)
+        return gelu(x, prefix)
 
     def _quantize(self, dtype: str, input_scale: Tensor | None, x: Tensor, prefix: Tensor | None = None) -> Quantized:
         return gelu_quantize(x, prefix, input_scale, dtype)

@@ -75,9 +75,8 @@ def _quantizing(fp8: bool, columns: bool = True) -> dict[str, Any]:
     return {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "HAS_COLUMNS": columns, "FP8": fp8}
 
 
-def _row(features: int) -> dict[str, Any]:
-    width = triton.next_power_of_2(features)
-    return {"num_warps": min(16, max(1, width // 1024)), "enable_fp_fusion": False}
+def _row(features: int, each: int = 2048) -> dict[str, Any]:
+    return {"num_warps": min(16, max(1, triton.next_power_of_2(features) // each))}
 
 
 def _quantize_cases(fp8: bool) -> list[Case]:
@@ -92,7 +91,7 @@ def _quantize_cases(fp8: bool) -> list[Case]:
             quantize.quantize_kernel,
             {"x_ptr": "*bf16", **vectors, **_numbers("stride_m")},
             {"K": 3072, "BLOCK_K": 4096, **_quantizing(fp8)},
-            _row(3072),
+            {**_row(3072, 1024), "enable_fp_fusion": False},
             fp8,
         ),
         Case(
@@ -105,9 +104,9 @@ def _quantize_cases(fp8: bool) -> list[Case]:
         ),
         Case(
             f"gelu + quantize {kind}",
-            block.gelu_quantize_kernel,
+            block.gelu_kernel,
             {"x_ptr": "*bf16", "prefix_ptr": "*bf16", **vectors, **_numbers("x_stride", "prefix_stride")},
-            {"P": 3072, "K": 15360, "BLOCK_K": 16384, **_quantizing(fp8)},
+            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **_quantizing(fp8)},
             _row(15360),
             fp8,
         ),
@@ -169,7 +168,7 @@ def _other_cases() -> list[Case]:
     for context in (False, True):
         constants = {"D": 128, "EPS": 1e-6, "HAS_CONTEXT": context, "HEADS": 8, "BLOCK_D": 128}
         name = "norm + rotation, two streams" if context else "norm + rotation"
-        cases.append(Case(name, rope.qk_norm_rope_kernel, turned, constants, {"num_warps": 4}))
+        cases.append(Case(name, rope.qk_norm_rope_kernel, turned, constants, {"num_warps": 2}))
     for kind, out in enumerate(("*i8", "*u8", "*bf16")):
         types = {"weight_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": out, **_numbers("N")}
         constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 256}
@@ -177,6 +176,12 @@ def _other_cases() -> list[Case]:
             Case(
                 f"expand to {('int8', 'e4m3', 'bf16')[kind]}", expand.expand_kernel, types, constants, {"num_warps": 4}
             )
+        )
+    for kind, name in enumerate(("int8", "e4m3")):
+        types = {"weight_ptr": "*u8", "out_ptr": "*i32", **_numbers("N")}
+        constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 128}
+        cases.append(
+            Case(f"expand to {name} by words", expand.expand_words_kernel, types, constants, {"num_warps": 4})
         )
     sums = {"sums_ptr": "*i32", "x_scale_ptr": "*fp32"} | {
         f"{name}_ptr": "*bf16" for name in ("weight_scale", "bias", "residual", "gate", "out")

@@ -126,6 +126,11 @@ def _supports_adaln_quantize(
     return _supports_quantize(x, input_scale, dtype)
 
 
+def _supports_gelu(x: Tensor, prefix: Tensor | None) -> bool:
+    width = 0 if prefix is None else prefix.shape[-1]
+    return x.dtype in _FLOATS and x.shape[-1] + width <= MAX_FEATURES
+
+
 def _supports_gelu_quantize(x: Tensor, prefix: Tensor | None, input_scale: Tensor | None, dtype: str) -> bool:
     width = 0 if prefix is None else prefix.shape[-1]
     return _supports_quantize(x, input_scale, dtype) and x.shape[-1] + width <= MAX_FEATURES
@@ -150,6 +155,7 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "adaln": Kernel(block.adaln, _supports_adaln),
         "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
+        "gelu": Kernel(block.gelu, _supports_gelu),
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
         "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),
         "gated_residual": Kernel(block.gated_residual, _supports_residual),
