@@ -132,7 +132,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
     }
 
 
-def kernel_times(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
+def kernel_times(step: Callable[[], Any], most: int = 40) -> dict[str, Any]:
     """Where a step's time goes.
 
     Returns:
