@@ -29,6 +29,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "fp8 compiled": {"kind": "fp8", "compiled": True},
     "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
     "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
+    "W2A16 optimized, hopper": _optimized("w2a16", "hopper"),
     "W2A16 optimized, triton": _optimized("w2a16", "triton"),
     "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
 }

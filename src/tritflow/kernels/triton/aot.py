@@ -180,9 +180,7 @@ def _other_cases() -> list[Case]:
     for kind, name in enumerate(("int8", "e4m3")):
         types = {"weight_ptr": "*u8", "out_ptr": "*i32", **_numbers("N")}
         constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 128}
-        cases.append(
-            Case(f"expand to {name} by words", expand.expand_words_kernel, types, constants, {"num_warps": 4})
-        )
+        cases.append(Case(f"expand to {name} by words", expand.expand_words_kernel, types, constants, {"num_warps": 4}))
     sums = {"sums_ptr": "*i32", "x_scale_ptr": "*fp32"} | {
         f"{name}_ptr": "*bf16" for name in ("weight_scale", "bias", "residual", "gate", "out")
     }
