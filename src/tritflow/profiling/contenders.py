@@ -26,6 +26,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "W2A8 int8 optimized, triton": _optimized("w2a8", "triton"),
     "W2A8 int8 optimized, hopper": _optimized("w2a8", "hopper"),
     "W2A8 fp8 optimized, hopper": _optimized("w2a8", "hopper", _FP8),
+    "W2A8 int8 optimized": _optimized("w2a8", "auto"),
     "fp8 compiled": {"kind": "fp8", "compiled": True},
     "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
     "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),

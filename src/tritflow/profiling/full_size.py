@@ -146,18 +146,16 @@ def _quantize(dense: Path, out: Path, device: str) -> dict[str, Any]:
 
 
 def _load(folder: Path, how: str, device: str) -> dict[str, Any]:
-    from diffusers import FluxTransformer2DModel
-
-    import tritflow
+    from tritflow.pipelines.loading import load_transformer
+    from tritflow.pipelines.optimize import optimize
 
     cold = evict(folder)
     before = 0 if device == "cpu" else torch.cuda.memory_allocated()
     with peak_memory() as peak:
         begin = time.perf_counter()
-        on: dict[str, Any] = {"device_map": device} if how == "to the GPU" else {}
-        model: Any = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, **on)
+        model = load_transformer(folder, torch.bfloat16, device if how == "to the GPU" else None)
         if how == "optimized":
-            tritflow.optimize(model, device=device)
+            optimize(model, device=device)
         else:
             model.to(device)
         memory = _on_gpu(device)
