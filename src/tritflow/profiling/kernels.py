@@ -59,6 +59,10 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "one-tile": {"cut": False, "persistent": False, "lag": 0, "stages": 4},
     "n128": {"block_n": 128, "stages": 8},
     "n128-no-cut": {"block_n": 128, "stages": 8, "cut": False},
+    "16-bit": {"stages": 4},
+    "16-bit-no-cut": {"stages": 4, "cut": False},
+    "16-bit-split2": {"stages": 4, "split": 2},
+    "16-bit-n128": {"stages": 5, "block_n": 128},
     "m64": {"block_m": 64, "stages": 8},
     "m64-split2": {"block_m": 64, "stages": 8, "split": 2},
 }
@@ -82,6 +86,8 @@ def random_trits(n: int, k: int, device: str = "cuda") -> Tensor:
 def quantized(m: int, k: int, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
     """Gaussian activations, quantized per token: ([m, k] int8 or e4m3, fp32 scale [m])."""
     x = torch.randn(m, k, device=device)
+    if dtype == torch.bfloat16:
+        return x.to(dtype), torch.ones(m, device=device)
     top = 127.0 if dtype == torch.int8 else 448.0
     scale = x.abs().amax(1) / top
     y = x / scale[:, None]
@@ -95,7 +101,7 @@ def _pack(trits: Tensor) -> Tensor:
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.int8 if name == "int8" else torch.float8_e4m3fn
+    return {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}[name]
 
 
 def graph_times(
@@ -194,7 +200,7 @@ def rivals(m: int, n: int, k: int) -> list[Candidate]:
 
 def ours(m: int, n: int, k: int, variants: list[str], activation_dtype: str) -> list[Candidate]:
     """The ternary product in each variant, activations quantized beforehand."""
-    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
+    from tritflow.kernels.hopper.launch import Config
 
     sets = _sets(m * k + n * k // 4)
     q = [quantized(m, k, _dtype(activation_dtype)) for _ in range(sets)]
@@ -203,7 +209,7 @@ def ours(m: int, n: int, k: int, variants: list[str], activation_dtype: str) -> 
     bias = torch.randn(n, device="cuda").to(torch.bfloat16)
 
     def product(config: Config) -> Callable[[int], Tensor]:
-        return lambda i: w2a8_gemm(*q[i], w[i], scale, bias, config=config)
+        return lambda i: _hopper(*q[i], w[i], scale, bias, config=config)
 
     return [Candidate(f"{activation_dtype} {v}", product(Config(**_VARIANTS[v])), sets) for v in variants]
 
@@ -228,7 +234,7 @@ def _pattern(out: Tensor, y: Tensor) -> dict[str, Any]:
 
 def check(variant: str, activation_dtype: str, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
     """A variant against float64 of the same inputs, outputs poisoned; int8 must be exact, see ``wrong``."""
-    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
+    from tritflow.kernels.hopper.launch import Config
 
     config = Config(**_VARIANTS[variant])
     report: dict[str, Any] = {"wrong": 0, "worst": 0.0}
@@ -240,7 +246,7 @@ def check(variant: str, activation_dtype: str, shapes: list[tuple[int, int, int]
         exact = q.double() @ trits.double().T
         y = (exact.float() * sx[:, None]).double() * sw.double() + bias.double()
         out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-        w2a8_gemm(q, sx, packed, sw, bias, out=out, config=config)
+        _hopper(q, sx, packed, sw, bias, out=out, config=config)
         torch.cuda.synchronize()
         error = ((out.double() - y).norm() / y.norm()).item()
         report["worst"] = max(report["worst"], error if math.isfinite(error) else math.inf)
@@ -255,10 +261,16 @@ def check(variant: str, activation_dtype: str, shapes: list[tuple[int, int, int]
             again = torch.empty_like(out)
             for _ in range(100):
                 again.fill_(float("nan"))
-                w2a8_gemm(q, sx, packed, sw, bias, out=again, config=config)
+                _hopper(q, sx, packed, sw, bias, out=again, config=config)
                 if not torch.equal(again, out):
                     report["moves"] = report.get("moves", 0) + 1
     return report
+
+
+def _hopper(q: Tensor, scale: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+    from tritflow.kernels.hopper.launch import w2a8_gemm, w2a16_gemm
+
+    return w2a16_gemm(q, *rest, **options) if q.dtype == torch.bfloat16 else w2a8_gemm(q, scale, *rest, **options)
 
 
 def _compile(variant: str, activation_dtype: str) -> dict[str, Any]:
@@ -278,7 +290,7 @@ def _compile(variant: str, activation_dtype: str) -> dict[str, Any]:
             q, scale = quantized(m, k, _dtype(activation_dtype))
             row = torch.ones(n, device="cuda", dtype=torch.bfloat16)
             weight = torch.zeros(n, k // 4, device="cuda", dtype=torch.uint8)
-            launch.w2a8_gemm(q, scale, weight, row, row, config=launch.Config(**_VARIANTS[variant]))
+            _hopper(q, scale, weight, row, row, config=launch.Config(**_VARIANTS[variant]))
     finally:
         launch.w2a8_kernel = kernel
     return {"seconds": time.perf_counter() - begin}

@@ -93,15 +93,15 @@ def compile_w2a8(
 ) -> Compiled:
     """The W2A8 product of a configuration; ``activation_dtype`` is "int8" or "fp8"."""
     fp8 = activation_dtype == "fp8"
-    element = gl.float8e4nv if fp8 else gl.int8
+    element = {"int8": gl.int8, "fp8": gl.float8e4nv, "bf16": gl.bfloat16}[activation_dtype]
     signature = {
-        "x_desc": _descriptor("fp8e4nv" if fp8 else "i8", element, [config.block_m, 128]),
+        "x_desc": _descriptor(str(element.name if hasattr(element,"name") else element).replace("int8","i8"), element, [config.block_m, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
         "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
-        "workspace": "*fp32" if fp8 else "*i32",
+        "workspace": "*i32" if activation_dtype == "int8" else "*fp32",
         "counters": "*i32",
         "table": "*i32",
         "starts": "*i32",

@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tritflow.kernels.assembly import HALVES
+
 # Four fields of a byte lie 32 apart in K, so field f of 32 bytes is the f-th K slice of 32 that wgmma takes.
 _DECODE = gl.constexpr(
     """
@@ -40,28 +42,38 @@ _DECODE = gl.constexpr(
     }
     """
 )
+_HALVES = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _packed_layout(rows):
+def _packed_layout(rows, bits):
     """Registers and lanes of [rows, 32] packed bytes such that decoding moves nothing between threads."""
-    registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+    if bits == 16:
+        registers = [[0, 1], [0, 8], [8, 0], [0, 16]]
+        lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    else:
+        registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+        lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     if rows == 128:
         registers = [*registers, [64, 0]]
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     warps = [[16, 0], [32, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, 32])
 
 
+@gluon.constexpr_function
+def _four(dtype):
+    return (dtype, dtype, dtype, dtype)
+
+
 @gluon.jit
-def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
-    """uint8 [ROWS, 32] -> int8 [ROWS, 128] of {0, +-64}, or e4m3 of {0, +-2.0}, as wgmma's operand A."""
-    if FP8:
+def _decode(packed, dtype: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
+    """uint8 [ROWS, 32] -> [ROWS, 128] of {0, +-64} (int8) or {0, +-2.0} (e4m3, bf16, fp16), as wgmma's operand A."""
+    if dtype.primitive_bitwidth == 16:
         f0, f1, f2, f3 = gl.inline_asm_elementwise(
-            _DECODE,
-            "=r,=r,=r,=r,r",
+            _HALVES,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -70,7 +82,7 @@ def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr)
             _DECODE,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -101,7 +113,7 @@ def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl
         for k in range(step, step + steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, BM * 128 + BN * 32)
+            mbarrier.expect(bar, BM * 16 * x_desc.dtype.primitive_bitwidth + BN * 32)
             tma.async_copy_global_to_shared(w_desc, [row, k * 32], bar, w_bufs.index(stage))
             tma.async_copy_global_to_shared(x_desc, [token, k * 128], bar, x_bufs.index(stage))
             stage += 1
@@ -169,12 +181,15 @@ def _multiply(
     BM: gl.constexpr = x_bufs.shape[1]
     R: gl.constexpr = w_bufs.shape[1] // 2
     H: gl.constexpr = R // SPLIT
-    FP8: gl.constexpr = x_bufs.dtype != gl.int8
-    acc_type: gl.constexpr = gl.float32 if FP8 else gl.int32
-    unit: gl.constexpr = 0.5 if FP8 else 0.015625  # what a weight of +1 reads as is 1 / unit
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 32])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    packed_layout: gl.constexpr = _packed_layout(H)
+    dtype: gl.constexpr = x_bufs.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
+    acc_type: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
+    unit: gl.constexpr = 0.015625 if dtype == gl.int8 else 0.5  # what a weight of +1 reads as is 1 / unit
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 256 // bits]
+    )
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 32 // bits)
+    packed_layout: gl.constexpr = _packed_layout(H, bits)
 
     first = gl.load(starts + gl.program_id(0))
     last = gl.load(starts + gl.program_id(0) + 1)
@@ -190,7 +205,8 @@ def _multiply(
         rows = row + PART * R + gl.arange(0, H, gl.SliceLayout(1, mma))
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
         # The scales are asked for before the products and used after them.
-        ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
+        if bits == 8:
+            ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
         ws0 = gl.load(weight_scale + rows, mask=rows < N, other=0.0)
         if SPLIT == 2:
             ws1 = gl.load(weight_scale + rows + H, mask=rows + H < N, other=0.0)
@@ -207,10 +223,10 @@ def _multiply(
             packed0 = w_bufs.index(stage).slice(PART * R, H, dim=0).load(packed_layout)
             if SPLIT == 2:
                 packed1 = w_bufs.index(stage).slice(PART * R + H, H, dim=0).load(packed_layout)
-            a0 = _decode(packed0, FP8, a_layout, H)
+            a0 = _decode(packed0, dtype, a_layout, H)
             acc0 = warpgroup_mma(a0, b, acc0, use_acc=k > 0, is_async=True)
             if SPLIT == 2:
-                a1 = _decode(packed1, FP8, a_layout, H)
+                a1 = _decode(packed1, dtype, a_layout, H)
                 acc1 = warpgroup_mma(a1, b, acc1, use_acc=k > 0, is_async=True)
                 acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
             else:
@@ -248,7 +264,9 @@ def _multiply(
             tma.store_wait(0)
             gl.thread_barrier()
             out = out_bufs.index(PART)
-            y = acc0.to(gl.float32) * gl.expand_dims(ts, 0)
+            y = acc0.to(gl.float32)
+            if bits == 8:
+                y = y * gl.expand_dims(ts, 0)
             w = gl.expand_dims(ws0.to(gl.float32) * unit, 1)
             if HAS_BIAS:
                 y = gl.fma(y, w, gl.expand_dims(bias0.to(gl.float32), 1))
@@ -256,7 +274,9 @@ def _multiply(
                 y = y * w
             if SPLIT == 2:
                 out.slice(0, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-                y = acc1.to(gl.float32) * gl.expand_dims(ts, 0)
+                y = acc1.to(gl.float32)
+                if bits == 8:
+                    y = y * gl.expand_dims(ts, 0)
                 w = gl.expand_dims(ws1.to(gl.float32) * unit, 1)
                 if HAS_BIAS:
                     y = gl.fma(y, w, gl.expand_dims(bias1.to(gl.float32), 1))

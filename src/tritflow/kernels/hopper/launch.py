@@ -13,7 +13,12 @@ from tritflow.kernels import tuning
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import Schedule, make_schedule
 
-_DTYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
+_DTYPES = {
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,11 @@ def _counters(device: torch.device) -> _Counters:
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.int8, device: torch.device | None = None) -> Config:
     """The configuration used where none is given: the tuned one of this GPU and size, if there is one."""
-    choice = None if device is None else tuning.lookup(device, tuning.w2a8(dtype), m, n, k)
-    return Config(**choice.config) if choice is not None and choice.backend == "hopper" else Config()
+    name = tuning.W2A16 if dtype.itemsize == 2 else tuning.w2a8(dtype)
+    choice = None if device is None else tuning.lookup(device, name, m, n, k)
+    if choice is not None and choice.backend == "hopper":
+        return Config(**choice.config)
+    return Config(stages=4) if dtype.itemsize == 2 else Config()
 
 
 def w2a8_gemm(
@@ -129,31 +137,62 @@ def w2a8_gemm(
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
     accumulation. Raises ValueError for tensors that do not fit together.
     """
-    m, k = q.shape
-    n = weight.shape[0]
-    if q.dtype not in _DTYPES:
+    if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
+
+
+def w2a16_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]), in x's type.
+
+    x [M, K] bfloat16 or float16, the rest as for ``w2a8_gemm``; float32 sums. Raises ValueError for tensors that do
+    not fit together.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
+    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
+
+
+def _gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    config: Config | None,
+) -> torch.Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    bits = 8 * x.itemsize
     if weight.shape[1] != 32 * -(-k // 128):
         raise ValueError(f"packed rows of {weight.shape[1]} bytes do not hold K={k}: {32 * -(-k // 128)} expected")
-    if n % 8 or k % 16:
-        raise ValueError(f"the Hopper kernel takes N divisible by 8 and K by 16, got N={n}, K={k}")
-    out = torch.empty((m, n), dtype=torch.bfloat16, device=q.device) if out is None else out
+    if n % 8 or k * bits % 128:
+        raise ValueError(f"the Hopper kernel takes N divisible by 8 and K by {128 // bits}, got N={n}, K={k}")
+    out = torch.empty((m, n), dtype=torch.bfloat16 if bits == 8 else x.dtype, device=x.device) if out is None else out
     if m == 0:
         return out
-    q, weight, x_scale, weight_scale = (t.contiguous() for t in (q, weight, x_scale, weight_scale))
-    config = config or choose(m, n, k, q.dtype, q.device)
-    schedule, table, starts = _tables(m, n, k, config, q.device)
+    x, weight, weight_scale = (t.contiguous() for t in (x, weight, weight_scale))
+    config = config or choose(m, n, k, x.dtype, x.device)
+    schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
-    accumulator = torch.int32 if q.dtype == torch.int8 else torch.float32
-    workspace = torch.empty(max(1, schedule.slots * bm * bn), dtype=accumulator, device=q.device)
-    counters = _counters(q.device).take(q.device) if schedule.counters else table
+    accumulator = torch.int32 if x.dtype == torch.int8 else torch.float32
+    workspace = torch.empty(max(1, schedule.slots * bm * bn), dtype=accumulator, device=x.device)
+    counters = _counters(x.device).take(x.device) if schedule.counters else table
 
-    dtype = _DTYPES[q.dtype]
+    dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
     x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
     w2a8_kernel[(schedule.grid,)](
-        TensorDescriptor(q, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
+        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
         TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(out_block, gl.bfloat16)),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(out_block, out_dtype)),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
