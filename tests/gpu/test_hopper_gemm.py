@@ -89,6 +89,22 @@ def test_fp8_is_near_the_dense_product(shape):
     assert error <= 1.5 * (dense.double() - expected).norm() / expected.norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("config", [{"stages": 4}, {"stages": 4, "split": 2}, {"block_n": 128, "stages": 5}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_activations(shape, config, dtype):
+    from tritflow.kernels.hopper.launch import Config, w2a16_gemm
+
+    m, n, k = shape
+    _, _, trits, row, bias = _inputs(m, n, k)
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    expected = (x.double() @ trits.double().T) * row.double() + bias.double()
+    out = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+    w2a16_gemm(x, pack_2bit(trits), row, bias, out=out, config=Config(**config))
+    # One rounding to 8 or 11 bits, whose relative error is 2^-9 or 2^-12 at most.
+    assert (out.double() - expected).norm() / expected.norm() < (2e-3 if dtype == torch.bfloat16 else 3e-4)
+
+
 @pytest.mark.parametrize("shape", [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
 @pytest.mark.parametrize("chunk", [64, 128, 256])
 def test_skinny(shape, chunk):

@@ -45,6 +45,12 @@ HOPPER = [
     {"block_n": 128, "stages": 8},
     {"block_m": 64, "stages": 8},
 ]
+HOPPER_16 = [
+    {"stages": 4},
+    {"stages": 4, "split": 2},
+    {"stages": 4, "cut": False},
+    {"stages": 5, "block_n": 128},
+]
 
 Say = Callable[[str], None]
 
@@ -58,8 +64,8 @@ def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
             if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
                 yield Choice("triton", tiles)
-    if "hopper" in backends and name != tuning.W2A16:
-        for config in HOPPER:
+    if "hopper" in backends:
+        for config in HOPPER_16 if name == tuning.W2A16 else HOPPER:
             yield Choice("hopper", dict(config))
 
 
@@ -75,13 +81,16 @@ def runner(choice: Choice) -> Callable[..., Tensor]:
 
         return tiled
     if choice.backend == "hopper":
-        from tritflow.kernels.hopper.launch import Config
-        from tritflow.kernels.hopper.launch import w2a8_gemm as hopper_gemm
+        from tritflow.kernels.hopper import launch
 
-        config = Config(**choice.config)
-        return lambda x, scale, weight, weight_scale, bias: hopper_gemm(
-            x, scale, weight, weight_scale, bias, config=config
-        )
+        config = launch.Config(**choice.config)
+
+        def hopper(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+            if scale is None:
+                return launch.w2a16_gemm(x, weight, weight_scale, bias, config=config)
+            return launch.w2a8_gemm(x, scale, weight, weight_scale, bias, config=config)
+
+        return hopper
 
     def named(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
         if scale is None:

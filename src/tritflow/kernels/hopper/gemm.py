@@ -104,12 +104,10 @@ def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl
     BN: gl.constexpr = w_desc.block_type.shape[0]
     first = gl.load(starts + gl.program_id(0))
     last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, step, steps = _unit(table, first)
     stage = 0
     phase = 1
     for u in range(first, last):
-        # The next unit's entry is on its way while this one is copied.
-        next_token, next_row, next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
+        token, row, step, steps = _unit(table, u)
         for k in range(step, step + steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -120,7 +118,6 @@ def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        token, row, step, steps = next_token, next_row, next_step, next_steps
 
 
 @gluon.jit
@@ -193,7 +190,6 @@ def _multiply(
 
     first = gl.load(starts + gl.program_id(0))
     last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, _step, steps = _unit(table, first)
     stage = 0
     phase = 0
     count = 0
@@ -201,7 +197,7 @@ def _multiply(
         # Start LAG steps behind the other consumer, so that the two do not write their tiles at the same time.
         mbarrier.wait(lag.index(0), 0)
     for u in range(first, last):
-        next_token, next_row, _next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
+        token, row, _step, steps = _unit(table, u)
         rows = row + PART * R + gl.arange(0, H, gl.SliceLayout(1, mma))
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
         # The scales are asked for before the products and used after them.
@@ -288,7 +284,6 @@ def _multiply(
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(out_desc, [token, row + PART * R], out)
-        token, row, steps = next_token, next_row, next_steps
     if LAG > 0 and PART == 0:  # noqa: SIM102 - one is known to the compiler, the other is not
         if count < LAG:
             mbarrier.arrive(lag.index(0), count=1)
