@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -49,22 +50,19 @@ CHECK_SHAPES = [
 ]
 
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "no-cut": {"cut": False},
-    "split2": {"split": 2},
-    "split2-no-cut": {"split": 2, "cut": False},
-    "split2-lag2": {"split": 2, "lag": 2},
-    "lag0": {"lag": 0},
-    "split2-g4": {"split": 2, "group": 4},
-    "one-tile": {"cut": False, "persistent": False, "lag": 0, "stages": 4},
-    "n128": {"block_n": 128, "stages": 8},
-    "n128-no-cut": {"block_n": 128, "stages": 8, "cut": False},
-    "16-bit": {"stages": 4},
-    "16-bit-no-cut": {"stages": 4, "cut": False},
-    "16-bit-split2": {"stages": 4, "split": 2},
-    "16-bit-n128": {"stages": 5, "block_n": 128},
+    "whole": {},
+    "halve": {"tail": "halve"},
+    "halve-g4": {"tail": "halve", "group": 4},
+    "halve-l1": {"tail": "halve", "lag": 1},
+    "cut": {"tail": "cut"},
+    "s1-g4": {"split": 1, "group": 4},
+    "n128": {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
+    "n128-cut": {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2, "tail": "cut"},
     "m64": {"block_m": 64, "stages": 8},
-    "m64-split2": {"block_m": 64, "stages": 8, "split": 2},
+    "16-bit": {"stages": 4, "lag": 1},
+    "16-bit-halve": {"stages": 4, "lag": 1, "tail": "halve"},
+    "16-bit-n128": {"split": 1, "block_n": 128, "stages": 5, "lag": 1},
+    "16-bit-cut": {"stages": 4, "lag": 1, "tail": "cut"},
 }
 
 
@@ -107,9 +105,10 @@ def _dtype(name: str) -> torch.dtype:
 def graph_times(
     candidates: list[Candidate], *, rounds: int = 3, milliseconds: float = 40.0
 ) -> dict[str, dict[str, Any]]:
-    """Microseconds a call, by CUDA graph replays; rounds go over all candidates in turn.
+    """Microseconds a call, by CUDA graph replays; rounds go over all candidates, each in an order of its own.
 
-    Each block is preceded by unmeasured replays of the same candidate, so that the clock is the one it sustains.
+    Each block is preceded by as many unmeasured replays of the same candidate, so that clock and temperature are its
+    own and not those of whichever came before it.
     Returns {"p20", "p50", "p80"} over the blocks' replays, by name; a candidate that fails gives no entry.
     """
     ready: list[tuple[Candidate, torch.cuda.CUDAGraph, int]] = []
@@ -133,9 +132,10 @@ def graph_times(
         except Exception as error:
             out[candidate.name] = {"error": str(error).splitlines()[0][:200]}
     samples: dict[str, list[float]] = {c.name: [] for c, _, _ in ready}
+    order = random.Random(0)
     for _ in range(rounds):
-        for candidate, graph, replays in ready:
-            for _ in range(max(1, replays // 3)):
+        for candidate, graph, replays in order.sample(ready, len(ready)):
+            for _ in range(replays):
                 graph.replay()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
             events[0].record()
@@ -311,6 +311,10 @@ def _check_skinny() -> dict[str, Any]:
     return report
 
 
+_SKINNY = ((64, 1), (64, 2), (64, 4), (64, 8), (128, 2), (128, 4))
+"""(bytes of a weight row a warp takes at a time, warps)"""
+
+
 def _skinny(m: int, n: int, k: int) -> list[Candidate]:
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
@@ -322,11 +326,11 @@ def _skinny(m: int, n: int, k: int) -> list[Candidate]:
     scale = torch.rand(n, device="cuda").to(torch.bfloat16)
     found = [Candidate("bf16 gauss", lambda i: torch.nn.functional.linear(x, wb[i]), few)]
 
-    def product(chunk: int) -> Callable[[int], Tensor]:
-        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk)
+    def product(chunk: int, warps: int) -> Callable[[int], Tensor]:
+        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk, warps=warps)
 
     if m <= 8:
-        found += [Candidate(f"skinny {chunk}", product(chunk), sets) for chunk in (64, 128, 256)]
+        found += [Candidate(f"skinny {chunk}x{warps}", product(chunk, warps), sets) for chunk, warps in _SKINNY]
     return found
 
 

@@ -40,17 +40,20 @@ multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode 
 """
 HOPPER = [
     {},
-    {"split": 2},
-    {"split": 2, "cut": False},
-    {"block_n": 128, "stages": 8},
+    {"tail": "halve"},
+    {"tail": "halve", "group": 4},
+    {"tail": "cut"},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2, "tail": "cut"},
     {"block_m": 64, "stages": 8},
 ]
 HOPPER_16 = [
-    {"stages": 4},
-    {"stages": 4, "split": 2},
-    {"stages": 4, "cut": False},
-    {"stages": 5, "block_n": 128},
+    {"stages": 4, "lag": 1},
+    {"stages": 4, "lag": 1, "tail": "halve"},
+    {"stages": 4, "lag": 1, "tail": "cut"},
+    {"split": 1, "block_n": 128, "stages": 5, "lag": 1},
 ]
+"""Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 
 Say = Callable[[str], None]
 

@@ -89,15 +89,15 @@ def _instructions(listing: str) -> str:
 
 
 def compile_w2a8(
-    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True
+    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True, halves: bool = False
 ) -> Compiled:
     """The W2A8 product of a configuration; ``activation_dtype`` is "int8" or "fp8"."""
     fp8 = activation_dtype == "fp8"
     element = {"int8": gl.int8, "fp8": gl.float8e4nv, "bf16": gl.bfloat16}[activation_dtype]
     signature = {
         "x_desc": _descriptor(str(element.name if hasattr(element,"name") else element).replace("int8","i8"), element, [config.block_m, 128]),
-        "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
-        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
+        "w_desc": _descriptor("u8", gl.uint8, [config.block_n // 2, 32]),
+        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2 // config.split]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
@@ -114,6 +114,8 @@ def compile_w2a8(
         "LAG": config.lag,
         "HAS_BIAS": has_bias,
         "CUTS": cuts,
+        "HALVES": halves,
+        "SINGLE": False,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
 

@@ -27,16 +27,17 @@ class Config:
 
     ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
-    start; ``group`` token tiles share a band; ``cut`` tiles of the incomplete last wave along K.
+    start; ``group`` token tiles share a band; ``tail`` says what becomes of the tiles of the incomplete last wave:
+    "whole" leaves them, "halve" gives each half of its weight rows to a block, "cut" cuts them along K.
     """
 
     block_m: int = 128
     block_n: int = 256
     stages: int = 6
-    split: int = 1
+    split: int = 2
     lag: int = 3
     group: int = 8
-    cut: bool = True
+    tail: str = "whole"
     persistent: bool = True
 
     def __post_init__(self) -> None:
@@ -44,6 +45,10 @@ class Config:
             raise ValueError(f"no such tile: block_m={self.block_m}, block_n={self.block_n}, split={self.split}")
         if self.block_n // 2 // self.split < 64:
             raise ValueError("a consumer's weight rows cannot be cut below 64: use split=1 with block_n=128")
+        if self.tail not in ("whole", "halve", "cut"):
+            raise ValueError(f"tail must be whole, halve or cut, not {self.tail!r}")
+        if self.tail == "halve" and self.split != 2:
+            raise ValueError("tail='halve' needs split=2")
         if not 0 <= self.lag < self.stages:
             raise ValueError(f"lag must be below stages={self.stages}, got {self.lag}: the ring would never drain")
 
@@ -51,7 +56,7 @@ class Config:
     def name(self) -> str:
         text = f"{self.block_m}x{self.block_n}x{self.stages}"
         text += f" s{self.split} l{self.lag} g{self.group}"
-        return text + (" cut" if self.cut else "") + ("" if self.persistent else " one-tile")
+        return text + f" {self.tail}" + ("" if self.persistent else " one-tile")
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
@@ -76,7 +81,7 @@ def _tables(
         block_n=config.block_n,
         blocks=blocks,
         group=config.group,
-        split=config.cut,
+        tail=config.tail,
     )
     units = torch.tensor(schedule.units, dtype=torch.int32).to(device)
     return schedule, units, torch.tensor(schedule.starts, dtype=torch.int32).to(device)
@@ -118,7 +123,7 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.int8, device: torc
     choice = None if device is None else tuning.lookup(device, name, m, n, k)
     if choice is not None and choice.backend == "hopper":
         return Config(**choice.config)
-    return Config(stages=4) if dtype.itemsize == 2 else Config()
+    return Config(stages=4, lag=1) if dtype.itemsize == 2 else Config()
 
 
 def w2a8_gemm(
@@ -188,7 +193,7 @@ def _gemm(
     counters = _counters(x.device).take(x.device) if schedule.counters else table
 
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-    x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
+    x_block, w_block, out_block = [bm, 128], [bn // 2, 32], [bm, bn // 2 // config.split]
     w2a8_kernel[(schedule.grid,)](
         TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
         TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(w_block, gl.uint8)),
@@ -207,6 +212,8 @@ def _gemm(
         LAG=config.lag,
         HAS_BIAS=bias is not None,
         CUTS=schedule.counters > 0,
+        HALVES=schedule.halves,
+        SINGLE=schedule.grid == len(schedule.units),
         num_warps=4,
     )
     return out
