@@ -17,7 +17,8 @@ from torch import Tensor
 from tritflow import results
 from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
 from tritflow.kernels.tuning import Choice
-from tritflow.profiling.kernels import Candidate, graph_times, quantized, random_trits
+from tritflow.profiling.products import quantized, random_trits
+from tritflow.profiling.timing import Candidate, graph_times
 
 PRODUCTS = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]
 """(N, K) of FLUX.1-dev's blocks; 9216 is query, key and value as one."""

@@ -91,11 +91,12 @@ def _instructions(listing: str) -> str:
 def compile_w2a8(
     config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True, halves: bool = False
 ) -> Compiled:
-    """The W2A8 product of a configuration; ``activation_dtype`` is "int8" or "fp8"."""
-    fp8 = activation_dtype == "fp8"
-    element = {"int8": gl.int8, "fp8": gl.float8e4nv, "bf16": gl.bfloat16}[activation_dtype]
+    """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
+    name, element = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}[
+        activation_dtype
+    ]
     signature = {
-        "x_desc": _descriptor(str(element.name if hasattr(element,"name") else element).replace("int8","i8"), element, [config.block_m, 128]),
+        "x_desc": _descriptor(name, element, [config.block_m, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [config.block_n // 2, 32]),
         "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2 // config.split]),
         "x_scale": "*fp32",

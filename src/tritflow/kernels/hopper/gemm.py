@@ -108,7 +108,17 @@ def _unit(table, u):
 
 @gluon.jit
 def _load(
-    x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl.constexpr, HALVES: gl.constexpr, SINGLE: gl.constexpr
+    x_desc,
+    w_desc,
+    x_bufs,
+    w_bufs,
+    full,
+    empty,
+    table,
+    starts,
+    STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
+    SINGLE: gl.constexpr,
 ):
     """The copying warp: fills a ring of stages, each one K step of activations and packed weights."""
     BM: gl.constexpr = x_desc.block_type.shape[0]
@@ -314,7 +324,7 @@ def _multiply(
         stage, phase, count = place
 
         ready = True
-        if CUTS:
+        if CUTS:  # noqa: SIM102 - as below
             if parts > 1:
                 # Hand in this part; whoever hands in a tile's last part sums them all and writes the tile.
                 stride: gl.constexpr = 2 * R * BM
@@ -377,9 +387,10 @@ def w2a8_kernel(
 ):
     """Launch with 4 warps (the first consumer); the grid is the schedule's.
 
-    x_desc [M, K] int8 or e4m3, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN / 2, 32]; out_desc
-    [M, N] bf16, blocks [BM, BN / 2 / SPLIT]; x_scale fp32 [M]; weight_scale and bias [N]; workspace int32 (fp32 for e4m3); counters
-    int32, zeros; table int32 [units, 8]; starts int32 [blocks + 1].
+    x_desc [M, K] int8, e4m3, bf16 or fp16, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN / 2, 32];
+    out_desc [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2 / SPLIT]; x_scale fp32 [M], unused for 16 bits;
+    weight_scale and bias [N]; workspace int32 for int8, else fp32; counters int32, zeros; table int32 [units, 8];
+    starts int32 [blocks + 1], unused if SINGLE: one unit a block.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = 2 * w_desc.block_type.shape[0]

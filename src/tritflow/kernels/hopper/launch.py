@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritflow.kernels import tuning
 from tritflow.kernels.hopper.gemm import w2a8_kernel
-from tritflow.kernels.hopper.schedule import Schedule, make_schedule
+from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
 
 _DTYPES = {
     torch.int8: gl.int8,
@@ -66,11 +66,16 @@ def _swizzled(block: list[int], dtype: object) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(block, dtype)
 
 
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @lru_cache(maxsize=256)
 def _tables(
     m: int, n: int, k: int, config: Config, device: torch.device
 ) -> tuple[Schedule, torch.Tensor, torch.Tensor]:
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = _multiprocessors(device)
     if not config.persistent:
         blocks = -(-m // config.block_m) * -(-n // config.block_n)
     schedule = make_schedule(
@@ -117,13 +122,28 @@ def _counters(device: torch.device) -> _Counters:
     return _Counters(device)
 
 
-def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.int8, device: torch.device | None = None) -> Config:
-    """The configuration used where none is given: the tuned one of this GPU and size, if there is one."""
+def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration used where none is given: this GPU's tuned one for the size, or that of the shortest schedule."""
     name = tuning.W2A16 if dtype.itemsize == 2 else tuning.w2a8(dtype)
-    choice = None if device is None else tuning.lookup(device, name, m, n, k)
+    choice = tuning.lookup(device, name, m, n, k)
     if choice is not None and choice.backend == "hopper":
         return Config(**choice.config)
-    return Config(stages=4, lag=1) if dtype.itemsize == 2 else Config()
+    return shortest(m, n, k, 8 * dtype.itemsize, _multiprocessors(device))
+
+
+@lru_cache(maxsize=1024)
+def shortest(m: int, n: int, k: int, bits: int, blocks: int) -> Config:
+    """Whichever of the wide and the narrow tiles has the shorter schedule, by a rule that measures nothing."""
+    stages, lag = (4, 1) if bits == 16 else (6, 3)
+    narrow = Config(split=1, block_n=128, stages=5 if bits == 16 else 8, group=4, lag=min(lag, 2))
+    wide = Config(stages=stages, lag=lag, tail="halve")
+
+    def cost(config: Config) -> float:
+        size = {"block_m": config.block_m, "block_n": config.block_n, "blocks": blocks}
+        schedule = make_schedule(m, n, k, **size, group=config.group, tail=config.tail)
+        return schedule.critical_steps() * config.block_n * (1 if config.block_n == 256 else NARROW)
+
+    return min((narrow, wide), key=cost)
 
 
 def w2a8_gemm(

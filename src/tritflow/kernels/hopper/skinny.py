@@ -50,9 +50,7 @@ def w2a16_skinny_kernel(
     HAS_BIAS: gl.constexpr,
 ):
     """out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; a warp takes CHUNK bytes of each row at a time."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
-    )
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
     layout: gl.constexpr = _bytes_layout(CHUNK, WARPS)
