@@ -230,7 +230,7 @@ def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     if kind == "skinny":
-        ternary = [name for name in us if name.startswith("skinny") or name == "triton"]
+        ternary = [name for name in us if name != "bf16 gauss"]
         fastest = min(ternary, key=us.__getitem__) if ternary else ""
         pairs = {"w2a16 / bf16": ("bf16 gauss", fastest)}
         entry["fastest"] = fastest

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "16-bit whole": {"stages": 4, "lag": 1},
     "16-bit halve": {"stages": 4, "lag": 1, "tail": "halve"},
     "16-bit narrow": {**_NARROW, "stages": 5, "lag": 1},
+    "16-bit few": {"block_m": 64, "block_n": 128, "split": 1, "stages": 8, "lag": 1},
 }
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")
@@ -185,6 +186,9 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
     def product(chunk: int, warps: int) -> Callable[[int], Tensor]:
         return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk, warps=warps)
 
-    if m <= 8:
+    if m > 8:
+        one = torch.ones(m, device="cuda")
+        found.append(Candidate("hopper", lambda i: hopper(x, one, wp[i], scale), sets))
+    else:
         found += [Candidate(f"skinny {chunk}x{warps}", product(chunk, warps), sets) for chunk, warps in SKINNY]
     return found

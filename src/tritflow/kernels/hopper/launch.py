@@ -62,8 +62,9 @@ class Config:
         return asdict(self)
 
 
-def _swizzled(block: list[int], dtype: object) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+@lru_cache(maxsize=64)
+def _swizzled(rows: int, columns: int, dtype: object) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
 @lru_cache(maxsize=16)
@@ -123,7 +124,7 @@ def _counters(device: torch.device) -> _Counters:
 
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """The configuration used where none is given: this GPU's tuned one for the size, or that of the shortest schedule."""
+    """The configuration used where none is given: the one tuned for GPU and size, or that of the shortest schedule."""
     name = tuning.W2A16 if dtype.itemsize == 2 else tuning.w2a8(dtype)
     choice = tuning.lookup(device, name, m, n, k)
     if choice is not None and choice.backend == "hopper":
@@ -134,6 +135,8 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> 
 @lru_cache(maxsize=1024)
 def shortest(m: int, n: int, k: int, bits: int, blocks: int) -> Config:
     """Whichever of the wide and the narrow tiles has the shorter schedule, by a rule that measures nothing."""
+    if m <= 64:
+        return Config(block_m=64, block_n=128, split=1, stages=8, lag=1)
     stages, lag = (4, 1) if bits == 16 else (6, 3)
     narrow = Config(split=1, block_n=128, stages=5 if bits == 16 else 8, group=4, lag=min(lag, 2))
     wide = Config(stages=stages, lag=lag, tail="halve")
@@ -215,9 +218,9 @@ def _gemm(
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
     x_block, w_block, out_block = [bm, 128], [bn // 2, 32], [bm, bn // 2 // config.split]
     w2a8_kernel[(schedule.grid,)](
-        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
-        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(out_block, out_dtype)),
+        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
+        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
