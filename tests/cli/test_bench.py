@@ -65,10 +65,11 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tritflow.profiling import kernels
 
-    def probe(out: Path, seconds: float, quick: bool) -> None:
+    def probe(out: Path, seconds: float, quick: bool) -> list[dict[str, Any]]:
         print("running account")
-        (out / "kernels.json").write_text(json.dumps([{"task": {"kind": "gemm"}, "result": {"x": float("nan")}}]))
         assert (seconds, quick) == (240.0, True)
+        times = {"bf16 gauss": {"p50": 3.0}, "bf16 hopper": {"p50": float("nan")}}
+        return [{"task": {"kind": "gemm", "shape": [1, 2, 3]}, "result": {"times": times}}]
 
     monkeypatch.setattr(kernels, "probe", probe)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -76,7 +77,7 @@ def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A GPU")
     done = invoke("bench", "kernels", "--device", "cuda", "--quick", "--json", "--results", tmp_path)
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["tasks"] == [{"task": {"kind": "gemm"}, "result": {"x": None}}]
+    assert json.loads(done.stdout)["products"]["1x2x3"]["ratios"] == {"w2a16 / bf16": None}
     assert "running account" in done.stderr
     assert (tmp_path / "kernels-cuda-a-gpu.json").exists()
 

@@ -8,45 +8,51 @@ reason = why_not_compile()
 compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 CASES = [
-    ({}, "int8", True),
-    ({}, "fp8", False),
-    ({"split": 2}, "int8", True),
-    ({"split": 2, "lag": 0}, "fp8", True),
-    ({"block_n": 128, "stages": 8}, "int8", True),
-    ({"block_m": 64, "stages": 8, "split": 2}, "int8", True),
+    ({}, "int8", {"cuts": False}),
+    ({}, "fp8", {"cuts": False}),
+    ({}, "int8", {"cuts": False, "halves": True}),
+    ({}, "fp8", {"cuts": False, "halves": True}),
+    ({"lag": 0}, "fp8", {"cuts": True}),
+    ({"split": 1}, "int8", {"cuts": True}),
+    ({"split": 1, "block_n": 128, "stages": 8}, "int8", {"cuts": True}),
+    ({"block_m": 64, "stages": 8}, "int8", {"cuts": True}),
+    ({"stages": 4}, "bf16", {"cuts": False, "halves": True}),
+    ({"split": 1, "block_n": 128, "stages": 5}, "bf16", {"cuts": False}),
 ]
 
 
 @compiles
-@pytest.mark.parametrize(("config", "dtype", "cuts"), CASES)
-def test_products_are_asynchronous_and_nothing_spills(config, dtype, cuts):
+@pytest.mark.parametrize(("config", "dtype", "tail"), CASES)
+def test_products_are_asynchronous_and_nothing_spills(config, dtype, tail):
     from tritflow.kernels.hopper.aot import compile_w2a8, in_flight_overwrites
     from tritflow.kernels.hopper.launch import Config
 
     settings = Config(**config)
-    compiled = compile_w2a8(settings, activation_dtype=dtype, cuts=cuts)
+    compiled = compile_w2a8(settings, activation_dtype=dtype, **tail)
     assert compiled.spills == 0
     assert compiled.stack == 0
     assert compiled.notes == ()  # ptxas says there when it serialises wgmma
     assert compiled.shared <= 227 * 1024
     assert in_flight_overwrites(compiled.sass) == []
-    # Two consumers, each with (rows / 2 / 64) blocks of rows by four K slices a step.
-    opcode = "IGMMA" if dtype == "int8" else "QGMMA"
-    assert compiled.count(opcode) == 2 * (settings.block_n // 128) * 4
-    assert compiled.count("LDSM") > 0
+    # Two consumers, each with (rows / 2 / 64) blocks of rows by K slices of 32 bytes a step; half tiles have one block.
+    opcode = {"int8": "IGMMA", "fp8": "QGMMA", "bf16": "HGMMA"}[dtype]
+    blocks = settings.block_n // 128 + (1 if tail.get("halves") else 0)
+    assert compiled.count(opcode) == 2 * blocks * (8 if dtype == "bf16" else 4)
+    if dtype != "bf16":
+        assert compiled.count("LDSM") > 0
 
 
 @compiles
-def test_the_skinny_kernel_needs_no_shared_memory():
+def test_the_skinny_kernel_reads_in_wide_pieces_and_shares_sums_only():
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "HAS_BIAS": True}
-    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=1)
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "WARPS": 4, "HAS_BIAS": True}
+    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=4)
     assert compiled.spills == 0
-    assert compiled.shared == 0
-    assert compiled.count("LDG.E.128") == 24  # 16 rows x 768 bytes in 16-byte pieces a lane
+    assert compiled.shared == 4 * 16 * 8 * 4  # nothing but the warps' sums
+    assert compiled.count("LDG.E.128") == 6  # a lane reads 16 rows x 768 bytes / (32 lanes x 4 warps) in 16-byte pieces
 
 
 @compiles
@@ -74,6 +80,10 @@ def test_configurations_that_cannot_run_are_refused():
         Config(lag=6)
     with pytest.raises(ValueError, match="split=1"):
         Config(block_n=128, split=2)
+    with pytest.raises(ValueError, match="whole, halve or cut"):
+        Config(tail="none")
+    with pytest.raises(ValueError, match="needs split=2"):
+        Config(tail="halve", split=1)
 
 
 def test_sizes_the_copy_engine_takes():
@@ -111,9 +121,16 @@ class _NoGpu:
 
 
 @compiles
-@pytest.mark.parametrize(("shape", "cuts"), [((37, 264, 144), False), ((512, 3072, 12288), True)])
+@pytest.mark.parametrize(
+    ("shape", "config", "tail"),
+    [
+        ((37, 264, 144), None, (False, False, True)),
+        ((4608, 3072, 3072), None, (False, True, False)),
+        ((512, 3072, 12288), {"tail": "cut"}, (True, False, False)),
+    ],
+)
 @pytest.mark.parametrize("fp8", [False, True])
-def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, cuts, fp8):
+def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, config, tail, fp8):
     import types
 
     import torch
@@ -132,6 +149,7 @@ def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, cuts
 
     launch_kernel = launch.w2a8_kernel
     launch._tables.cache_clear()
+    launch._multiprocessors.cache_clear()
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoGpu())
     monkeypatch.setattr(launch, "w2a8_kernel", Recorder())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
@@ -139,11 +157,13 @@ def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, cuts
     m, n, k = shape
     q = torch.zeros(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     weight = torch.zeros(n, 32 * -(-k // 128), dtype=torch.uint8)
-    out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n))
+    config = config and launch.Config(**config)
+    out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n), config=config)
     launch._tables.cache_clear()
+    launch._multiprocessors.cache_clear()
     assert out.shape == (m, n)
     ((grid, options, kernel),) = compiled
-    assert options["CUTS"] is cuts
+    assert (options["CUTS"], options["HALVES"], options["SINGLE"]) == tail
     assert 0 < grid[0] <= 132
     assert kernel.metadata.num_warps == 12
     assert kernel.metadata.shared <= 227 * 1024

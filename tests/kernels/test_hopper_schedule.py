@@ -15,7 +15,7 @@ SHAPES = [(4608, 9216, 3072), (4608, 3072, 12288), (512, 3072, 12288), (512, 307
 def test_every_step_of_every_tile_once(shape, block, blocks):
     m, n, k = shape
     block_m, block_n = block
-    schedule = make_schedule(m, n, k, block_m=block_m, block_n=block_n, blocks=blocks)
+    schedule = make_schedule(m, n, k, block_m=block_m, block_n=block_n, blocks=blocks, tail="cut")
     seen = Counter(
         (unit[TOKEN], unit[ROW], step)
         for unit in schedule.units
@@ -30,7 +30,7 @@ def test_every_step_of_every_tile_once(shape, block, blocks):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cut_tiles_have_their_own_slots_and_counters(shape):
     m, n, k = shape
-    schedule = make_schedule(m, n, k, block_m=128, block_n=256, blocks=132)
+    schedule = make_schedule(m, n, k, block_m=128, block_n=256, blocks=132, tail="cut")
     cut = [unit for unit in schedule.units if unit[PARTS] > 1]
     assert sorted(unit[SLOT] for unit in cut) == list(range(schedule.slots))
     tiles: dict[int, list[tuple[int, ...]]] = {}
@@ -53,13 +53,37 @@ def test_cut_tiles_have_their_own_slots_and_counters(shape):
 def test_cutting_evens_out_the_last_wave(shape, share):
     m, n, k = shape
     size = {"block_m": 128, "block_n": 256, "blocks": 132}
-    cut, plain = make_schedule(m, n, k, **size), make_schedule(m, n, k, **size, split=False)
+    cut, plain = make_schedule(m, n, k, **size, tail="cut"), make_schedule(m, n, k, **size)
     ideal = (m // 128) * (n // 256) * (k // 128) / 132
     assert ideal / cut.critical_steps() > share > ideal / plain.critical_steps()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_halves_cover_every_row_once(shape):
+    m, n, k = shape
+    schedule = make_schedule(m, n, k, block_m=128, block_n=256, blocks=132, tail="halve")
+    rows: Counter[tuple[int, int]] = Counter()
+    for unit in schedule.units:
+        assert (unit[STEP], unit[STEPS]) == (0, -(-k // 128))
+        for block in range(2 if unit[PARTS] else 1):
+            if unit[ROW] + 128 * block < n:
+                rows[unit[TOKEN], unit[ROW] + 128 * block] += 1
+    assert set(rows.values()) == {1}
+    assert len(rows) == -(-m // 128) * -(-n // 128)
+    assert schedule.halves == any(unit[PARTS] == 0 for unit in schedule.units)
+
+
+def test_halves_fill_the_last_wave_where_they_fit():
+    size = {"block_m": 128, "block_n": 256, "blocks": 132}
+    whole, halves = (make_schedule(4608, 3072, 12288, **size, tail=tail) for tail in ("whole", "halve"))
+    assert whole.critical_steps() == 4 * 96
+    assert 3.5 * 96 <= halves.critical_steps() < 3.6 * 96
+    # 108 tiles of a wave of 132 are more than halves could spread: nothing is gained, nothing is halved.
+    assert not make_schedule(4608, 9216, 3072, **size, tail="halve").halves
+
+
 def test_bands_share_what_a_wave_reads():
-    schedule = make_schedule(4608, 9216, 3072, block_m=128, block_n=256, blocks=132, group=8, split=False)
+    schedule = make_schedule(4608, 9216, 3072, block_m=128, block_n=256, blocks=132, group=8)
     first_wave = [schedule.units[start] for start in schedule.starts[:-1]]
     assert len({unit[TOKEN] for unit in first_wave}) == 8
     assert len({unit[ROW] for unit in first_wave}) == 17

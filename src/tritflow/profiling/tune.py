@@ -17,7 +17,8 @@ from torch import Tensor
 from tritflow import results
 from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
 from tritflow.kernels.tuning import Choice
-from tritflow.profiling.kernels import Candidate, graph_times, quantized, random_trits
+from tritflow.profiling.products import quantized, random_trits
+from tritflow.profiling.timing import Candidate, graph_times
 
 PRODUCTS = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]
 """(N, K) of FLUX.1-dev's blocks; 9216 is query, key and value as one."""
@@ -40,11 +41,20 @@ multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode 
 """
 HOPPER = [
     {},
-    {"split": 2},
-    {"split": 2, "cut": False},
-    {"block_n": 128, "stages": 8},
+    {"tail": "halve"},
+    {"tail": "halve", "group": 4},
+    {"tail": "cut"},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2, "tail": "cut"},
     {"block_m": 64, "stages": 8},
 ]
+HOPPER_16 = [
+    {"stages": 4, "lag": 1},
+    {"stages": 4, "lag": 1, "tail": "halve"},
+    {"stages": 4, "lag": 1, "tail": "cut"},
+    {"split": 1, "block_n": 128, "stages": 5, "lag": 1},
+]
+"""Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 
 Say = Callable[[str], None]
 
@@ -58,8 +68,8 @@ def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
             if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
                 yield Choice("triton", tiles)
-    if "hopper" in backends and name != tuning.W2A16:
-        for config in HOPPER:
+    if "hopper" in backends:
+        for config in HOPPER_16 if name == tuning.W2A16 else HOPPER:
             yield Choice("hopper", dict(config))
 
 
@@ -75,13 +85,16 @@ def runner(choice: Choice) -> Callable[..., Tensor]:
 
         return tiled
     if choice.backend == "hopper":
-        from tritflow.kernels.hopper.launch import Config
-        from tritflow.kernels.hopper.launch import w2a8_gemm as hopper_gemm
+        from tritflow.kernels.hopper import launch
 
-        config = Config(**choice.config)
-        return lambda x, scale, weight, weight_scale, bias: hopper_gemm(
-            x, scale, weight, weight_scale, bias, config=config
-        )
+        config = launch.Config(**choice.config)
+
+        def hopper(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+            if scale is None:
+                return launch.w2a16_gemm(x, weight, weight_scale, bias, config=config)
+            return launch.w2a8_gemm(x, scale, weight, weight_scale, bias, config=config)
+
+        return hopper
 
     def named(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
         if scale is None:

@@ -89,19 +89,20 @@ def _instructions(listing: str) -> str:
 
 
 def compile_w2a8(
-    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True
+    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True, halves: bool = False
 ) -> Compiled:
-    """The W2A8 product of a configuration; ``activation_dtype`` is "int8" or "fp8"."""
-    fp8 = activation_dtype == "fp8"
-    element = gl.float8e4nv if fp8 else gl.int8
+    """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
+    name, element = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}[
+        activation_dtype
+    ]
     signature = {
-        "x_desc": _descriptor("fp8e4nv" if fp8 else "i8", element, [config.block_m, 128]),
-        "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
-        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
+        "x_desc": _descriptor(name, element, [config.block_m, 128]),
+        "w_desc": _descriptor("u8", gl.uint8, [config.block_n // 2, 32]),
+        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2 // config.split]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
-        "workspace": "*fp32" if fp8 else "*i32",
+        "workspace": "*i32" if activation_dtype == "int8" else "*fp32",
         "counters": "*i32",
         "table": "*i32",
         "starts": "*i32",
@@ -114,6 +115,8 @@ def compile_w2a8(
         "LAG": config.lag,
         "HAS_BIAS": has_bias,
         "CUTS": cuts,
+        "HALVES": halves,
+        "SINGLE": False,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
 

@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tritflow.kernels.assembly import HALVES
+
 # Four fields of a byte lie 32 apart in K, so field f of 32 bytes is the f-th K slice of 32 that wgmma takes.
 _DECODE = gl.constexpr(
     """
@@ -40,28 +42,38 @@ _DECODE = gl.constexpr(
     }
     """
 )
+_HALVES = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _packed_layout(rows):
+def _packed_layout(rows, bits):
     """Registers and lanes of [rows, 32] packed bytes such that decoding moves nothing between threads."""
-    registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+    if bits == 16:
+        registers = [[0, 1], [0, 8], [8, 0], [0, 16]]
+        lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    else:
+        registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+        lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     if rows == 128:
         registers = [*registers, [64, 0]]
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     warps = [[16, 0], [32, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, 32])
 
 
+@gluon.constexpr_function
+def _four(dtype):
+    return (dtype, dtype, dtype, dtype)
+
+
 @gluon.jit
-def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
-    """uint8 [ROWS, 32] -> int8 [ROWS, 128] of {0, +-64}, or e4m3 of {0, +-2.0}, as wgmma's operand A."""
-    if FP8:
+def _decode(packed, dtype: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
+    """uint8 [ROWS, 32] -> [ROWS, 128] of {0, +-64} (int8) or {0, +-2.0} (e4m3, bf16, fp16), as wgmma's operand A."""
+    if dtype.primitive_bitwidth == 16:
         f0, f1, f2, f3 = gl.inline_asm_elementwise(
-            _DECODE,
-            "=r,=r,=r,=r,r",
+            _HALVES,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -70,7 +82,7 @@ def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr)
             _DECODE,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -80,35 +92,63 @@ def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr)
 
 
 @gluon.jit
+def _units(starts, SINGLE: gl.constexpr):
+    """First and past-the-last unit of this block; with one unit a block there is nothing to look up."""
+    if SINGLE:
+        return gl.program_id(0), gl.program_id(0) + 1
+    else:
+        return gl.load(starts + gl.program_id(0)), gl.load(starts + gl.program_id(0) + 1)
+
+
+@gluon.jit
 def _unit(table, u):
     row = table + u * 8
     return gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
 
 
 @gluon.jit
-def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl.constexpr):
+def _load(
+    x_desc,
+    w_desc,
+    x_bufs,
+    w_bufs,
+    full,
+    empty,
+    table,
+    starts,
+    STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
+    SINGLE: gl.constexpr,
+):
     """The copying warp: fills a ring of stages, each one K step of activations and packed weights."""
     BM: gl.constexpr = x_desc.block_type.shape[0]
-    BN: gl.constexpr = w_desc.block_type.shape[0]
-    first = gl.load(starts + gl.program_id(0))
-    last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, step, steps = _unit(table, first)
+    HALF: gl.constexpr = w_desc.block_type.shape[0]
+    x_bytes: gl.constexpr = BM * 16 * x_desc.dtype.primitive_bitwidth
+    first, last = _units(starts, SINGLE)
     stage = 0
     phase = 1
     for u in range(first, last):
-        # The next unit's entry is on its way while this one is copied.
-        next_token, next_row, next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
+        # Not carried over from the unit before: Triton 3.6 takes a carried bound of the inner loop for constant.
+        token, row, step, steps = _unit(table, u)
+        whole = True
+        if HALVES:
+            whole = gl.load(table + u * 8 + 4) > 0
         for k in range(step, step + steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, BM * 128 + BN * 32)
-            tma.async_copy_global_to_shared(w_desc, [row, k * 32], bar, w_bufs.index(stage))
+            if whole:
+                mbarrier.expect(bar, x_bytes + 2 * HALF * 32)
+                tma.async_copy_global_to_shared(
+                    w_desc, [row + HALF, k * 32], bar, w_bufs.index(stage).slice(HALF, HALF, dim=0)
+                )
+            else:
+                mbarrier.expect(bar, x_bytes + HALF * 32)
+            tma.async_copy_global_to_shared(w_desc, [row, k * 32], bar, w_bufs.index(stage).slice(0, HALF, dim=0))
             tma.async_copy_global_to_shared(x_desc, [token, k * 128], bar, x_bufs.index(stage))
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        token, row, step, steps = next_token, next_row, next_step, next_steps
 
 
 @gluon.jit
@@ -151,6 +191,68 @@ def _sum_parts(acc, first, parts, stride, mma: gl.constexpr):
 
 
 @gluon.jit
+def _products(
+    steps,
+    place,
+    buffers,
+    mma: gl.constexpr,
+    PART: gl.constexpr,
+    H: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    LAG: gl.constexpr,
+):
+    """Sums over ``steps`` K steps of a consumer's BLOCKS blocks of H weight rows (the second is zeros for one)."""
+    x_bufs, w_bufs, _out_bufs, full, empty, lag = buffers
+    stage, phase, count = place
+    BM: gl.constexpr = x_bufs.shape[1]
+    dtype: gl.constexpr = x_bufs.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 32 // bits)
+    packed_layout: gl.constexpr = _packed_layout(H, bits)
+    acc0 = gl.zeros((H, BM), gl.int32 if dtype == gl.int8 else gl.float32, mma)
+    acc1 = acc0
+    for k in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        b = x_bufs.index(stage).permute((1, 0))
+        packed0 = w_bufs.index(stage).slice(PART * BLOCKS * H, H, dim=0).load(packed_layout)
+        if BLOCKS == 2:
+            packed1 = w_bufs.index(stage).slice(PART * BLOCKS * H + H, H, dim=0).load(packed_layout)
+        a0 = _decode(packed0, dtype, a_layout, H)
+        acc0 = warpgroup_mma(a0, b, acc0, use_acc=k > 0, is_async=True)
+        if BLOCKS == 2:
+            a1 = _decode(packed1, dtype, a_layout, H)
+            acc1 = warpgroup_mma(a1, b, acc1, use_acc=k > 0, is_async=True)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+        else:
+            acc0 = warpgroup_mma_wait(0, deps=[acc0])
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        if LAG > 0 and PART == 0:
+            count += 1
+            if count == LAG:
+                mbarrier.arrive(lag.index(0), count=1)
+    return acc0, acc1, (stage, phase, count)
+
+
+@gluon.jit
+def _finish(acc, out, ts, ws, bias, bits: gl.constexpr, unit: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Scale sums [H, BM], add the bias, round, and lay them down as tokens x rows in shared memory."""
+    y = acc.to(gl.float32)
+    if bits == 8:
+        y = y * gl.expand_dims(ts, 0)
+    w = gl.expand_dims(ws.to(gl.float32) * unit, 1)
+    if HAS_BIAS:
+        y = gl.fma(y, w, gl.expand_dims(bias.to(gl.float32), 1))
+    else:
+        y = y * w
+    out.permute((1, 0)).store(y.to(out.dtype))
+
+
+@gluon.jit
 def _multiply(
     PART: gl.constexpr,
     operands,
@@ -162,23 +264,23 @@ def _multiply(
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CUTS: gl.constexpr,
+    HALVES: gl.constexpr,
+    SINGLE: gl.constexpr,
 ):
     """A consumer: its half of the weight rows of every unit of this block."""
     out_desc, x_scale, weight_scale, bias, workspace, counters, table, starts = operands
-    x_bufs, w_bufs, out_bufs, full, empty, lag = buffers
+    x_bufs, w_bufs, out_bufs, _full, _empty, lag = buffers
     BM: gl.constexpr = x_bufs.shape[1]
     R: gl.constexpr = w_bufs.shape[1] // 2
     H: gl.constexpr = R // SPLIT
-    FP8: gl.constexpr = x_bufs.dtype != gl.int8
-    acc_type: gl.constexpr = gl.float32 if FP8 else gl.int32
-    unit: gl.constexpr = 0.5 if FP8 else 0.015625  # what a weight of +1 reads as is 1 / unit
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 32])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    packed_layout: gl.constexpr = _packed_layout(H)
+    dtype: gl.constexpr = x_bufs.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
+    unit: gl.constexpr = 0.015625 if dtype == gl.int8 else 0.5  # what a weight of +1 reads as is 1 / unit
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 256 // bits]
+    )
 
-    first = gl.load(starts + gl.program_id(0))
-    last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, _step, steps = _unit(table, first)
+    first, last = _units(starts, SINGLE)
     stage = 0
     phase = 0
     count = 0
@@ -186,48 +288,43 @@ def _multiply(
         # Start LAG steps behind the other consumer, so that the two do not write their tiles at the same time.
         mbarrier.wait(lag.index(0), 0)
     for u in range(first, last):
-        next_token, next_row, _next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
-        rows = row + PART * R + gl.arange(0, H, gl.SliceLayout(1, mma))
+        token, row, _step, steps = _unit(table, u)
+        parts = gl.load(table + u * 8 + 4)
+        own_row = row + PART * R
+        if HALVES:
+            whole = parts > 0
+            own_row = row + PART * (R // 2)
+            if whole:
+                own_row = row + PART * R
+        rows = own_row + gl.arange(0, H, gl.SliceLayout(1, mma))
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
         # The scales are asked for before the products and used after them.
-        ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
+        ts = 0.0
+        if bits == 8:
+            ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
         ws0 = gl.load(weight_scale + rows, mask=rows < N, other=0.0)
+        bias0 = ws0
+        ws1 = ws0
         if SPLIT == 2:
             ws1 = gl.load(weight_scale + rows + H, mask=rows + H < N, other=0.0)
+        bias1 = ws1
         if HAS_BIAS:
             bias0 = gl.load(bias + rows, mask=rows < N, other=0.0)
             if SPLIT == 2:
                 bias1 = gl.load(bias + rows + H, mask=rows + H < N, other=0.0)
 
-        acc0 = gl.zeros((H, BM), acc_type, mma)
-        acc1 = acc0
-        for k in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            b = x_bufs.index(stage).permute((1, 0))
-            packed0 = w_bufs.index(stage).slice(PART * R, H, dim=0).load(packed_layout)
-            if SPLIT == 2:
-                packed1 = w_bufs.index(stage).slice(PART * R + H, H, dim=0).load(packed_layout)
-            a0 = _decode(packed0, FP8, a_layout, H)
-            acc0 = warpgroup_mma(a0, b, acc0, use_acc=k > 0, is_async=True)
-            if SPLIT == 2:
-                a1 = _decode(packed1, FP8, a_layout, H)
-                acc1 = warpgroup_mma(a1, b, acc1, use_acc=k > 0, is_async=True)
-                acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
+        place = (stage, phase, count)
+        if HALVES:
+            if whole:
+                acc0, acc1, place = _products(steps, place, buffers, mma, PART, H, 2, STAGES, LAG)
             else:
-                acc0 = warpgroup_mma_wait(0, deps=[acc0])
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-            if LAG > 0 and PART == 0:
-                count += 1
-                if count == LAG:
-                    mbarrier.arrive(lag.index(0), count=1)
+                acc0, acc1, place = _products(steps, place, buffers, mma, PART, H, 1, STAGES, LAG)
+        else:
+            acc0, acc1, place = _products(steps, place, buffers, mma, PART, H, SPLIT, STAGES, LAG)
+        stage, phase, count = place
 
         ready = True
-        if CUTS:
-            parts = gl.load(table + u * 8 + 4)
+        if CUTS:  # noqa: SIM102 - as below
             if parts > 1:
                 # Hand in this part; whoever hands in a tile's last part sums them all and writes the tile.
                 stride: gl.constexpr = 2 * R * BM
@@ -247,28 +344,19 @@ def _multiply(
         if ready:
             tma.store_wait(0)
             gl.thread_barrier()
-            out = out_bufs.index(PART)
-            y = acc0.to(gl.float32) * gl.expand_dims(ts, 0)
-            w = gl.expand_dims(ws0.to(gl.float32) * unit, 1)
-            if HAS_BIAS:
-                y = gl.fma(y, w, gl.expand_dims(bias0.to(gl.float32), 1))
-            else:
-                y = y * w
+            out0 = out_bufs.index(PART * SPLIT)
+            out1 = out_bufs.index(PART * SPLIT + SPLIT - 1)
+            _finish(acc0, out0, ts, ws0, bias0, bits, unit, HAS_BIAS)
             if SPLIT == 2:
-                out.slice(0, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-                y = acc1.to(gl.float32) * gl.expand_dims(ts, 0)
-                w = gl.expand_dims(ws1.to(gl.float32) * unit, 1)
-                if HAS_BIAS:
-                    y = gl.fma(y, w, gl.expand_dims(bias1.to(gl.float32), 1))
-                else:
-                    y = y * w
-                out.slice(H, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-            else:
-                out.permute((1, 0)).store(y.to(out_desc.dtype))
+                _finish(acc1, out1, ts, ws1, bias1, bits, unit, HAS_BIAS)
             fence_async_shared()
             gl.thread_barrier()
-            tma.async_copy_shared_to_global(out_desc, [token, row + PART * R], out)
-        token, row, steps = next_token, next_row, next_steps
+            tma.async_copy_shared_to_global(out_desc, [token, own_row], out0)
+            if HALVES:
+                if whole:
+                    tma.async_copy_shared_to_global(out_desc, [token, own_row + H], out1)
+            elif SPLIT == 2:
+                tma.async_copy_shared_to_global(out_desc, [token, own_row + H], out1)
     if LAG > 0 and PART == 0:  # noqa: SIM102 - one is known to the compiler, the other is not
         if count < LAG:
             mbarrier.arrive(lag.index(0), count=1)
@@ -294,18 +382,21 @@ def w2a8_kernel(
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CUTS: gl.constexpr,
+    HALVES: gl.constexpr,
+    SINGLE: gl.constexpr,
 ):
     """Launch with 4 warps (the first consumer); the grid is the schedule's.
 
-    x_desc [M, K] int8 or e4m3, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN, 32]; out_desc [M, N] bf16,
-    blocks [BM, BN / 2]; x_scale fp32 [M]; weight_scale and bias [N]; workspace int32 (fp32 for e4m3); counters
-    int32, zeros; table int32 [units, 8]; starts int32 [blocks + 1].
+    x_desc [M, K] int8, e4m3, bf16 or fp16, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN / 2, 32];
+    out_desc [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2 / SPLIT]; x_scale fp32 [M], unused for 16 bits;
+    weight_scale and bias [N]; workspace int32 for int8, else fp32; counters int32, zeros; table int32 [units, 8];
+    starts int32 [blocks + 1], unused if SINGLE: one unit a block.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
-    BN: gl.constexpr = w_desc.block_type.shape[0]
+    BN: gl.constexpr = 2 * w_desc.block_type.shape[0]
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(gl.uint8, [STAGES, BN, 32], w_desc.layout)
-    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2, BM, BN // 2], out_desc.layout)
+    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * SPLIT, BM, BN // 2 // SPLIT], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lag = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -319,9 +410,9 @@ def w2a8_kernel(
     buffers = (x_bufs, w_bufs, out_bufs, full, empty, lag)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS)),
-            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS)),
-            (_load, (x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES)),
+            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE)),
+            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE)),
+            (_load, (x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES, HALVES, SINGLE)),
         ],
         [4, 1],
         [232, 24],
