@@ -1,5 +1,6 @@
 """Ternary kernels: registered operations, backend choice, and the plain reference. See ops.py for numerics."""
 
+from tritflow.kernels.attention_op import attention
 from tritflow.kernels.backends import Backend, BackendError, Kernel, describe
 from tritflow.kernels.block_ops import (
     adaln,
@@ -18,6 +19,7 @@ __all__ = [
     "Kernel",
     "adaln",
     "adaln_quantize",
+    "attention",
     "describe",
     "gated_residual",
     "gelu",

@@ -211,6 +211,12 @@ def w2a8_matmul(
     return gated_residual(residual, gate, out.view(residual.shape)).to(dtype).flatten(0, 1)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
+    from tritflow.kernels.attention_reference import attention  # which uses this module's constants
+
+    return attention(q, k, v, dtype, scale)
+
+
 def _always(*args: object) -> bool:
     return True
 
@@ -230,5 +236,6 @@ BACKEND = Backend(
         "qk_norm_rope": Kernel(qk_norm_rope, _always),
         "gated_residual": Kernel(gated_residual, _always),
         "w2a8_matmul": Kernel(w2a8_matmul, _always),
+        "attention": Kernel(_attention, _always),
     },
 )

@@ -105,6 +105,17 @@ def _supports_w2a16(
     return x.dtype in (torch.bfloat16, torch.float16) and m >= _FROM_TOKENS and supports(m, n, k)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
+    """See `tritflow.kernels.attention`."""
+    from tritflow.kernels.hopper.attention_launch import attention as run
+
+    return run(q, k, v, dtype, scale)
+
+
+def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
+    return q.shape[-1] in (64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
 BACKEND = Backend(
     name="hopper",
     device_types=("cuda",),
@@ -113,5 +124,6 @@ BACKEND = Backend(
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+        "attention": Kernel(attention, _supports_attention),
     },
 )

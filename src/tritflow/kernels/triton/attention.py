@@ -1,0 +1,345 @@
+"""8-bit attention in plain Triton: see `tritflow.kernels.attention`.
+
+Two kernels: `quantize_kernel` brings keys and values into 8 bits, `attention_kernel` quantizes its own queries (nobody
+else reads them) and walks over the keys with a running maximum, as FlashAttention does.
+
+Weights become operand A of the second product without moving between threads: a thread holds columns {2c, 2c+1} of every
+eight of the first product's result and needs {4c .. 4c+3} of every sixteen, so keys are taken in another order, and the
+values are stored in that order (`_shuffled`). The maximum is rounded up to a whole power of two: a weight's rounding then
+does not depend on which maximum was known when it was made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
+from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
+from tritflow.kernels.triton.block import contiguous_features
+
+
+@triton.jit
+def _to_8bit(x, INT8: tl.constexpr, TYPE: tl.constexpr):
+    if INT8:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        x = x + 12582912.0 - 12582912.0
+    return x.to(TYPE)
+
+
+@triton.jit
+def _shuffled(x, AXIS_LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """[N, COLUMNS] -> [COLUMNS, N]: of every sixteen rows, 8h + 2c + i goes to place 4c + 2h + i."""
+    x = tl.permute(tl.reshape(x, (AXIS_LENGTH // 16, 2, 4, 2, COLUMNS)), (4, 0, 2, 1, 3))
+    return tl.reshape(x, (COLUMNS, AXIS_LENGTH))
+
+
+@triton.jit
+def quantize_kernel(
+    k_ptr,
+    v_ptr,
+    k8_ptr,
+    v8_ptr,
+    k_scale_ptr,
+    v_exponent_ptr,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    v_stride_b,
+    v_stride_s,
+    v_stride_h,
+    H,
+    S,
+    PADDED,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    V_MAX: tl.constexpr,
+    V_FLOOR: tl.constexpr,
+    INT8: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK keys (program axis 2: 0) or values (1) of one head; rows past S become zeros.
+
+    k8 [B H PADDED, D], v8 e4m3 [B H D, PADDED] shuffled; k_scale and v_exponent float32 [B H, PADDED / BLOCK].
+    """
+    block = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // H
+    h = bh - b * H
+    t = block * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D)
+    inside = (t < S)[:, None]
+    at = bh * (PADDED // BLOCK) + block
+    if tl.program_id(2) == 0:
+        base = k_ptr + b * k_stride_b + h * k_stride_h + d[None, :]
+        few = tl.arange(0, SAMPLE) * S // SAMPLE
+        mean = tl.sum(tl.load(base + few.to(tl.int64)[:, None] * k_stride_s).to(tl.float32), axis=0) / SAMPLE
+        k = tl.load(base + t.to(tl.int64)[:, None] * k_stride_s, mask=inside, other=0).to(tl.float32)
+        k = tl.where(inside, k - mean[None, :], 0.0)
+        # Zero, or NaN if there is one: a maximum alone may drop it.
+        nothing = tl.sum(tl.sum(k * 0.0, axis=1), axis=0)
+        k_scale = tl.maximum(tl.max(tl.max(tl.abs(k), axis=1), axis=0), FLOOR) / QMAX + nothing
+        k8 = _to_8bit(k * (1.0 / k_scale), INT8, k8_ptr.dtype.element_ty)
+        tl.store(k8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], k8)
+        tl.store(k_scale_ptr + at, k_scale)
+    else:
+        base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
+        v = tl.load(base + t.to(tl.int64)[:, None] * v_stride_s, mask=inside, other=0).to(tl.float32)
+        exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), V_FLOOR) / V_MAX))
+        v8 = _shuffled((v * tl.exp2(-exponent)).to(v8_ptr.dtype.element_ty), BLOCK, D)
+        tl.store(v8_ptr + (bh * D + d)[:, None] * PADDED + t[None, :], v8)
+        tl.store(v_exponent_ptr + at, exponent)
+
+
+@triton.jit
+def _row_max(x, ROWS: tl.constexpr, N: tl.constexpr):
+    """Maximum of rows in two steps: many short chains of operations instead of few long ones."""
+    return tl.max(tl.max(tl.reshape(x, (ROWS, 4, N // 4)), axis=1), axis=1)
+
+
+@triton.jit
+def _row_sum(x, ROWS: tl.constexpr, N: tl.constexpr):
+    return tl.sum(tl.sum(tl.reshape(x, (ROWS, 4, N // 4)), axis=1), axis=1)
+
+
+@triton.jit
+def _step(
+    q,
+    q_scale,
+    acc,
+    m,
+    sums,
+    k_desc,
+    v,
+    k_scale_ptr,
+    v_exponent_ptr,
+    v_stride_s,
+    bh,
+    n,
+    MASK: tl.constexpr,
+    V8: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CODES: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """BLOCK_N keys from n on."""
+    t = n + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, D)
+    s = tl.dot(q, tl.trans(k_desc.load([bh * PADDED + n, 0]))).to(tl.float32)
+    at = bh * (PADDED // BLOCK) + n // BLOCK
+    scale = q_scale * tl.load(k_scale_ptr + at)
+    exponent = tl.load(v_exponent_ptr + at) if V8 else 0.0
+    if MASK:
+        s = tl.where((t < S)[None, :], s, float("-inf"))
+    # A maximum may drop a NaN; scale * 0 brings it back.
+    new = tl.maximum(m, tl.ceil(_row_max(s, BLOCK_M, BLOCK_N) * scale + exponent))
+    alpha = tl.exp2(m - new) + scale * 0.0
+    acc = acc * alpha[:, None]
+    if CODES:
+        code = tl.fma(s, tl.broadcast_to((scale * 8.0)[:, None], s.shape), tl.broadcast_to((12583032.0 + 8.0 * (exponent - new))[:, None], s.shape))
+        code = tl.maximum(code, 12582912.0).to(tl.int32, bitcast=True)
+        p = (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        p8 = code.to(tl.uint8).to(v.dtype, bitcast=True)
+    else:
+        top: tl.constexpr = 8.0 if V8 else 0.0  # e4m3 reaches up to 448
+        p = tl.exp2(s * scale[:, None] - (new - exponent - top)[:, None])
+        if V8:
+            p8 = p.to(v.dtype)
+    if not ONES:
+        sums = sums * alpha + _row_sum(p, BLOCK_M, BLOCK_N) * tl.exp2(0.0 - exponent)
+    if V8:
+        p8 = tl.permute(tl.reshape(p8, (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+        p8 = tl.reshape(p8, (BLOCK_M, BLOCK_N))
+        if ONES:
+            one = tl.full((BLOCK_N, 16), 1.0, tl.float32).to(v.dtype)
+            sums = sums * alpha[:, None] + tl.dot(p8, one) * tl.exp2(0.0 - exponent)
+        acc = tl.dot(p8, tl.trans(v.load([bh * D, n])), acc)
+    else:
+        rows = v + t.to(tl.int64)[:, None] * v_stride_s + d[None, :]
+        if MASK:
+            values = tl.load(rows, mask=(t < S)[:, None], other=0.0)
+        else:
+            values = tl.load(rows)
+        acc = tl.dot(p.to(values.dtype), values, acc)
+    return acc, new, sums
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,
+    k_desc,
+    v,
+    k_scale_ptr,
+    v_exponent_ptr,
+    out_ptr,
+    factor,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    v_stride_b,
+    v_stride_s,
+    v_stride_h,
+    out_stride_b,
+    out_stride_s,
+    out_stride_h,
+    H,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    INT8: tl.constexpr,
+    V8: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CODES: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """BLOCK_M queries of one head.
+
+    k_desc [B H PADDED, D] int8 or e4m3, blocks [BLOCK_N, D]; v a descriptor of e4m3 [B H D, PADDED], blocks
+    [D, BLOCK_N] (V8), else a pointer to the values themselves. S is a constant so that products stay asynchronous.
+    """
+    bh = tl.program_id(1)
+    b = (bh // H).to(tl.int64)
+    h = bh % H
+    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D)
+    inside = (t < S)[:, None]
+    rows = q_ptr + b * q_stride_b + h * q_stride_h + t.to(tl.int64)[:, None] * q_stride_s + d[None, :]
+    x = tl.load(rows, mask=inside, other=0).to(tl.float32)
+    row_scale = tl.maximum(tl.max(tl.abs(x), axis=1), FLOOR) / QMAX + tl.sum(x * 0.0, axis=1)
+    q = _to_8bit(x * (1.0 / row_scale)[:, None], INT8, k_desc.dtype)
+    q_scale = row_scale * factor
+    if not V8:
+        v += b * v_stride_b + h * v_stride_h
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK_M, 16) if ONES else (BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    full: tl.constexpr = S // BLOCK_N * BLOCK_N
+    for n in tl.range(0, full, BLOCK_N):
+        acc, m, sums = _step(
+            q, q_scale, acc, m, sums, k_desc, v, k_scale_ptr, v_exponent_ptr, v_stride_s, bh, n,
+            False, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK, CODES, ONES,
+        )  # fmt: skip
+    if full < S:
+        acc, m, sums = _step(
+            q, q_scale, acc, m, sums, k_desc, v, k_scale_ptr, v_exponent_ptr, v_stride_s, bh, full,
+            True, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK, CODES, ONES,
+        )  # fmt: skip
+    if ONES:
+        sums = tl.max(sums, axis=1) + 0.0 * q_scale
+    out = out_ptr + b * out_stride_b + h * out_stride_h + t.to(tl.int64)[:, None] * out_stride_s + d[None, :]
+    tl.store(out, (acc * (1.0 / sums)[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def quantize_keys_values(
+    k: Tensor, v: Tensor, dtype: str, values: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values [B, S, H, D] (D contiguous, a power of two) as the kernels read them, in one pass.
+
+    Returns k8 [B H P, D] in `dtype`, v8 e4m3 [B H D, P] shuffled, k_scale and v_exponent float32 [B H, P / 128]; P is
+    S rounded up to 128. Without `values`, v8 and v_exponent are empty.
+    """
+    batch, tokens, heads, features = k.shape
+    padded = triton.cdiv(tokens, BLOCK) * BLOCK
+    rows = batch * heads
+    k8 = torch.empty((rows * padded, features), dtype=QTYPE[dtype], device=k.device)
+    v8 = torch.empty((rows * features if values else 0, padded), dtype=torch.float8_e4m3fn, device=k.device)
+    k_scale = torch.empty((rows, padded // BLOCK), dtype=torch.float32, device=k.device)
+    v_exponent = torch.empty((rows if values else 0, padded // BLOCK), dtype=torch.float32, device=k.device)
+    quantize_kernel[(padded // BLOCK, rows, 2 if values else 1)](
+        k,
+        v,
+        k8,
+        v8,
+        k_scale,
+        v_exponent,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        heads,
+        tokens,
+        padded,
+        QMAX=QMAX[dtype],
+        FLOOR=AMAX_FLOOR,
+        V_MAX=E4M3_MAX,
+        V_FLOOR=V_FLOOR,
+        INT8=dtype == "int8",
+        SAMPLE=SAMPLE,
+        D=features,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return k8, v8, k_scale, v_exponent
+
+
+def launch_blocks(features: int, e4m3: bool) -> dict[str, int]:
+    """Tile sizes and launch options; two small blocks of 64 queries a multiprocessor beat one large."""
+    if features > 128 or not e4m3:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "CODES": 0, "ONES": False}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "CODES": 0, "ONES": False}
+
+
+def attend(
+    q: Tensor,
+    v: Tensor,
+    quantized: tuple[Tensor, Tensor, Tensor, Tensor],
+    scale: float | None = None,
+    blocks: dict[str, int] | None = None,
+) -> Tensor:
+    """Attention of q [B, S, H, D] on what `quantize_keys_values` gave; v is read only where that holds no values."""
+    k8, v8, k_scale, v_exponent = quantized
+    batch, tokens, heads, features = q.shape
+    padded = k_scale.shape[1] * BLOCK
+    e4m3 = v8.numel() > 0
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    options: dict[str, Any] = {**(blocks or launch_blocks(features, e4m3))}
+    block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
+    dtype = "int8" if k8.dtype == torch.int8 else "float8_e4m3fn"
+    attention_kernel[(triton.cdiv(tokens, block_m), batch * heads)](
+        q,
+        TensorDescriptor(k8, list(k8.shape), [features, 1], [block_n, features]),
+        TensorDescriptor(v8, list(v8.shape), [padded, 1], [features, block_n]) if e4m3 else v,
+        k_scale,
+        v_exponent,
+        out,
+        (features**-0.5 if scale is None else scale) * math.log2(math.e),
+        *q.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        heads,
+        S=tokens,
+        PADDED=padded,
+        QMAX=QMAX[dtype],
+        FLOOR=AMAX_FLOOR,
+        INT8=dtype == "int8",
+        V8=e4m3,
+        D=features,
+        BLOCK=BLOCK,
+        **options,
+    )
+    return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, dtype: str = "int8", scale: float | None = None, e4m3: bool = True
+) -> Tensor:
+    """See `tritflow.kernels.attention`; without `e4m3`, values and weights stay in 16 bits."""
+    if not q.numel():
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = (contiguous_features(t) for t in (q, k, v))
+    return attend(q, v, quantize_keys_values(k, v, dtype, e4m3), scale)
