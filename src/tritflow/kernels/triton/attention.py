@@ -149,7 +149,11 @@ def _step(
     alpha = tl.exp2(m - new) + scale * 0.0
     acc = acc * alpha[:, None]
     if CODES:
-        code = tl.fma(s, tl.broadcast_to((scale * 8.0)[:, None], s.shape), tl.broadcast_to((12583032.0 + 8.0 * (exponent - new))[:, None], s.shape))
+        code = tl.fma(
+            s,
+            tl.broadcast_to((scale * 8.0)[:, None], s.shape),
+            tl.broadcast_to((12583032.0 + 8.0 * (exponent - new))[:, None], s.shape),
+        )
         code = tl.maximum(code, 12582912.0).to(tl.int32, bitcast=True)
         p = (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
         p8 = code.to(tl.uint8).to(v.dtype, bitcast=True)
