@@ -273,6 +273,7 @@ class FusedFlux1:
             image, text = double(image, text, parts[2 * i], parts[2 * i + 1], rope)
         tokens = text.shape[1]
         x = torch.cat([text, image], dim=1)
+        del text, image
         for single, part in zip(self.singles, parts[2 * len(self.doubles) : -1], strict=True):
             x = single(x, part, rope)
         scale, shift = parts[-1].chunk(2, dim=1)
