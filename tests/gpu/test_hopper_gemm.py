@@ -82,6 +82,27 @@ def test_a_thousand_launches_give_the_same_bits(shape, dtype):
         assert torch.equal(out, first)
 
 
+@pytest.mark.parametrize("config", [{}, {"tail": "halve"}, {"tail": "cut"}, NARROW, {"block_m": 64}])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_gated_residual(config, dtype):
+    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
+
+    for m, n, k in SHAPES:
+        q, scale, trits, row, bias = _inputs(m, n, k, dtype)
+        # Rows of a wider tensor, as an image's tokens behind a text's are.
+        residual = torch.randn(m, n + 64, device="cuda").to(torch.bfloat16)[:, 64:]
+        gate = torch.randn(n, device="cuda").to(torch.bfloat16)
+        expected = residual.double() + gate.double() * _expected(q, scale, trits, row, bias)
+        packed = pack_2bit(trits)
+        first = None
+        for _ in range(10):
+            out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+            w2a8_gemm(q, scale, packed, row, bias, residual=residual, gate=gate, out=out, config=Config(**config))
+            first = out if first is None else first
+            assert torch.equal(out, first)
+        assert (first.double() - expected).norm() / expected.norm() < 3e-3, (m, n, k)
+
+
 @pytest.mark.parametrize("config", [{}, {"tail": "halve"}, {"tail": "cut"}, NARROW])
 def test_fp8_is_near_the_dense_product(config):
     from tritflow.kernels.hopper.launch import Config, w2a8_gemm

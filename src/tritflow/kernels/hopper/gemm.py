@@ -203,7 +203,7 @@ def _products(
     LAG: gl.constexpr,
 ):
     """Sums over ``steps`` K steps of a consumer's BLOCKS blocks of H weight rows (the second is zeros for one)."""
-    x_bufs, w_bufs, _out_bufs, full, empty, lag = buffers
+    x_bufs, w_bufs, _out_bufs, full, empty, lag, _residuals = buffers
     stage, phase, count = place
     BM: gl.constexpr = x_bufs.shape[1]
     dtype: gl.constexpr = x_bufs.dtype
@@ -239,8 +239,22 @@ def _products(
 
 
 @gluon.jit
-def _finish(acc, out, ts, ws, bias, bits: gl.constexpr, unit: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Scale sums [H, BM], add the bias, round, and lay them down as tokens x rows in shared memory."""
+def _finish(
+    acc,
+    out,
+    ts,
+    ws,
+    bias,
+    gate,
+    bits: gl.constexpr,
+    unit: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+):
+    """Scale sums [H, BM], add the bias, round, and lay them down as tokens x rows in shared memory.
+
+    With HAS_RESIDUAL the residual lies there already, and becomes residual + gate * that.
+    """
     y = acc.to(gl.float32)
     if bits == 8:
         y = y * gl.expand_dims(ts, 0)
@@ -249,7 +263,10 @@ def _finish(acc, out, ts, ws, bias, bits: gl.constexpr, unit: gl.constexpr, HAS_
         y = gl.fma(y, w, gl.expand_dims(bias.to(gl.float32), 1))
     else:
         y = y * w
-    out.permute((1, 0)).store(y.to(out.dtype))
+    place = out.permute((1, 0))
+    if HAS_RESIDUAL:
+        y = gl.fma(y, gl.expand_dims(gate.to(gl.float32), 1), place.load(acc.type.layout).to(gl.float32))
+    place.store(y.to(out.dtype))
 
 
 @gluon.jit
@@ -266,10 +283,11 @@ def _multiply(
     CUTS: gl.constexpr,
     HALVES: gl.constexpr,
     SINGLE: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):
     """A consumer: its half of the weight rows of every unit of this block."""
-    out_desc, x_scale, weight_scale, bias, workspace, counters, table, starts = operands
-    x_bufs, w_bufs, out_bufs, _full, _empty, lag = buffers
+    out_desc, residual_desc, x_scale, weight_scale, bias, gate, workspace, counters, table, starts = operands
+    x_bufs, w_bufs, out_bufs, _full, _empty, lag, residuals = buffers
     BM: gl.constexpr = x_bufs.shape[1]
     R: gl.constexpr = w_bufs.shape[1] // 2
     H: gl.constexpr = R // SPLIT
@@ -308,10 +326,35 @@ def _multiply(
         if SPLIT == 2:
             ws1 = gl.load(weight_scale + rows + H, mask=rows + H < N, other=0.0)
         bias1 = ws1
+        gate0 = ws0
+        gate1 = ws1
+        if HAS_RESIDUAL:
+            gate0 = gl.load(gate + rows, mask=rows < N, other=0.0)
+            if SPLIT == 2:
+                gate1 = gl.load(gate + rows + H, mask=rows + H < N, other=0.0)
         if HAS_BIAS:
             bias0 = gl.load(bias + rows, mask=rows < N, other=0.0)
             if SPLIT == 2:
                 bias1 = gl.load(bias + rows + H, mask=rows + H < N, other=0.0)
+
+        out0 = out_bufs.index(PART * SPLIT)
+        out1 = out_bufs.index(PART * SPLIT + SPLIT - 1)
+        if HAS_RESIDUAL:
+            # Where the last tile was stored from is free as soon as that store has read it.
+            tma.store_wait(0)
+            gl.thread_barrier()
+            arrived = residuals.index(PART)
+            if HALVES:
+                if whole:
+                    mbarrier.expect(arrived, 2 * BM * H * 2)
+                    tma.async_copy_global_to_shared(residual_desc, [token, own_row + H], arrived, out1)
+                else:
+                    mbarrier.expect(arrived, BM * H * 2)
+            else:
+                mbarrier.expect(arrived, SPLIT * BM * H * 2)
+                if SPLIT == 2:
+                    tma.async_copy_global_to_shared(residual_desc, [token, own_row + H], arrived, out1)
+            tma.async_copy_global_to_shared(residual_desc, [token, own_row], arrived, out0)
 
         place = (stage, phase, count)
         if HALVES:
@@ -342,13 +385,14 @@ def _multiply(
                         acc1 = _sum_parts(acc1, part + H * BM, parts, stride, mma)
                     gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")  # ready for the next launch
         if ready:
-            tma.store_wait(0)
-            gl.thread_barrier()
-            out0 = out_bufs.index(PART * SPLIT)
-            out1 = out_bufs.index(PART * SPLIT + SPLIT - 1)
-            _finish(acc0, out0, ts, ws0, bias0, bits, unit, HAS_BIAS)
+            if HAS_RESIDUAL:
+                mbarrier.wait(residuals.index(PART), (u - first) & 1)
+            else:
+                tma.store_wait(0)
+                gl.thread_barrier()
+            _finish(acc0, out0, ts, ws0, bias0, gate0, bits, unit, HAS_BIAS, HAS_RESIDUAL)
             if SPLIT == 2:
-                _finish(acc1, out1, ts, ws1, bias1, bits, unit, HAS_BIAS)
+                _finish(acc1, out1, ts, ws1, bias1, gate1, bits, unit, HAS_BIAS, HAS_RESIDUAL)
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(out_desc, [token, own_row], out0)
@@ -368,9 +412,11 @@ def w2a8_kernel(
     x_desc,
     w_desc,
     out_desc,
+    residual_desc,
     x_scale,
     weight_scale,
     bias,
+    gate,
     workspace,
     counters,
     table,
@@ -384,13 +430,14 @@ def w2a8_kernel(
     CUTS: gl.constexpr,
     HALVES: gl.constexpr,
     SINGLE: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
 ):
     """Launch with 4 warps (the first consumer); the grid is the schedule's.
 
     x_desc [M, K] int8, e4m3, bf16 or fp16, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN / 2, 32];
-    out_desc [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2 / SPLIT]; x_scale fp32 [M], unused for 16 bits;
-    weight_scale and bias [N]; workspace int32 for int8, else fp32; counters int32, zeros; table int32 [units, 8];
-    starts int32 [blocks + 1], unused if SINGLE: one unit a block.
+    out_desc and residual_desc [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2 / SPLIT]; x_scale fp32 [M], unused for
+    16 bits; weight_scale, bias and gate [N]; workspace int32 for int8, else fp32; counters int32, zeros; table int32
+    [units, 8]; starts int32 [blocks + 1], unused if SINGLE: one unit a block.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = 2 * w_desc.block_type.shape[0]
@@ -400,18 +447,29 @@ def w2a8_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     lag = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    residuals = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(lag.index(0), count=1)
+    mbarrier.init(residuals.index(0), count=1)
+    mbarrier.init(residuals.index(1), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    operands = (out_desc, x_scale, weight_scale, bias, workspace, counters, table, starts)
-    buffers = (x_bufs, w_bufs, out_bufs, full, empty, lag)
+    operands = (out_desc, residual_desc, x_scale, weight_scale, bias, gate, workspace, counters, table, starts)
+    buffers = (x_bufs, w_bufs, out_bufs, full, empty, lag, residuals)
+    one: gl.constexpr = gl.constexpr(0)
+    two: gl.constexpr = gl.constexpr(1)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE)),
-            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE)),
+            (
+                _multiply,
+                (one, operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE, HAS_RESIDUAL),
+            ),
+            (
+                _multiply,
+                (two, operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS, HALVES, SINGLE, HAS_RESIDUAL),
+            ),
             (_load, (x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES, HALVES, SINGLE)),
         ],
         [4, 1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -156,18 +156,21 @@ def w2a8_gemm(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]), in bf16.
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
-    weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
+    weight_scale and bias [N] of any float type. With ``residual`` bf16 [M, N], rows a multiple of 8 apart, and ``gate``
+    [N] the result is residual + gate * that. int8 sums are exact; e4m3 sums are those of the tensor cores' own
     accumulation. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
-    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, residual, gate, out, config)
 
 
 def w2a16_gemm(
@@ -186,7 +189,7 @@ def w2a16_gemm(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
-    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
+    return _gemm(x, weight_scale, weight, weight_scale, bias, None, None, out, config)
 
 
 def _gemm(
@@ -195,6 +198,8 @@ def _gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
     out: torch.Tensor | None,
     config: Config | None,
 ) -> torch.Tensor:
@@ -209,6 +214,8 @@ def _gemm(
         return out
     x, weight, weight_scale = (t.contiguous() for t in (x, weight, weight_scale))
     config = config or choose(m, n, k, x.dtype, x.device)
+    if residual is not None and config.tail == "cut":
+        config = replace(config, tail="whole")  # whoever sums a cut tile is not who would fetch its residual
     schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
     accumulator = torch.int32 if x.dtype == torch.int8 else torch.float32
@@ -217,13 +224,17 @@ def _gemm(
 
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
     x_block, w_block, out_block = [bm, 128], [bn // 2, 32], [bm, bn // 2 // config.split]
+    out_layout = _swizzled(*out_block, out_dtype)
+    before = out if residual is None else residual
     w2a8_kernel[(schedule.grid,)](
         TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
         TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, out_layout),
+        TensorDescriptor(before, [m, n], [before.stride(0), 1], out_block, out_layout),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
+        weight_scale if gate is None else gate.contiguous(),
         workspace,
         counters,
         table,
@@ -237,6 +248,7 @@ def _gemm(
         CUTS=schedule.counters > 0,
         HALVES=schedule.halves,
         SINGLE=schedule.grid == len(schedule.units),
+        HAS_RESIDUAL=residual is not None,
         num_warps=4,
     )
     return out
