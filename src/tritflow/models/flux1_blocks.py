@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritflow.config import nearest
+from tritflow.kernels import attention as attention_8bit
 from tritflow.kernels import qk_norm_rope
 from tritflow.models.beside import beside
 from tritflow.models.fused import Activated, Modulated, Projection, Rows
@@ -26,6 +28,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention on [B, S, H, D]."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def attend_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`tritflow.kernels.attention` with int8 queries and keys."""
+    return attention_8bit(q, k, v)
+
+
+def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`tritflow.kernels.attention` with e4m3 queries and keys."""
+    return attention_8bit(q, k, v, "float8_e4m3fn")
+
+
+ATTENTIONS: dict[str, Attend] = {"16bit": attend, "int8": attend_int8, "fp8": attend_fp8}
+"""Attention by name; the 8-bit ones err by some percent where 16 bits err by some tenths of one."""
+
+
+def named_attention(choice: str | Attend) -> Attend:
+    """A function as it is, a name of `ATTENTIONS` as its function.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice not in ATTENTIONS:
+        hint = nearest(choice, list(ATTENTIONS))
+        raise ValueError(f"unknown attention '{choice}'{hint}: use one of {', '.join(ATTENTIONS)}, or a function")
+    return ATTENTIONS[choice]
 
 
 @dataclass

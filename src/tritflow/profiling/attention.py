@@ -102,12 +102,21 @@ def _ours(hopper: bool) -> dict[str, tuple[str, Callable[..., Tensor]]]:
         from tritflow.kernels.hopper import attention_launch as fast
 
         for dtype in DTYPES:
-            for codes, ones in ((1, True), (2, True), (1, False), (0, False), (0, True)):
+            for kind, codes, ones in (
+                ("h", 1, True),
+                ("h", 2, True),
+                ("h", 1, False),
+                ("h", 0, False),
+                ("h", 0, True),
+                ("i", 1, True),
+                ("i", 0, True),
+                ("i", 0, False),
+            ):
 
-                def run(q: Tensor, v: Tensor, parts: Any, codes: int = codes, ones: bool = ones) -> Tensor:
-                    return fast.attend(q, parts, codes=codes, ones=ones)
+                def run(q: Tensor, v: Tensor, parts: Any, kind: str = kind, codes: int = codes, ones: bool = ones) -> Tensor:
+                    return fast.attend(q, parts, codes=codes, ones=ones, in_turn=kind == "i")
 
-                found[f"hopper {dtype} codes={codes} ones={ones}"] = (dtype, run)
+                found[f"{kind} {dtype} codes={codes} ones={ones}"] = (dtype, run)
     return found
 
 

@@ -29,6 +29,7 @@ def attend(
     codes: int = 1,
     ones: bool = True,
     stages: int = 3,
+    in_turn: bool = False,
 ) -> Tensor:
     """Attention of q [B, S, H, D], D contiguous, on what `quantize_keys_values` gave.
 
@@ -42,7 +43,10 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_block, v_block = [_KEYS, features], [features, _KEYS]
     swizzled = gl.NVMMASharedLayout.get_default_for
-    attention_kernel[(triton.cdiv(tokens, 128), batch * heads)](
+    kernel = attention_kernel
+    if in_turn:
+        from tritflow.kernels.hopper.attention_in_turn import attention_kernel as kernel
+    kernel[(triton.cdiv(tokens, 128), batch * heads)](
         q,
         TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, dtype)),
         TensorDescriptor(v8, list(v8.shape), [padded, 1], v_block, swizzled(v_block, gl.float8e4nv)),

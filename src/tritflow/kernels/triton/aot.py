@@ -13,8 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import block, expand, gemm, quantize, rope
+from tritflow.kernels.triton import attention, block, expand, gemm, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -189,12 +190,37 @@ def _other_cases() -> list[Case]:
     return [*cases, Case("scale sums", block.scale_sums_kernel, sums, constants, {"num_warps": 4})]
 
 
+def _attention_cases() -> list[Case]:
+    """Head dimension 128; queries and keys in int8 with values in 16 bits or e4m3, and all of it in e4m3."""
+    strides = [f"{name}_stride_{axis}" for name in ("q", "v", "out") for axis in "bsh"]
+    found = []
+    for kind, e4m3 in (("int8", False), ("int8", True), ("float8_e4m3fn", True)):
+        element = "i8" if kind == "int8" else "fp8e4nv"
+        blocks = attention.launch_blocks(128, e4m3)
+        options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+        types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "k_scale_ptr": "*fp32", "v_exponent_ptr": "*fp32"}
+        types |= {"k_desc": f"tensordesc<{element}[{blocks['BLOCK_N']},128]>", "factor": "fp32"}
+        types |= {"v": f"tensordesc<fp8e4nv[128,{blocks['BLOCK_N']}]>" if e4m3 else "*bf16"} | _numbers(*strides, "H")
+        quantized = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "INT8": kind == "int8", "D": 128, "BLOCK": BLOCK}
+        constants = {"S": 4608, "PADDED": 4608, "V8": e4m3, **quantized, **blocks}
+        name = f"attention {kind}" + ("" if e4m3 else ", 16-bit values")
+        found.append(Case(name, attention.attention_kernel, types, constants, options, e4m3))
+        types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "k8_ptr": f"*{element}"}
+        types |= {"v8_ptr": "*fp8e4nv" if e4m3 else f"*{element}"}
+        types |= {"k_scale_ptr": "*fp32", "v_exponent_ptr": "*fp32"}
+        types |= _numbers(*(f"{name}_stride_{axis}" for name in "kv" for axis in "bsh"), "H", "S", "PADDED")
+        constants = {**quantized, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "SAMPLE": SAMPLE, "VALUES": e4m3}
+        name = f"quantize keys ({kind})" + (" and values" if e4m3 else "")
+        found.append(Case(name, attention.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
+    return found
+
+
 def cases() -> list[Case]:
     """Every kernel, in the variants that FLUX.1-dev launches."""
     found = []
     for fp8 in (False, True):
         found += [*_quantize_cases(fp8), *_product_cases(fp8)]
-    return [*found, *_other_cases()]
+    return [*found, *_other_cases(), *_attention_cases()]
 
 
 def why_not(case: Case, target: str) -> str | None:

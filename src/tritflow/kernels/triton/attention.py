@@ -62,6 +62,7 @@ def quantize_kernel(
     V_MAX: tl.constexpr,
     V_FLOOR: tl.constexpr,
     INT8: tl.constexpr,
+    VALUES: tl.constexpr,
     SAMPLE: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,7 +79,7 @@ def quantize_kernel(
     d = tl.arange(0, D)
     inside = (t < S)[:, None]
     at = bh * (PADDED // BLOCK) + block
-    if tl.program_id(2) == 0:
+    if not VALUES or tl.program_id(2) == 0:
         base = k_ptr + b * k_stride_b + h * k_stride_h + d[None, :]
         few = tl.arange(0, SAMPLE) * S // SAMPLE
         mean = tl.sum(tl.load(base + few.to(tl.int64)[:, None] * k_stride_s).to(tl.float32), axis=0) / SAMPLE
@@ -90,10 +91,11 @@ def quantize_kernel(
         k8 = _to_8bit(k * (1.0 / k_scale), INT8, k8_ptr.dtype.element_ty)
         tl.store(k8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], k8)
         tl.store(k_scale_ptr + at, k_scale)
-    else:
+    elif VALUES:
         base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
         v = tl.load(base + t.to(tl.int64)[:, None] * v_stride_s, mask=inside, other=0).to(tl.float32)
-        exponent = tl.ceil(tl.log2(tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), V_FLOOR) / V_MAX))
+        amax = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), V_FLOOR)
+        exponent = tl.ceil(tl.log2(amax / V_MAX)) + tl.sum(tl.sum(v * 0.0, axis=1), axis=0)
         v8 = _shuffled((v * tl.exp2(-exponent)).to(v8_ptr.dtype.element_ty), BLOCK, D)
         tl.store(v8_ptr + (bh * D + d)[:, None] * PADDED + t[None, :], v8)
         tl.store(v_exponent_ptr + at, exponent)
@@ -270,7 +272,7 @@ def quantize_keys_values(
         k,
         v,
         k8,
-        v8,
+        v8 if values else k8,  # not followed, but its type would have to exist
         k_scale,
         v_exponent,
         *k.stride()[:3],
@@ -283,6 +285,7 @@ def quantize_keys_values(
         V_MAX=E4M3_MAX,
         V_FLOOR=V_FLOOR,
         INT8=dtype == "int8",
+        VALUES=values,
         SAMPLE=SAMPLE,
         D=features,
         BLOCK=BLOCK,
