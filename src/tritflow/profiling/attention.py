@@ -113,7 +113,9 @@ def _ours(hopper: bool) -> dict[str, tuple[str, Callable[..., Tensor]]]:
                 ("i", 0, False),
             ):
 
-                def run(q: Tensor, v: Tensor, parts: Any, kind: str = kind, codes: int = codes, ones: bool = ones) -> Tensor:
+                def run(
+                    q: Tensor, v: Tensor, parts: Any, kind: str = kind, codes: int = codes, ones: bool = ones
+                ) -> Tensor:
                     return fast.attend(q, parts, codes=codes, ones=ones, in_turn=kind == "i")
 
                 found[f"{kind} {dtype} codes={codes} ones={ones}"] = (dtype, run)
