@@ -12,6 +12,7 @@ CASES = [
     ({}, "fp8", {"cuts": False}),
     ({}, "int8", {"cuts": False, "halves": True}),
     ({}, "fp8", {"cuts": False, "halves": True}),
+    ({}, "int8", {"cuts": False, "halves": True, "residual": True}),
     ({"lag": 0}, "fp8", {"cuts": True}),
     ({"split": 1}, "int8", {"cuts": True}),
     ({"split": 1, "block_n": 128, "stages": 8}, "int8", {"cuts": True}),

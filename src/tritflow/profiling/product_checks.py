@@ -101,7 +101,7 @@ def compile_variant(variant: str, kind: str) -> dict[str, Any]:
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
             return lambda *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
 
-    launch.w2a8_kernel = Compiler()  # type: ignore[assignment]
+    launch.w2a8_kernel = Compiler()
     try:
         for m, n, k in [(128, 256, 128), (512, 3072, 3072), (4608, 3072, 3072), (4608, 9216, 3072)]:
             q, scale = quantized(m, k, activation_dtype(kind))

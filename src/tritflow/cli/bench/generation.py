@@ -76,6 +76,10 @@ def transformer(
     seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 350.0,
     contender: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     attention: Annotated[str, typer.Option(help="cudnn, flash, default, or the fastest of them.")] = "fastest",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is found here; a next call on the same GPU measures only what is missing."),
+    ] = None,
     note: Note = "",
     results: Results = None,
     json: Json = False,
@@ -92,12 +96,13 @@ def transformer(
     pick_device("cuda")
     with tempfile.TemporaryDirectory(prefix="tritflow-transformer-") as folder:
         run = bench.bench(
-            Path(folder),
+            out or Path(folder),
             seconds=seconds,
             size=size,
             batch=batch_size,
             contenders=contender or (),
             attention=attention,
+            resume=out is not None,
             say=say,
         )
     run["note"] = note

@@ -81,7 +81,7 @@ _TUNE = """Examples:
 
 @app.command(epilog=_TUNE)
 def tune(
-    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (the first two).")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (all).")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations (4608, 4096, 512).")] = None,
     out: Annotated[Path | None, typer.Option(help="File of choices (default: in the cache folder).")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 240.0,

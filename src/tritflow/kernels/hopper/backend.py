@@ -94,6 +94,8 @@ def w2a16_linear(
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
     rows = x.reshape(-1, x.shape[-1])
+    if input_scale is not None:
+        rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
     product = w2a16_skinny if rows.shape[0] <= _SKINNY_TOKENS else w2a16_gemm
     return product(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -106,8 +108,6 @@ def _supports_w2a16(
     input_scale: Tensor | None = None,
 ) -> bool:
     m, n, k = _shape(x, weight)
-    if input_scale is not None:
-        return False
     if m <= _SKINNY_TOKENS:
         return x.dtype == torch.bfloat16 and m > 0 and k % 256 == 0
     return x.dtype in (torch.bfloat16, torch.float16) and m >= _FROM_TOKENS and supports(m, n, k)

@@ -192,6 +192,12 @@ def w2a16_gemm(
     return _gemm(x, weight_scale, weight, weight_scale, bias, None, None, out, config)
 
 
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """Contiguous and beginning at a multiple of 16 bytes, as the copy engine wants it."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _gemm(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -212,7 +218,7 @@ def _gemm(
     out = torch.empty((m, n), dtype=torch.bfloat16 if bits == 8 else x.dtype, device=x.device) if out is None else out
     if m == 0:
         return out
-    x, weight, weight_scale = (t.contiguous() for t in (x, weight, weight_scale))
+    x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
     config = config or choose(m, n, k, x.dtype, x.device)
     if residual is not None and config.tail == "cut":
         config = replace(config, tail="whole")  # whoever sums a cut tile is not who would fetch its residual
