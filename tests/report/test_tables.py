@@ -79,7 +79,7 @@ def test_a_prediction_is_not_called_measured() -> None:
     runs = [run("absmean", 0.1, device="datasheets", measured=False)]
     assert "Computed from datasheets." in markdown(build(SPECS["quality"], runs))
     runs.append(run("teacher", 0.9, device="a GPU"))
-    assert "Measured on datasheets; a GPU." in markdown(build(SPECS["quality"], runs))
+    assert "Measured on a GPU; datasheets." in markdown(build(SPECS["quality"], runs))
 
 
 def test_the_packages_own_specs_are_sound() -> None:
