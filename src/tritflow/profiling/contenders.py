@@ -103,12 +103,12 @@ def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -
             if synthetic.is_modulation(name):
                 module.backend = "auto"  # a few rows are no matter for a backend that was chosen for thousands
         if fused:
-            kind, where = settings.get("attention") or (None, None)
+            kind, where = settings.get("attention") or ("", "")
             optimize(
                 model,
                 scheduler=Schedule(STEPS, device),
                 cuda_graph=settings.get("graph", True),
-                attention=attend if kind is None else partial(attention, dtype=kind, backend=where),
+                attention=partial(attention, dtype=kind, backend=where) if kind else attend,
             )
     if settings.get("compiled"):
         model.compile_repeated_blocks(fullgraph=True)
