@@ -8,52 +8,48 @@ reason = why_not_compile()
 compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 CASES = [
-    ({}, "int8", {"cuts": False}),
-    ({}, "fp8", {"cuts": False}),
-    ({}, "int8", {"cuts": False, "halves": True}),
-    ({}, "fp8", {"cuts": False, "halves": True}),
-    ({}, "int8", {"cuts": False, "halves": True, "residual": True}),
-    ({"lag": 0}, "fp8", {"cuts": True}),
-    ({"split": 1}, "int8", {"cuts": True}),
-    ({"split": 1, "block_n": 128, "stages": 8}, "int8", {"cuts": True}),
-    ({"block_m": 64, "stages": 8}, "int8", {"cuts": True}),
-    ({"stages": 4}, "bf16", {"cuts": False, "halves": True}),
-    ({"split": 1, "block_n": 128, "stages": 5}, "bf16", {"cuts": False}),
+    ({}, "int8"),
+    ({}, "fp8"),
+    ({"lag": 0}, "fp8"),
+    ({"split": 1}, "int8"),
+    ({"split": 1, "block_n": 128, "stages": 8}, "int8"),
+    ({"block_m": 64, "stages": 8}, "int8"),
+    ({"stages": 4}, "bf16"),
+    ({"split": 1, "block_n": 128, "stages": 5}, "bf16"),
 ]
 
 
 @compiles
-@pytest.mark.parametrize(("config", "dtype", "tail"), CASES)
-def test_products_are_asynchronous_and_nothing_spills(config, dtype, tail):
+@pytest.mark.parametrize(("config", "dtype"), CASES)
+def test_products_are_asynchronous_and_nothing_spills(config, dtype):
     from tritflow.kernels.hopper.aot import compile_w2a8, in_flight_overwrites
     from tritflow.kernels.hopper.launch import Config
 
     settings = Config(**config)
-    compiled = compile_w2a8(settings, activation_dtype=dtype, **tail)
+    compiled = compile_w2a8(settings, activation_dtype=dtype)
     assert compiled.spills == 0
     assert compiled.stack == 0
     assert compiled.notes == ()  # ptxas says there when it serialises wgmma
     assert compiled.shared <= 227 * 1024
     assert in_flight_overwrites(compiled.sass) == []
-    # Two consumers, each with (rows / 2 / 64) blocks of rows by K slices of 32 bytes a step; half tiles have one block.
+    # Two consumers, each with (rows / 2 / 64) blocks of rows by K slices of 32 bytes a step.
     opcode = {"int8": "IGMMA", "fp8": "QGMMA", "bf16": "HGMMA"}[dtype]
-    blocks = settings.block_n // 128 + (1 if tail.get("halves") else 0)
-    assert compiled.count(opcode) == 2 * blocks * (8 if dtype == "bf16" else 4)
+    assert compiled.count(opcode) == 2 * (settings.block_n // 128) * (8 if dtype == "bf16" else 4)
     if dtype != "bf16":
         assert compiled.count("LDSM") > 0
 
 
 @compiles
-def test_the_skinny_kernel_reads_in_wide_pieces_and_shares_sums_only():
+def test_the_skinny_kernel_needs_no_shared_memory():
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "WARPS": 4, "HAS_BIAS": True}
-    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=4)
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "HAS_BIAS": True}
+    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=1)
     assert compiled.spills == 0
-    assert compiled.shared == 4 * 16 * 8 * 4  # nothing but the warps' sums
-    assert compiled.count("LDG.E.128") == 6  # a lane reads 16 rows x 768 bytes / (32 lanes x 4 warps) in 16-byte pieces
+    assert compiled.shared == 0
+    assert compiled.count("LDG.E.128") == 24  # 16 rows x 768 bytes in 16-byte pieces a lane
 
 
 @compiles
@@ -81,10 +77,6 @@ def test_configurations_that_cannot_run_are_refused():
         Config(lag=6)
     with pytest.raises(ValueError, match="split=1"):
         Config(block_n=128, split=2)
-    with pytest.raises(ValueError, match="whole, halve or cut"):
-        Config(tail="none")
-    with pytest.raises(ValueError, match="needs split=2"):
-        Config(tail="halve", split=1)
 
 
 def test_sizes_the_copy_engine_takes():
@@ -122,16 +114,9 @@ class _NoGpu:
 
 
 @compiles
-@pytest.mark.parametrize(
-    ("shape", "config", "tail"),
-    [
-        ((37, 264, 144), None, (False, False, True)),
-        ((4608, 3072, 3072), None, (False, True, False)),
-        ((512, 3072, 12288), {"tail": "cut"}, (True, False, False)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "rows"), [((37, 264, 144), 128), ((4608, 9216, 3072), 256)])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, config, tail, fp8):
+def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, rows, fp8):
     import types
 
     import torch
@@ -154,17 +139,15 @@ def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, conf
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoGpu())
     monkeypatch.setattr(launch, "w2a8_kernel", Recorder())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(launch, "_counters", lambda d: types.SimpleNamespace(take=lambda d: torch.zeros(4).int()))
     m, n, k = shape
     q = torch.zeros(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     weight = torch.zeros(n, 32 * -(-k // 128), dtype=torch.uint8)
-    config = config and launch.Config(**config)
-    out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n), config=config)
+    out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n))
     launch._tables.cache_clear()
     launch._multiprocessors.cache_clear()
     assert out.shape == (m, n)
     ((grid, options, kernel),) = compiled
-    assert (options["CUTS"], options["HALVES"], options["SINGLE"]) == tail
+    assert options["SPLIT"] == rows // 128  # narrow where wide tiles would leave most of the GPU without work
     assert 0 < grid[0] <= 132
     assert kernel.metadata.num_warps == 12
     assert kernel.metadata.shared <= 227 * 1024

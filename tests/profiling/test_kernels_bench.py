@@ -24,12 +24,12 @@ TIMES = {
 
 def _answer(task: Task) -> dict[str, Any]:
     if task["kind"] == "check":
-        return {"wrong": int(task["variant"] == "cut"), "worst": 0.001}
+        return {"wrong": int(task["variant"] == "narrow"), "worst": 0.001}
     if task["kind"] == "gemm":
         times: dict[str, Any] = {name: {"p20": us, "p50": us, "p80": us} for name, us in TIMES.items()}
         return {"times": times | {"int8 broken": {"error": "does not run"}}}
     if task["kind"] == "skinny":
-        return {"times": {"bf16 gauss": {"p50": 32.0}, "skinny 64x4": {"p50": 8.0}, "triton": {"p50": 16.0}}}
+        return {"times": {"bf16 gauss": {"p50": 32.0}, "skinny 256": {"p50": 8.0}, "triton": {"p50": 16.0}}}
     return {"copy_tb_s": float("inf")} if task["kind"] == "ceilings" else {}
 
 
@@ -52,7 +52,7 @@ def test_only_what_is_right_is_timed(asked: list[Task], tmp_path: Path) -> None:
     assert [tuple(task["shape"]) for task in timed] == kernels.SHAPES
     for task in timed:
         assert "hopper" in task["variants"]["int8"]
-        assert "cut" not in task["variants"]["int8"]
+        assert "narrow" not in task["variants"]["int8"]
     compiled = {(task["dtype"], task["variant"]) for task in asked if task["kind"] == "compile"}
     checked = {(task["dtype"], task["variant"]) for task in asked if task["kind"] == "check"}
     assert checked == compiled | {(kind, "hopper") for kind in ("int8", "fp8", "bf16")}
@@ -73,9 +73,9 @@ def test_a_run_holds_ratios_and_means_and_no_infinity(
     assert ratios["int8 / bf16"] == pytest.approx(2.25)
     assert ratios["w2a16 / bf16"] == pytest.approx(0.9)
     assert run["means"]["fp8 / fp8 row"] == pytest.approx(0.8)
-    assert run["few_rows"]["1x18432x3072"]["fastest"] == "skinny 64x4"
+    assert run["few_rows"]["1x18432x3072"]["fastest"] == "skinny 256"
     assert run["few_rows"]["1x18432x3072"]["ratios"] == {"w2a16 / bf16": 4.0}
-    assert run["checks"]["int8 cut"]["wrong"] == 1
+    assert run["checks"]["int8 narrow"]["wrong"] == 1
     text = kernels.table((4608, 9216, 3072), run["products"]["4608x9216x3072"]["microseconds"])
     assert text.splitlines()[1].split()[:2] == ["int8", "hopper"]
     assert "does not run" in text

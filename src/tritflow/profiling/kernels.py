@@ -40,7 +40,7 @@ SHAPES = [
 """(M, N, K) of FLUX.1-dev at 1024x1024: 4096 image and 512 text tokens, 4608 together; 9216 is fused q, k and v."""
 MAIN_SHAPES = SHAPES[:4]
 """Those that hold nearly all of a step's operations."""
-SKINNY_SHAPES = [(1, 18432, 3072), (1, 9216, 3072), (8, 18432, 3072), (50, 18432, 3072)]
+SKINNY_SHAPES = [(1, 18432, 3072), (1, 9216, 3072), (8, 18432, 3072), (50, 18432, 3072), (100, 18432, 3072)]
 CHECK_SHAPES = [
     (1, 128, 128),
     (37, 264, 256),
@@ -52,7 +52,7 @@ CHECK_SHAPES = [
 ]
 _KINDS = {
     "int8": [v for v in VARIANTS if not v.startswith("16-bit")],
-    "fp8": ["whole", "halve", "narrow"],
+    "fp8": ["wide", "narrow"],
     "bf16": [v for v in VARIANTS if v.startswith("16-bit")],
 }
 RIVAL = "fp8 row gauss fast"
@@ -85,7 +85,7 @@ def handle(task: Task) -> dict[str, Any]:
         if kind == "check":
             return check(task["variant"], task["dtype"], [tuple(s) for s in task["shapes"]])
         if kind == "check skinny":
-            return check_skinny(task["chunk"], task["warps"])
+            return check_skinny(task["chunk"])
         m, n, k = task["shape"]
         if kind == "skinny":
             return {"times": graph_times(skinny(m, n, k))}
@@ -154,7 +154,7 @@ def probe(out: Path, seconds: float, quick: bool = False) -> list[dict[str, Any]
     compiles += [
         {"kind": "compile backends", "dtype": kind, "k": k} for k in sorted({k for *_, k in shapes}) for kind in _KINDS
     ]
-    compiles += [{"kind": "check skinny", "chunk": chunk, "warps": warps} for chunk, warps in SKINNY]
+    compiles += [{"kind": "check skinny", "chunk": chunk} for chunk in SKINNY]
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     threads = [
         threading.Thread(
@@ -199,7 +199,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         elif task["kind"] == "check":
             run["checks"][f"{task['dtype']} {task['variant']}"] = result
         elif task["kind"] == "check skinny":
-            run["checks"][f"few rows {task['chunk']}x{task['warps']}"] = result
+            run["checks"][f"few rows {task['chunk']}"] = result
         elif task["kind"] in ("gemm", "skinny"):
             where = run["products" if task["kind"] == "gemm" else "few_rows"]
             where["x".join(map(str, task["shape"]))] = _entry(task["kind"], result)

@@ -17,20 +17,18 @@ from tritflow.profiling.timing import Candidate
 
 _NARROW = {"split": 1, "block_n": 128, "group": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "halve": {"tail": "halve"},
-    "cut": {"tail": "cut"},
+    "wide": {},
+    "wide, split 1": {"split": 1, "group": 4},
+    "one tile": {"split": 1, "stages": 4, "lag": 0, "persistent": False},
     "narrow": {**_NARROW, "stages": 8, "lag": 2},
-    "16-bit whole": {"stages": 4, "lag": 1},
-    "16-bit halve": {"stages": 4, "lag": 1, "tail": "halve"},
+    "16-bit wide": {"stages": 4, "lag": 1},
     "16-bit narrow": {**_NARROW, "stages": 5, "lag": 1},
-    "16-bit few": {"block_m": 64, "block_n": 128, "split": 1, "stages": 8, "lag": 1},
 }
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
-SKINNY = ((64, 2), (64, 4), (64, 8), (128, 4))
-"""(bytes of a weight row that a warp takes at a time, warps) of the product with few rows."""
+SKINNY = (64, 128, 256)
+"""Bytes of a weight row that the product with few rows asks for at a time."""
 
 
 def random_trits(n: int, k: int, device: str = "cuda") -> Tensor:
@@ -183,12 +181,11 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
 
     found.append(Candidate("triton", lambda i: w2a16_linear(x, wp[i], scale, backend="triton"), sets))
 
-    def product(chunk: int, warps: int) -> Callable[[int], Tensor]:
-        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk, warps=warps)
+    def product(chunk: int) -> Callable[[int], Tensor]:
+        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk)
 
-    if m > 8:
-        one = torch.ones(m, device="cuda")
-        found.append(Candidate("hopper", lambda i: hopper(x, one, wp[i], scale), sets))
-    else:
-        found += [Candidate(f"skinny {chunk}x{warps}", product(chunk, warps), sets) for chunk, warps in SKINNY]
+    if m <= 8:
+        found += [Candidate(f"skinny {chunk}", product(chunk), sets) for chunk in SKINNY]
+    if m >= 64:
+        found.append(Candidate("hopper", lambda i: hopper(x, scale, wp[i], scale), sets))
     return found

@@ -42,18 +42,17 @@ multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode 
 """
 HOPPER: list[dict[str, Any]] = [
     {},
-    {"tail": "halve"},
-    {"tail": "halve", "group": 4},
-    {"tail": "cut"},
+    {"lag": 1},
+    {"group": 4},
+    {"split": 1, "group": 4},
     {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
-    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2, "tail": "cut"},
-    {"block_m": 64, "stages": 8},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 8, "lag": 2},
+    {"split": 1, "block_m": 64, "stages": 8},
 ]
 HOPPER_16: list[dict[str, Any]] = [
     {"stages": 4, "lag": 1},
-    {"stages": 4, "lag": 1, "tail": "halve"},
-    {"stages": 4, "lag": 1, "tail": "cut"},
-    {"split": 1, "block_n": 128, "stages": 5, "lag": 1},
+    {"stages": 4, "lag": 2, "group": 4},
+    {"split": 1, "block_n": 128, "stages": 5, "group": 4, "lag": 1},
 ]
 """Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 

@@ -88,30 +88,18 @@ def _instructions(listing: str) -> str:
     return "\n".join(line for line in lines if line.endswith(";"))
 
 
-def compile_w2a8(
-    config: Config,
-    *,
-    activation_dtype: str = "int8",
-    has_bias: bool = True,
-    cuts: bool = True,
-    halves: bool = False,
-    residual: bool = False,
-) -> Compiled:
+def compile_w2a8(config: Config, *, activation_dtype: str = "int8", has_bias: bool = True) -> Compiled:
     """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
     name, element = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}[
         activation_dtype
     ]
     signature = {
         "x_desc": _descriptor(name, element, [config.block_m, 128]),
-        "w_desc": _descriptor("u8", gl.uint8, [config.block_n // 2, 32]),
-        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2 // config.split]),
-        "residual_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2 // config.split]),
+        "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
+        "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
-        "gate": "*bf16",
-        "workspace": "*i32" if activation_dtype == "int8" else "*fp32",
-        "counters": "*i32",
         "table": "*i32",
         "starts": "*i32",
         "M": "i32",
@@ -122,10 +110,6 @@ def compile_w2a8(
         "SPLIT": config.split,
         "LAG": config.lag,
         "HAS_BIAS": has_bias,
-        "CUTS": cuts,
-        "HALVES": halves,
-        "SINGLE": False,
-        "HAS_RESIDUAL": residual,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
 

@@ -18,11 +18,6 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
     return x.numel() // x.shape[-1], weight.shape[0], x.shape[-1]
 
 
-def _copyable(rows: Tensor) -> bool:
-    """Whether the copy engine takes the matrix where it lies: everything begins at a multiple of 16 bytes."""
-    return rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.itemsize % 16 == 0
-
-
 def w2a8_linear(
     x: Tensor,
     weight: Tensor,
@@ -62,16 +57,13 @@ def w2a8_matmul(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
+    """See `tritflow.kernels.w2a8_matmul`; the gated residual in a pass of its own."""
     from tritflow.kernels.hopper.launch import w2a8_gemm
     from tritflow.kernels.triton.block import gated_residual
 
-    if residual is None or gate is None:
-        return w2a8_gemm(q, x_scale, weight, weight_scale, bias)
-    rows = residual[0]
-    if residual.shape[0] == 1 and residual.dtype == dtype and rows.stride(1) == 1 and _copyable(rows):
-        return w2a8_gemm(q, x_scale, weight, weight_scale, bias, residual=rows, gate=gate[0])
     out = w2a8_gemm(q, x_scale, weight, weight_scale, bias)
+    if residual is None or gate is None:
+        return out
     return gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
@@ -27,8 +27,7 @@ class Config:
 
     ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
-    start; ``group`` token tiles share a band; ``tail`` says what becomes of the tiles of the incomplete last wave:
-    "whole" leaves them, "halve" gives each half of its weight rows to a block, "cut" cuts them along K.
+    start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
     """
 
     block_m: int = 128
@@ -37,7 +36,6 @@ class Config:
     split: int = 2
     lag: int = 3
     group: int = 8
-    tail: str = "whole"
     persistent: bool = True
 
     def __post_init__(self) -> None:
@@ -45,18 +43,13 @@ class Config:
             raise ValueError(f"no such tile: block_m={self.block_m}, block_n={self.block_n}, split={self.split}")
         if self.block_n // 2 // self.split < 64:
             raise ValueError("a consumer's weight rows cannot be cut below 64: use split=1 with block_n=128")
-        if self.tail not in ("whole", "halve", "cut"):
-            raise ValueError(f"tail must be whole, halve or cut, not {self.tail!r}")
-        if self.tail == "halve" and self.split != 2:
-            raise ValueError("tail='halve' needs split=2")
         if not 0 <= self.lag < self.stages:
             raise ValueError(f"lag must be below stages={self.stages}, got {self.lag}: the ring would never drain")
 
     @property
     def name(self) -> str:
-        text = f"{self.block_m}x{self.block_n}x{self.stages}"
-        text += f" s{self.split} l{self.lag} g{self.group}"
-        return text + f" {self.tail}" + ("" if self.persistent else " one-tile")
+        text = f"{self.block_m}x{self.block_n}x{self.stages} s{self.split} l{self.lag} g{self.group}"
+        return text + ("" if self.persistent else " one-tile")
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
@@ -87,40 +80,9 @@ def _tables(
         block_n=config.block_n,
         blocks=blocks,
         group=config.group,
-        tail=config.tail,
     )
     units = torch.tensor(schedule.units, dtype=torch.int32).to(device)
     return schedule, units, torch.tensor(schedule.starts, dtype=torch.int32).to(device)
-
-
-_COUNTERS = 512  # at least two for each tile that can be cut: fewer tiles than multiprocessors
-
-
-class _Counters:
-    """Zeroed counters for cut tiles. A launch leaves them at zero, so a stream reuses one set for ever.
-
-    A captured launch gets a set of its own, since graphs may be replayed side by side; sets for capture are
-    zeroed ahead, because zeroing within a capture would become a kernel of the graph.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._per_stream: dict[int, torch.Tensor] = {}
-        self._spare = list(torch.zeros(4096, _COUNTERS, dtype=torch.int32, device=device).unbind())
-
-    def take(self, device: torch.device) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            if self._spare:
-                return self._spare.pop()
-            return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if stream not in self._per_stream:
-            self._per_stream[stream] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        return self._per_stream[stream]
-
-
-@lru_cache(maxsize=16)
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
 
 
 def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
@@ -135,16 +97,13 @@ def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> 
 @lru_cache(maxsize=1024)
 def shortest(m: int, n: int, k: int, bits: int, blocks: int) -> Config:
     """Whichever of the wide and the narrow tiles has the shorter schedule, by a rule that measures nothing."""
-    if m <= 64:
-        return Config(block_m=64, block_n=128, split=1, stages=8, lag=1)
-    stages, lag = (4, 1) if bits == 16 else (6, 3)
-    narrow = Config(split=1, block_n=128, stages=5 if bits == 16 else 8, group=4, lag=min(lag, 2))
-    wide = Config(stages=stages, lag=lag, tail="halve")
+    wide = Config(stages=4, lag=1) if bits == 16 else Config()
+    narrow = Config(split=1, block_n=128, stages=5 if bits == 16 else 8, lag=1 if bits == 16 else 2, group=4)
 
     def cost(config: Config) -> float:
         size = {"block_m": config.block_m, "block_n": config.block_n, "blocks": blocks}
-        schedule = make_schedule(m, n, k, **size, group=config.group, tail=config.tail)
-        return schedule.critical_steps() * config.block_n * (1 if config.block_n == 256 else NARROW)
+        schedule = make_schedule(m, n, k, **size, group=config.group)
+        return schedule.critical_steps() * config.block_n * (NARROW if config is narrow else 1)
 
     return min((narrow, wide), key=cost)
 
@@ -156,21 +115,18 @@ def w2a8_gemm(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]), in bf16.
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
-    weight_scale and bias [N] of any float type. With ``residual`` bf16 [M, N], rows a multiple of 8 apart, and ``gate``
-    [N] the result is residual + gate * that. int8 sums are exact; e4m3 sums are those of the tensor cores' own
+    weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
     accumulation. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
-    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, residual, gate, out, config)
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
 
 
 def w2a16_gemm(
@@ -189,7 +145,7 @@ def w2a16_gemm(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
-    return _gemm(x, weight_scale, weight, weight_scale, bias, None, None, out, config)
+    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
@@ -204,8 +160,6 @@ def _gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gate: torch.Tensor | None,
     out: torch.Tensor | None,
     config: Config | None,
 ) -> torch.Tensor:
@@ -220,29 +174,18 @@ def _gemm(
         return out
     x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
     config = config or choose(m, n, k, x.dtype, x.device)
-    if residual is not None and config.tail == "cut":
-        config = replace(config, tail="whole")  # whoever sums a cut tile is not who would fetch its residual
     schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
-    accumulator = torch.int32 if x.dtype == torch.int8 else torch.float32
-    workspace = torch.empty(max(1, schedule.slots * bm * bn), dtype=accumulator, device=x.device)
-    counters = _counters(x.device).take(x.device) if schedule.counters else table
 
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-    x_block, w_block, out_block = [bm, 128], [bn // 2, 32], [bm, bn // 2 // config.split]
-    out_layout = _swizzled(*out_block, out_dtype)
-    before = out if residual is None else residual
+    x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
     w2a8_kernel[(schedule.grid,)](
         TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
         TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, out_layout),
-        TensorDescriptor(before, [m, n], [before.stride(0), 1], out_block, out_layout),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
-        weight_scale if gate is None else gate.contiguous(),
-        workspace,
-        counters,
         table,
         starts,
         m,
@@ -251,10 +194,6 @@ def _gemm(
         SPLIT=config.split,
         LAG=config.lag,
         HAS_BIAS=bias is not None,
-        CUTS=schedule.counters > 0,
-        HALVES=schedule.halves,
-        SINGLE=schedule.grid == len(schedule.units),
-        HAS_RESIDUAL=residual is not None,
         num_warps=4,
     )
     return out

@@ -22,16 +22,22 @@ _DECODE = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _bytes_layout(chunk, warps):
-    """[16, chunk] bytes a warp: lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
-    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 8, 0]]
+def _bytes_layout(chunk):
+    """[16, chunk] bytes: lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
+    registers = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
     piece = 64
     while piece < chunk:
-        registers = [*registers, [0, 0, piece]]
+        registers = [*registers, [0, piece]]
         piece *= 2
-    lanes = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    over_k = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, over_k, [], [warps, 16, chunk])
+    return gl.DistributedLinearLayout(registers, [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [], [], [16, chunk])
+
+
+@gluon.jit
+def _packed(at, inside, c: gl.constexpr, layout: gl.constexpr, BYTES: gl.constexpr, CHUNK: gl.constexpr):
+    mask = inside
+    if c + CHUNK > BYTES:
+        mask = inside & gl.expand_dims(c + gl.arange(0, CHUNK, gl.SliceLayout(0, layout)) < BYTES, 0)
+    return gl.load(at + c, mask=mask, other=0)
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
@@ -46,51 +52,43 @@ def w2a16_skinny_kernel(
     K: gl.constexpr,
     BYTES: gl.constexpr,
     CHUNK: gl.constexpr,
-    WARPS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; a warp takes CHUNK bytes of each row at a time."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    """One warp: out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; CHUNK bytes of each row at a time."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
-    layout: gl.constexpr = _bytes_layout(CHUNK, WARPS)
+    layout: gl.constexpr = _bytes_layout(CHUNK)
     KC: gl.constexpr = CHUNK * 4
-    STRIDE: gl.constexpr = CHUNK * WARPS
 
     row = gl.program_id(0) * 16
-    rows = row + gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, layout)))
-    rows = gl.expand_dims(gl.expand_dims(rows, 1), 0)
-    columns = gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(0, layout)))
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    columns = gl.expand_dims(gl.expand_dims(columns, 0), 0) + gl.expand_dims(gl.expand_dims(warp, 1), 2) * CHUNK
-    at = rows.to(gl.int64) * BYTES + columns
-    inside = rows < N
+    rows = row + gl.arange(0, 16, gl.SliceLayout(1, layout))
+    at = gl.expand_dims(rows.to(gl.int64) * BYTES, 1) + gl.expand_dims(
+        gl.arange(0, CHUNK, gl.SliceLayout(0, layout)), 0
+    )
+    inside = gl.expand_dims(rows < N, 1)
 
     # Slot s of a chunk's K order: bits (b, b, c, c, f, f, i, i, piece...) of byte 64 piece + 16 c + 4 i + b, field f.
-    s = gl.arange(0, KC, gl.SliceLayout(1, gl.SliceLayout(0, b_layout)))
+    s = gl.arange(0, KC, gl.SliceLayout(1, b_layout))
     byte = (s & 3) | (((s >> 6) & 3) << 2) | (((s >> 2) & 3) << 4) | ((s >> 8) << 6)
     k_slot = (byte // 32) * 128 + ((s >> 4) & 3) * 32 + byte % 32
-    k_slot = gl.expand_dims(gl.expand_dims(k_slot, 1), 0)
-    x_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))
-    k_slot = k_slot + gl.expand_dims(gl.expand_dims(x_warp, 1), 2) * KC
-    token = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(0, b_layout)))
-    token = gl.expand_dims(gl.expand_dims(token, 0), 0)
-    x_at = k_slot + token * K
+    token = gl.arange(0, 8, gl.SliceLayout(0, b_layout))
+    x_at = gl.expand_dims(k_slot, 1) + gl.expand_dims(token * K, 0)
     if K % 4 == 0:
-        x_at = gl.max_contiguous(gl.multiple_of(x_at, (1, 4, 1)), (1, 4, 1))
-    x_inside = token < M
+        x_at = gl.max_contiguous(gl.multiple_of(x_at, (4, 1)), (4, 1))
+    x_inside = gl.expand_dims(token < M, 0)
 
     # Two sums, since each mma waits for the one before it on the same sum.
-    acc = gl.zeros((WARPS, 16, 8), gl.float32, mma)
-    other = gl.zeros((WARPS, 16, 8), gl.float32, mma)
-    for c in gl.static_range(0, BYTES, STRIDE):
-        mask = inside
+    acc = gl.zeros((16, 8), gl.float32, mma)
+    other = gl.zeros((16, 8), gl.float32, mma)
+    following = _packed(weight + at, inside, 0, layout, BYTES, CHUNK)
+    for c in gl.static_range(0, BYTES, CHUNK):
+        packed = following
+        if c + CHUNK < BYTES:
+            following = _packed(weight + at, inside, c + CHUNK, layout, BYTES, CHUNK)
         x_mask = x_inside
-        if c + STRIDE > BYTES:
-            mask = inside & (columns + c < BYTES)
-        if (c + STRIDE) * 4 > K:
-            x_mask = x_inside & (c * 4 + k_slot < K)
-        packed = gl.load(weight + at + c, mask=mask, other=0)
+        if c * 4 + KC > K:
+            x_mask = x_inside & gl.expand_dims(c * 4 + k_slot < K, 1)
         b = gl.load(x + x_at + c * 4, mask=x_mask, other=0.0)
         f0, f1, f2, f3 = gl.inline_asm_elementwise(
             _DECODE,
@@ -101,18 +99,16 @@ def w2a16_skinny_kernel(
             pack=4,
         )
         fields = gl.join(gl.join(f0, f2), gl.join(f1, f3))
-        # (warp, row, piece, c, i, b, f high, f low) -> K slots (piece, i, f, c, b)
-        bits = gl.reshape(fields, (WARPS, 16, CHUNK // 64, 4, 4, 4, 2, 2))
-        a = gl.reshape(gl.permute(bits, (0, 1, 2, 4, 6, 7, 3, 5)), (WARPS, 16, KC))
+        # (row, piece, c, i, b, f high, f low) -> K slots (piece, i, f, c, b)
+        bits = gl.reshape(fields, (16, CHUNK // 64, 4, 4, 4, 2, 2))
+        a = gl.reshape(gl.permute(bits, (0, 1, 3, 5, 6, 2, 4)), (16, KC))
         a = gl.convert_layout(a, a_layout, assert_trivial=True)
         acc, other = other, mma_v2(a, b, acc)
 
-    y = gl.sum(acc + other, 0)
-    flat: gl.constexpr = gl.SliceLayout(0, mma)
-    out_rows = row + gl.arange(0, 16, gl.SliceLayout(1, flat))
-    out_tokens = gl.arange(0, 8, gl.SliceLayout(0, flat))
+    out_rows = row + gl.arange(0, 16, gl.SliceLayout(1, mma))
+    out_tokens = gl.arange(0, 8, gl.SliceLayout(0, mma))
     scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0).to(gl.float32) * 0.5
-    y = y * gl.expand_dims(scale, 1)
+    y = (acc + other) * gl.expand_dims(scale, 1)
     if HAS_BIAS:
         y = y + gl.expand_dims(gl.load(bias + out_rows, mask=out_rows < N, other=0.0).to(gl.float32), 1)
     where = gl.expand_dims(out_tokens * N, 0) + gl.expand_dims(out_rows, 1)
@@ -126,12 +122,11 @@ def w2a16_skinny(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    chunk: int = 64,
-    warps: int = 4,
+    chunk: int = 256,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
-    Each of ``warps`` warps takes every ``warps``-th piece of ``chunk`` bytes of a weight row (64, 128, 256 or 512).
+    ``chunk`` is how many bytes of a weight row are asked for at a time (64, 128, 256 or 512).
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -151,8 +146,7 @@ def w2a16_skinny(
         K=k,
         BYTES=weight.shape[1],
         CHUNK=chunk,
-        WARPS=warps,
         HAS_BIAS=bias is not None,
-        num_warps=warps,
+        num_warps=1,
     )
     return out
