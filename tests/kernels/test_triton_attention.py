@@ -94,10 +94,10 @@ def test_keys_are_the_references():
     import torch
 
     from tritflow.kernels import attention_reference as reference
-    from tritflow.kernels.triton.attention import quantize_keys_values
+    from tritflow.kernels.triton.attention import quantize
 
     _, k, v = _inputs((2, 150, 3, 32))
-    k8, _, scale, _ = quantize_keys_values(k, v, "int8")
+    _, k8, _, _, scale, _ = quantize(None, k, v, "int8")
     found = (k8.view(2, 3, 256, 32).float() * scale.view(2, 3, 2).repeat_interleave(128, 2)[..., None]).transpose(1, 2)
     assert not found[:, 150:].any()
     step = scale.max()
@@ -112,12 +112,12 @@ def test_values_are_the_references_in_another_order():
     import torch
 
     from tritflow.kernels import attention_reference as reference
-    from tritflow.kernels.triton.attention import quantize_keys_values
+    from tritflow.kernels.triton.attention import quantize
 
     g = torch.Generator().manual_seed(0)
     k = torch.randn(2, 150, 3, 32, generator=g)
     v = torch.randint(-8, 9, k.shape, generator=g).float()  # exact in e4m3
-    _, v8, _, exponent = quantize_keys_values(k, v, "int8")
+    _, _, v8, _, _, exponent = quantize(None, k, v, "int8")
     expected, exponents = reference.quantize_values(v)
     assert torch.equal(exponent.view(2, 3, 2).repeat_interleave(128, 2)[..., :150], exponents)
     places = torch.arange(256).view(16, 2, 4, 2).permute(0, 2, 1, 3).reshape(256)

@@ -1,11 +1,15 @@
 """Benchmark of 8-bit attention against PyTorch's in bf16 on the same GPU, in one run: times and errors.
 
-Times are of CUDA graph replays over rotating inputs, rounds interleaved; attention alone and with the pass that
-quantizes keys and values. Errors are relative, `|y - x| / |x|`, against attention in float32.
+Times are of CUDA graph replays over rotating inputs, rounds interleaved; attention on inputs that are quantized already,
+and with the pass that quantizes them ("in all"). Errors are relative, `|y - x| / |x|`, against attention in float32.
+Every configuration of the Hopper kernel is first tried in a process of its own, which may hang or crash.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.kernels import Candidate, graph_times
+from tritflow.results import provenance
 
+Say = Callable[[str], None]
 Inputs = tuple[Tensor, Tensor, Tensor]
+Shape = tuple[int, int, int]
+"""Tokens, heads, features of a head."""
 DTYPES = ("int8", "float8_e4m3fn")
 RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
+KINDS = ("normal", "biased keys", "peaked", "outlier values")
+HOPPER: list[dict[str, Any]] = [
+    {"overlap": overlap, "codes": codes, "ones": ones}
+    for overlap in (False, True)
+    for codes, ones in ((True, True), (True, False), (False, True), (False, False))
+]
+"""Configurations of the Hopper kernel that are tried."""
 _SETS = 3
+_WRONG = 0.1  # relative error on Gaussian inputs that no rounding explains
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention on [B, S, H, D]."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,29 +66,30 @@ def _full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def inputs(shape: tuple[int, int, int, int], kind: str, seed: int = 0, device: str = "cuda") -> Inputs:
-    """bf16 queries, keys and values.
+def inputs(shape: Shape, kind: str, seed: int = 0, device: str = "cuda") -> Inputs:
+    """bf16 queries, keys and values [1, tokens, heads, features].
 
-    `normal`: Gaussian. `biased keys`: every 16th key channel is off by a constant of 8 standard deviations times a
-    Gaussian, the same for all tokens of a head. `peaked`: queries four times as large, so that few keys count.
-    `outlier values`: every 16th value channel ten times as large.
+    `normal`: Gaussian. `biased keys`: every 16th key channel is off by 8 standard deviations times a Gaussian, the
+    same for all tokens of a head. `peaked`: queries four times as large, so that few keys count. `outlier values`:
+    every 16th value channel ten times as large.
+
+    Raises:
+        ValueError: another kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of inputs '{kind}': use one of {', '.join(KINDS)}")
+    tokens, heads, features = shape
     g = torch.Generator(device).manual_seed(seed)
-    q, k, v = (torch.randn(shape, generator=g, device=device) for _ in range(3))
-    some = torch.zeros(shape[3], device=device)
+    q, k, v = (torch.randn((1, tokens, heads, features), generator=g, device=device) for _ in range(3))
+    some = torch.zeros(features, device=device)
     some[::16] = 1
     if kind == "biased keys":
-        k += 8 * some * torch.randn((shape[2], shape[3]), generator=g, device=device)
+        k += 8 * some * torch.randn((heads, features), generator=g, device=device)
     elif kind == "peaked":
         q *= 4
     elif kind == "outlier values":
         v *= 1 + 9 * some
-    elif kind != "normal":
-        raise ValueError(f"unknown kind of inputs '{kind}': use one of {', '.join(KINDS)}")
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
-
-
-KINDS = ("normal", "biased keys", "peaked", "outlier values")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -78,136 +97,153 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def _pinned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return sdpa(q, k, v)
+class Contender:
+    """One way to compute attention: `prepare` inputs (nothing, in 16 bits), then `run` on what that gave."""
 
-    return run
+    def __init__(self, name: str, prepare: Callable[..., Any], run: Callable[..., Tensor]) -> None:
+        self.name, self.prepare, self.run = name, prepare, run
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.run((q, k, v), self.prepare(q, k, v))
 
 
-def _ours(hopper: bool) -> dict[str, tuple[str, Callable[..., Tensor]]]:
-    """Name to (dtype, attention on quantized keys and values)."""
-    from tritflow.kernels.triton import attention as plain
+def rivals() -> list[Contender]:
+    """PyTorch's attentions in bf16."""
 
-    found: dict[str, tuple[str, Callable[..., Tensor]]] = {}
-    for dtype in DTYPES:
-        for codes, ones in ((0, False), (0, True), (1, True)):
-            blocks = {**plain.launch_blocks(128, True), "CODES": codes, "ONES": ones}
-            found[f"triton {dtype} codes={codes} ones={ones}"] = (
-                dtype,
-                lambda q, v, parts, blocks=blocks: plain.attend(q, v, parts, blocks=blocks),
-            )
-    if hopper:
-        from tritflow.kernels.hopper import attention_launch as fast
+    def pinned(backend: SDPBackend) -> Callable[[Inputs, None], Tensor]:
+        def run(given: Inputs, prepared: None) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(*given)
 
-        for dtype in DTYPES:
-            for kind, codes, ones in (
-                ("h", 1, True),
-                ("h", 2, True),
-                ("h", 1, False),
-                ("h", 0, False),
-                ("h", 0, True),
-                ("i", 1, True),
-                ("i", 0, True),
-                ("i", 0, False),
-            ):
+        return run
 
-                def run(
-                    q: Tensor, v: Tensor, parts: Any, kind: str = kind, codes: int = codes, ones: bool = ones
-                ) -> Tensor:
-                    return fast.attend(q, parts, codes=codes, ones=ones, in_turn=kind == "i")
+    return [Contender(name, lambda q, k, v: None, pinned(backend)) for name, backend in RIVALS.items()]
 
-                found[f"{kind} {dtype} codes={codes} ones={ones}"] = (dtype, run)
+
+def plain(dtype: str) -> Contender:
+    """Plain Triton's kernel."""
+    from tritflow.kernels.triton.attention import attend, quantize
+
+    return Contender(
+        f"triton {dtype}",
+        lambda q, k, v: quantize(q, k, v, dtype),
+        lambda given, prepared: attend(prepared, given[2]),
+    )
+
+
+def hopper(dtype: str, settings: dict[str, Any]) -> Contender:
+    """The Hopper kernel in one configuration; it quantizes its queries itself."""
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend
+    from tritflow.kernels.triton.attention import quantize
+
+    config = AttentionConfig(**settings)
+    return Contender(
+        f"hopper {dtype}, {config.name}",
+        lambda q, k, v: quantize(None, k, v, dtype),
+        lambda given, prepared: attend(given[0], prepared, config=config),
+    )
+
+
+def handle(task: Task) -> dict[str, Any]:
+    """A worker's task: is a configuration of the Hopper kernel right, and the same 100 times?"""
+    given = inputs(tuple(task["shape"]), "normal")
+    contender = hopper(task["dtype"], task["settings"])
+    first = contender(*given)
+    error = relative_error(first, exact(*given))
+    if not error < _WRONG:
+        return {"error": f"wrong: relative error {error:.3g}"}
+    if not all(torch.equal(first, contender(*given)) for _ in range(100)):
+        return {"error": "wrong: results change from call to call"}
+    return {"relative_error": error}
+
+
+def _sound(shape: Shape, say: Say, seconds: float) -> list[Contender]:
+    """The Hopper kernel's configurations that are right here."""
+    from tritflow.kernels.hopper import why_not
+
+    reason = why_not(torch.cuda.current_device())
+    if reason is not None:
+        say(f"hopper: {reason}")
+        return []
+    tasks: list[Task] = [{"shape": [shape[0], 2, shape[2]], "dtype": d, "settings": s} for s in HOPPER for d in DTYPES]
+    found = []
+
+    def note(task: Task, result: dict[str, Any]) -> None:
+        contender = hopper(task["dtype"], task["settings"])
+        say(f"{contender.name}: {result}")
+        if "error" not in result:
+            found.append(contender)
+
+    deadline = time.monotonic() + seconds
+    run_isolated("tritflow.profiling.attention", tasks, silence=25.0, deadline=deadline, on_result=note)
     return found
 
 
-def bench_attention(
-    tokens: int = 4608,
-    heads: int = 24,
-    features: int = 128,
-    *,
-    hopper: bool = True,
-    rounds: int = 3,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Times and errors of every attention that runs here, [1, tokens, heads, features].
+def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: Say = print) -> dict[str, Any]:
+    """Times and errors at one shape.
 
-    Returns {"shape", "seconds": {name: {"p20", "p50", "p80"}} in microseconds, "tflops", "speedup" over cuDNN
-    (attention alone), "speedup_in_all" (with quantization), "errors": {kind of inputs: {name: relative error}}}.
+    Returns {"shape": [1, tokens, heads, features], "microseconds": {name: {"p20", "p50", "p80"}} (8-bit contenders also
+    as "NAME, in all"), "tflops", "speedup" over cuDNN, "errors": {kind of inputs: {name: relative error}}}; a contender
+    that fails has {"error": ...} for its time.
     """
-    from tritflow.kernels.triton.attention import quantize_keys_values
-
-    shape = (1, tokens, heads, features)
     sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
-    parts = {dtype: [quantize_keys_values(k, v, dtype) for _, k, v in sets] for dtype in DTYPES}
-    mine = _ours(hopper)
-    truth = exact(*sets[0])
-    candidates, errors = [], {kind: {} for kind in KINDS}  # type: ignore[var-annotated]
-    for name, backend in RIVALS.items():
-        call = _pinned(backend)
+    candidates = []
+    for contender in contenders:
         try:
-            errors["normal"][name] = relative_error(call(*sets[0]), truth)
-        except RuntimeError as error:
-            say(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        candidates.append(Candidate(name, lambda i, call=call: call(*sets[i]), _SETS))
-    for dtype in DTYPES:
-        candidates.append(
-            Candidate(f"quantize {dtype}", lambda i, d=dtype: quantize_keys_values(*sets[i][1:], d), _SETS)
-        )
-    for name, (dtype, run) in mine.items():
-        try:
-            errors["normal"][name] = relative_error(run(sets[0][0], sets[0][2], parts[dtype][0]), truth)
+            prepared = [contender.prepare(*given) for given in sets]
         except Exception as error:
-            say(f"{name}: {str(error).splitlines()[0][:200]}")
+            say(f"{contender.name}: {str(error).splitlines()[0][:200]}")
             continue
 
-        def alone(i: int, run: Any = run, dtype: str = dtype) -> Tensor:
-            out: Tensor = run(sets[i][0], sets[i][2], parts[dtype][i])
-            return out
+        def alone(i: int, contender: Contender = contender, prepared: list[Any] = prepared) -> Tensor:
+            return contender.run(sets[i], prepared[i])
 
-        def in_all(i: int, run: Any = run, dtype: str = dtype) -> Tensor:
-            q, k, v = sets[i]
-            out: Tensor = run(q, v, quantize_keys_values(k, v, dtype))
-            return out
+        def in_all(i: int, contender: Contender = contender) -> Tensor:
+            return contender(*sets[i])
 
-        candidates.append(Candidate(name, alone, _SETS))
-        candidates.append(Candidate(f"{name}, in all", in_all, _SETS))
-        say(f"{name}: error {errors['normal'][name]:.5f}")
+        candidates.append(Candidate(contender.name, alone, _SETS))
+        if contender.name not in RIVALS:
+            candidates.append(Candidate(f"{contender.name}, in all", in_all, _SETS))
     times = graph_times(candidates, rounds=rounds)
-    work = 4e-6 * tokens * tokens * heads * features
-    base = times["cudnn bf16"]["p50"]
-    result: dict[str, Any] = {
-        "shape": list(shape),
+    medians = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    errors: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        given = inputs(shape, kind, 7)
+        truth = exact(*given)
+        errors[kind] = {c.name: relative_error(c(*given), truth) for c in contenders if c.name in medians}
+    work = 4e-6 * shape[0] ** 2 * shape[1] * shape[2]
+    base = medians.get("cudnn bf16")
+    for name, us in medians.items():
+        ratio = "" if base is None else f" {base / us:.3f}x"
+        error = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
+        say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {error}")
+    return {
+        "shape": [1, *shape],
         "microseconds": times,
-        "tflops": {n: round(work / t["p50"], 1) for n, t in times.items() if "p50" in t and "quantize" not in n},
-        "speedup": {n: round(base / t["p50"], 3) for n, t in times.items() if "p50" in t and "quantize" not in n},
+        "tflops": {name: round(work / us, 1) for name, us in medians.items()},
+        "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
         "errors": errors,
     }
-    for name, ratio in result["speedup"].items():
-        say(f"{name:44} {times[name]['p50']:8.1f} us {result['tflops'][name]:7.1f} TFLOP/s {ratio:.3f}x")
-    for kind in KINDS[1:]:
-        some = inputs(shape, kind, 7)
-        truth = exact(*some)
-        for name, backend in RIVALS.items():
-            if name in times and name in errors["normal"]:
-                errors[kind][name] = relative_error(_pinned(backend)(*some), truth)
-        for name, (dtype, run) in mine.items():
-            if name in errors["normal"]:
-                out = run(some[0], some[2], quantize_keys_values(some[1], some[2], dtype))
-                errors[kind][name] = relative_error(out, truth)
-    for name in errors["normal"]:
-        say(f"{name:44} " + "  ".join(f"{kind} {errors[kind].get(name, float('nan')):.5f}" for kind in KINDS))
-    return result
 
 
-def run(shapes: list[tuple[int, int, int]], note: str = "", *, hopper: bool = True, say: Any = print) -> dict[str, Any]:
-    """`bench_attention` at each (tokens, heads, features), with where it was measured: one run of the results."""
-    from tritflow.results import provenance
+def bench(shapes: list[Shape], note: str = "", *, seconds: float = 60.0, say: Say = print) -> dict[str, Any]:
+    """`measure` at every shape, with where it was measured: one run of the results.
 
-    found = []
-    for shape in shapes:
-        say(f"tokens, heads, features: {shape}")
-        found.append(bench_attention(*shape, hopper=hopper, say=say))
-    return {**provenance("cuda"), "note": note, "attention": found}
+    Args:
+        shapes: tokens, heads, features; the Hopper kernel is checked at the first, for at most `seconds`.
+        note: kept with the result.
+        seconds: for the checks.
+        say: told each result in a line.
+    """
+    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *_sound(shapes[0], say, seconds)]
+    return {**provenance("cuda"), "note": note, "attention": [measure(shape, contenders, say=say) for shape in shapes]}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tritflow.profiling.attention", description="see `tritflow bench attention`")
+    parser.add_argument("--worker", required=True, help=argparse.SUPPRESS)
+    serve(parser.parse_args(arguments).worker, handle)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

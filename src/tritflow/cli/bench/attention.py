@@ -29,10 +29,10 @@ def attention(
 ) -> None:
     """Time 8-bit attention on this GPU against cuDNN and flash attention in bf16, and state all their errors."""
     from tritflow.pipelines.loading import pick_device
-    from tritflow.profiling.attention import run
+    from tritflow.profiling.attention import bench
 
     pick_device("cuda")
-    result = run([(count, heads, features) for count in tokens or [4608]], note, say=say)
+    result = bench([(count, heads, features) for count in tokens or [4608]], note, say=say)
     store(results, "attention", [result])
     if json:
         print_json(result)

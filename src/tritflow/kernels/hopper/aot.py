@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tritflow.kernels.hopper.attention import attention_kernel
+from tritflow.kernels.hopper.attention_launch import KEYS, AttentionConfig, constants
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.launch import Config
 
@@ -112,6 +114,25 @@ def compile_w2a8(config: Config, *, activation_dtype: str = "int8", has_bias: bo
         "HAS_BIAS": has_bias,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
+
+
+def compile_attention(
+    config: AttentionConfig, *, dtype: str = "int8", tokens: int = 4608, features: int = 128, x_dtype: str = "bf16"
+) -> Compiled:
+    """8-bit attention of a configuration; ``dtype`` of queries and keys, ``x_dtype`` of inputs and output."""
+    kind, element = ("i8", gl.int8) if dtype == "int8" else ("fp8e4nv", gl.float8e4nv)
+    signature = {
+        "q_ptr": f"*{x_dtype}",
+        "k_desc": _descriptor(kind, element, [KEYS, features]),
+        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, KEYS]),
+        "k_scale": "*fp32",
+        "v_exponent": "*fp32",
+        "out_ptr": f"*{x_dtype}",
+        "factor": "fp32",
+        "H": "i32",
+    }
+    signature |= {f"{name}_stride_{axis}": "i32" for name in ("q", "out") for axis in "bsh"}
+    return compile_gluon(attention_kernel, signature, constants(tokens, dtype, config), num_warps=4)
 
 
 _MMA = re.compile(r"\b[IQH]GMMA\S* R(\d+), R(\d+), gdesc")

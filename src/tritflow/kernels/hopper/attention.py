@@ -1,11 +1,15 @@
 """8-bit attention for Hopper, in Gluon: see `tritflow.kernels.attention`; plain Triton's kernel says how weights move.
 
 One block is three partitions: a copying warp (TMA, a ring of stages) and two consumers of one warpgroup, 64 queries
-each. A consumer works on three tiles of keys at once: while it makes the weights of tile i on the ordinary cores, the
-tensor cores multiply queries with the keys of tile i + 1 and the weights of tile i - 1 with their values. Weights pass
-through shared memory, since a product in flight reads its registers, which the compiler would use again.
+each. Two orders of work, to be decided between on a GPU:
 
-Slot j of the ring holds the keys of tile j and the values of tile j - 2, which are read together.
+- in turn: a consumer makes a tile's weights, then waits for their product with the values and the next tile's product
+  of queries and keys; meanwhile the other consumer makes weights.
+- overlapping: while a consumer makes the weights of tile i, the tensor cores multiply queries with the keys of tile
+  i + 1 and the weights of tile i - 1 with their values. Weights pass through shared memory then: a product in flight
+  reads its registers, which the compiler would use again.
+
+Sums of weights are taken on the ordinary cores, or as a product with ones.
 """
 
 from __future__ import annotations
@@ -15,168 +19,105 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-_MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: a float this large holds a whole number in its low bits
+from tritflow.kernels.hopper.attention_parts import load_tiles, quantize_queries, scaled, store_rows, weigh
+
+
+@gluon.constexpr_function
+def _mma(columns):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 32])
 
 
 @gluon.jit
-def _load(k_desc, v_desc, buffers, S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr):
-    """The copying warp."""
-    _q_bufs, k_bufs, v_bufs, _p_bufs, _ones, full, empty = buffers
-    BN: gl.constexpr = k_desc.block_type.shape[0]
-    D: gl.constexpr = k_desc.block_type.shape[1]
+def _in_turn(
+    q, q_scale, k_scale, v_exponent, buffers,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, CODES: gl.constexpr, ONES: gl.constexpr,
+):  # fmt: skip
+    """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
+    _q_bufs, k_bufs, v_bufs, _p_bufs, ones, full, empty = buffers
+    D: gl.constexpr = k_bufs.shape[2]
+    BN: gl.constexpr = k_bufs.shape[1]
     TILES: gl.constexpr = (S + BN - 1) // BN
-    BEHIND: gl.constexpr = 2 if TILES > 1 else 1
-    bh = gl.program_id(1)
-    stage = 0
-    phase = 1
-    for i in range(TILES + BEHIND):
-        mbarrier.wait(empty.index(stage), phase)
-        bar = full.index(stage)
-        keys = i < TILES
-        values = i >= BEHIND
-        mbarrier.expect(bar, BN * D * 2, pred=keys & values)
-        mbarrier.expect(bar, BN * D, pred=keys ^ values)
-        tma.async_copy_global_to_shared(k_desc, [bh * PADDED + i * BN, 0], bar, k_bufs.index(stage), pred=keys)
-        tma.async_copy_global_to_shared(v_desc, [bh * D, (i - BEHIND) * BN], bar, v_bufs.index(stage), pred=values)
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, _mma(D), 4)
+    rows: gl.constexpr = gl.SliceLayout(1, _mma(BN))
+    m = gl.full((64,), float("-inf"), gl.float32, rows)
+    sums = gl.zeros((64,), gl.float32, rows)
+    no_logits = gl.zeros((64, BN), gl.int32 if q.dtype == gl.int8 else gl.float32, _mma(BN))
+    no_sums = gl.zeros((64, 8), gl.float32, _mma(8))
+    many = no_sums  # sums, in every column
+    acc = gl.zeros((64, D), gl.float32, _mma(D))
+    scale = q_scale * gl.load(k_scale)
+    exponent = gl.load(v_exponent)
+    mbarrier.wait(full.index(0), 0)
+    s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), no_logits, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(empty.index(0), count=1)
+    stage = 1
+    phase = 0
+    for i in range(TILES - 1):
+        next_scale = q_scale * gl.load(k_scale + (i + 1) * BN // BLOCK)
+        next_exponent = gl.load(v_exponent + (i + 1) * BN // BLOCK)
+        p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, CODES, not ONES)
+        acc = scaled(acc, alpha)
+        p = gl.convert_layout(p, a_layout, assert_trivial=True)
+        mbarrier.wait(full.index(stage), phase)
+        acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
+        if ONES:
+            row_next = warpgroup_mma(p, ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+        s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        if ONES:
+            acc, row8, s = warpgroup_mma_wait(0, deps=[acc_next, row_next, s_next])
+            many = scaled(many, alpha) + row8 * gl.exp2(-exponent)
+        else:
+            sums = sums * alpha + row * gl.exp2(-exponent)
+            acc, s = warpgroup_mma_wait(0, deps=[acc_next, s_next])
+        mbarrier.arrive(empty.index(stage), count=1)
+        scale = next_scale
+        exponent = next_exponent
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
-
-
-@gluon.jit
-def _row_max(x):
-    """Maximum of rows in two steps: many short chains of operations instead of few long ones."""
-    rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    x = gl.max(gl.reshape(x, (x.shape[0], 4, x.shape[1] // 4)), axis=1)
-    return gl.convert_layout(gl.max(x, axis=1), rows)
-
-
-@gluon.jit
-def _row_sum(x):
-    rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    x = gl.sum(gl.reshape(x, (x.shape[0], 4, x.shape[1] // 4)), axis=1)
-    return gl.convert_layout(gl.sum(x, axis=1), rows)
-
-
-@gluon.jit
-def _weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, CODES: gl.constexpr, SUM: gl.constexpr):
-    """Weights of one tile (e4m3, keys in the order of the values), new maximum, factor for older sums, row sums."""
-    rows: gl.constexpr = s.shape[0]
-    BN: gl.constexpr = s.shape[1]
-    s = s.to(gl.float32)
-    if MASK:
-        t = n + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
-        s = gl.where(gl.expand_dims(t < S, 0), s, float("-inf"))
-    # A maximum may drop a NaN; scale * 0 brings it back.
-    new = gl.maximum(m, gl.ceil(gl.fma(_row_max(s), scale, exponent)))
-    alpha = gl.exp2(m - new) + scale * 0.0
-    top = exponent - new
-    sums = alpha
-    if CODES == 0:
-        slope = gl.expand_dims(scale, 1).broadcast_to(s.shape)
-        p = gl.exp2(gl.fma(s, slope, gl.expand_dims(top + 8.0, 1).broadcast_to(s.shape)))
-        if SUM:
-            sums = _row_sum(p)
-        p8 = p.to(gl.float8e4nv)
+    p, m, alpha, row = weigh(s, m, scale, exponent, (TILES - 1) * BN, S % BN != 0, S, CODES, not ONES)
+    acc = scaled(acc, alpha)
+    p = gl.convert_layout(p, a_layout, assert_trivial=True)
+    mbarrier.wait(full.index(stage), phase)
+    acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
+    if ONES:
+        row_next = warpgroup_mma(p, ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+        acc, row8 = warpgroup_mma_wait(0, deps=[acc_next, row_next])
+        many = scaled(many, alpha) + row8 * gl.exp2(-exponent)
+        sums = gl.convert_layout(gl.max(many, axis=1), rows)
     else:
-        # 2^y in e4m3's own bits: 8 y + 120 rounded is the code of about 2^(8 + y), at most 6 % off; all constants
-        # but the slope are whole numbers, so that nothing but s is rounded.
-        if CODES == 1:
-            slope = gl.expand_dims(scale * 8.0, 1).broadcast_to(s.shape)
-            code = gl.fma(s, slope, gl.expand_dims(top * 8.0 + (120.0 + _MAGIC), 1).broadcast_to(s.shape))
-            code = gl.maximum(code, _MAGIC)
-        else:
-            slope = gl.expand_dims(scale * 0.0625, 1).broadcast_to(s.shape)
-            offset = gl.expand_dims(top * 0.0625 + 0.9375, 1).broadcast_to(s.shape)
-            code = gl.inline_asm_elementwise(
-                "fma.rn.sat.f32 $0, $1, $2, $3;",
-                "=f,f,f,f",
-                [s, slope, offset],
-                dtype=gl.float32,
-                is_pure=True,
-                pack=1,
-            )
-            code = gl.fma(code, gl.full_like(code, 128.0), gl.full_like(code, _MAGIC))
-        code = code.to(gl.int32, bitcast=True)
-        if SUM:
-            sums = _row_sum((code << 20).to(gl.float32, bitcast=True)) * 1.329227995784916e36  # 2^120
-        p8 = code.to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    p8 = gl.permute(gl.reshape(p8, (rows, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
-    return gl.reshape(p8, (rows, BN)), new, alpha, sums
+        sums = sums * alpha + row * gl.exp2(-exponent)
+        acc = warpgroup_mma_wait(0, deps=[acc_next])
+    return acc, sums + scale * 0.0
 
 
 @gluon.jit
-def _attend(
-    PART: gl.constexpr,
-    operands,
-    buffers,
-    S: gl.constexpr,
-    PADDED: gl.constexpr,
-    STAGES: gl.constexpr,
-    BLOCK: gl.constexpr,
-    QMAX: gl.constexpr,
-    FLOOR: gl.constexpr,
-    CODES: gl.constexpr,
-    ONES: gl.constexpr,
-):
-    """A consumer: 64 queries."""
-    q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
-    q_bufs, k_bufs, v_bufs, p_bufs, ones, full, empty = buffers
-    D: gl.constexpr = q_bufs.shape[2]
+def _overlapping(
+    q, q_scale, k_scale, v_exponent, p_buf, buffers,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, CODES: gl.constexpr, ONES: gl.constexpr,
+):  # fmt: skip
+    """Slot j holds the keys of tile j and the values of tile j - 2. Returns the weighted values and sums."""
+    _q_bufs, k_bufs, v_bufs, _p_bufs, ones, full, empty = buffers
+    D: gl.constexpr = k_bufs.shape[2]
     BN: gl.constexpr = k_bufs.shape[1]
     TILES: gl.constexpr = (S + BN - 1) // BN
-    MASK: gl.constexpr = S % BN != 0
-    INT8: gl.constexpr = q_bufs.dtype == gl.int8
-    acc_type: gl.constexpr = gl.int32 if INT8 else gl.float32
-    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 32])
-    mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    mma_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 32])
-    s_rows: gl.constexpr = gl.SliceLayout(1, mma_s)
-    o_rows: gl.constexpr = gl.SliceLayout(1, mma_o)
-    l_rows: gl.constexpr = gl.SliceLayout(1, mma_l)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    wide_rows: gl.constexpr = gl.SliceLayout(1, wide)
-
-    bh = gl.program_id(1)
-    b = (bh // H).to(gl.int64)
-    h = bh % H
-    first = (gl.program_id(0) * q_bufs.shape[0] + PART) * 64
-
-    # Nobody else reads these queries, so they are quantized here.
-    t = first + gl.arange(0, 64, wide_rows)
-    d = gl.arange(0, D, gl.SliceLayout(0, wide))
-    at = q_ptr + b * q_strides[0] + h * q_strides[2] + gl.expand_dims(t.to(gl.int64) * q_strides[1], 1)
-    x = gl.load(at + gl.expand_dims(d, 0), mask=gl.expand_dims(t < S, 1).broadcast_to((64, D)), other=0.0)
-    x = x.to(gl.float32)
-    row_scale = gl.maximum(gl.max(gl.abs(x), axis=1), FLOOR) / QMAX + gl.sum(x * 0.0, axis=1)
-    x = x * gl.expand_dims(1.0 / row_scale, 1)
-    if INT8:
-        x = x + _MAGIC - _MAGIC
-    q = q_bufs.index(PART)
-    q.store(x.to(q_bufs.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    q_scale = gl.convert_layout(row_scale * factor, s_rows)
-
-    k_scale += bh * (PADDED // BLOCK)
-    v_exponent += bh * (PADDED // BLOCK)
-    m = gl.full((64,), float("-inf"), gl.float32, s_rows)
-    sums = gl.zeros((64,), gl.float32, s_rows)
-    nothing = gl.zeros((64, 8), gl.float32, mma_l)
-    many = nothing  # the sums again, in every column, where the tensor cores make them
-    acc = gl.zeros((64, D), gl.float32, mma_o)
-    zero = gl.zeros((64, BN), acc_type, mma_s)
-    p_buf = p_bufs.index(PART)
+    rows: gl.constexpr = gl.SliceLayout(1, _mma(BN))
+    m = gl.full((64,), float("-inf"), gl.float32, rows)
+    sums = gl.zeros((64,), gl.float32, rows)
+    no_logits = gl.zeros((64, BN), gl.int32 if q.dtype == gl.int8 else gl.float32, _mma(BN))
+    no_sums = gl.zeros((64, 8), gl.float32, _mma(8))
+    many = no_sums  # sums, in every column
+    acc = gl.zeros((64, D), gl.float32, _mma(D))
     scale = q_scale * gl.load(k_scale)
     exponent = gl.load(v_exponent)
     mbarrier.wait(full.index(0), 0)
-    s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), no_logits, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(empty.index(0), count=1)
     stage = 1
@@ -185,11 +126,11 @@ def _attend(
         next_scale = q_scale * gl.load(k_scale + BN // BLOCK)
         next_exponent = gl.load(v_exponent + BN // BLOCK)
         mbarrier.wait(full.index(stage), phase)
-        s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        p, m, alpha, row = _weigh(s, m, scale, exponent, 0, False, S, CODES, not ONES)
+        s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        p, m, alpha, row = weigh(s, m, scale, exponent, 0, False, S, CODES, not ONES)
         if not ONES:
             sums = row * gl.exp2(-exponent)
-        acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)  # zeros, or NaN
+        acc = scaled(acc, alpha)  # zeros, or NaN
         s = warpgroup_mma_wait(0, deps=[s_next])
         mbarrier.arrive(empty.index(stage), count=1)
         p_buf.store(p)
@@ -206,21 +147,22 @@ def _attend(
             next_scale = q_scale * gl.load(k_scale + (i + 1) * BN // BLOCK)
             next_exponent = gl.load(v_exponent + (i + 1) * BN // BLOCK)
             mbarrier.wait(full.index(stage), phase)
-            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
             acc_next = warpgroup_mma(p_buf, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
             if ONES:
-                row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            p, m, alpha, row = _weigh(s, m, scale, exponent, i * BN, False, S, CODES, not ONES)
+                row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+            p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, CODES, not ONES)
             if ONES:
-                s, acc, rows = warpgroup_mma_wait(0, deps=[s_next, acc_next, row_next])
-                many = (many + rows * shrink) * gl.expand_dims(gl.convert_layout(alpha, l_rows), 1)
+                s, acc, row8 = warpgroup_mma_wait(0, deps=[s_next, acc_next, row_next])
+                many = scaled(many + row8 * shrink, alpha)
             else:
                 sums = sums * alpha + row * gl.exp2(-exponent)
                 s, acc = warpgroup_mma_wait(0, deps=[s_next, acc_next])
-            mbarrier.arrive(empty.index(stage), count=1)  # a barrier, too: all warps are done with p_buf
+            mbarrier.arrive(empty.index(stage), count=1)
+            gl.thread_barrier()  # all warps are done with p_buf
             p_buf.store(p)
             fence_async_shared()
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)
+            acc = scaled(acc, alpha)
             gl.thread_barrier()
             stage += 1
             if stage == STAGES:
@@ -232,18 +174,19 @@ def _attend(
         mbarrier.wait(full.index(stage), phase)
         acc_next = warpgroup_mma(p_buf, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
         if ONES:
-            row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    p, m, alpha, row = _weigh(s, m, scale, exponent, (TILES - 1) * BN, MASK, S, CODES, not ONES)
+            row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+    p, m, alpha, row = weigh(s, m, scale, exponent, (TILES - 1) * BN, S % BN != 0, S, CODES, not ONES)
     if not ONES:
         sums = sums * alpha + row * gl.exp2(-exponent)
     if TILES > 1:
         if ONES:
-            acc, rows = warpgroup_mma_wait(0, deps=[acc_next, row_next])
-            many = (many + rows * shrink) * gl.expand_dims(gl.convert_layout(alpha, l_rows), 1)
+            acc, row8 = warpgroup_mma_wait(0, deps=[acc_next, row_next])
+            many = scaled(many + row8 * shrink, alpha)
         else:
             acc = warpgroup_mma_wait(0, deps=[acc_next])
         mbarrier.arrive(empty.index(stage), count=1)
-        acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)
+        acc = scaled(acc, alpha)
+        gl.thread_barrier()  # all warps are done with p_buf
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -254,19 +197,40 @@ def _attend(
     mbarrier.wait(full.index(stage), phase)
     acc_next = warpgroup_mma(p_buf, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
     if ONES:
-        row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        acc, rows = warpgroup_mma_wait(0, deps=[acc_next, row_next])
-        many = many + rows * gl.exp2(-exponent)
-        sums = gl.convert_layout(gl.max(many, axis=1), s_rows) + scale * 0.0
+        row_next = warpgroup_mma(p_buf, ones.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+        acc, row8 = warpgroup_mma_wait(0, deps=[acc_next, row_next])
+        sums = gl.convert_layout(gl.max(many + row8 * gl.exp2(-exponent), axis=1), rows)
     else:
         acc = warpgroup_mma_wait(0, deps=[acc_next])
+    return acc, sums + scale * 0.0
 
-    y = acc * gl.expand_dims(gl.convert_layout(1.0 / sums, o_rows), 1)
-    t = first + gl.arange(0, 64, o_rows)
-    d = gl.arange(0, D, gl.SliceLayout(0, mma_o))
-    at = out_ptr + b * out_strides[0] + h * out_strides[2] + gl.expand_dims(t.to(gl.int64) * out_strides[1], 1)
-    inside = gl.expand_dims(t < S, 1).broadcast_to((64, D))
-    gl.store(at + gl.expand_dims(d, 0), y.to(out_ptr.dtype.element_ty), mask=inside)
+
+@gluon.jit
+def _consume(
+    PART: gl.constexpr, operands, buffers,
+    S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, QMAX: gl.constexpr,
+    FLOOR: gl.constexpr, OVERLAP: gl.constexpr, CODES: gl.constexpr, ONES: gl.constexpr,
+):  # fmt: skip
+    """A consumer: 64 queries."""
+    q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
+    q_bufs, k_bufs, _v_bufs, p_bufs, _ones, _full, _empty = buffers
+    rows: gl.constexpr = gl.SliceLayout(1, _mma(k_bufs.shape[1]))
+    bh = gl.program_id(1)
+    b = (bh // H).to(gl.int64)
+    h = bh % H
+    first = (gl.program_id(0) * 2 + PART) * 64
+    q = q_bufs.index(PART)
+    q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
+    k_scale += bh * (PADDED // BLOCK)
+    v_exponent += bh * (PADDED // BLOCK)
+    if OVERLAP:
+        p_buf = p_bufs.index(PART)
+        acc, sums = _overlapping(
+            q, q_scale, k_scale, v_exponent, p_buf, buffers, S, STAGES, BLOCK, CODES, ONES
+        )  # fmt: skip
+    else:
+        acc, sums = _in_turn(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, CODES, ONES)
+    store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 
 @gluon.jit
@@ -291,6 +255,7 @@ def attention_kernel(
     BLOCK: gl.constexpr,
     QMAX: gl.constexpr,
     FLOOR: gl.constexpr,
+    OVERLAP: gl.constexpr,
     CODES: gl.constexpr,
     ONES: gl.constexpr,
 ):
@@ -301,14 +266,14 @@ def attention_kernel(
     """
     D: gl.constexpr = k_desc.block_type.shape[1]
     BN: gl.constexpr = k_desc.block_type.shape[0]
-    q_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], k_desc.dtype)
-    p_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BN], gl.float8e4nv)
-    one_rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BN], gl.float8e4nv)
-    q_bufs = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], q_rows)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], k_desc.dtype)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BN], gl.float8e4nv)
+    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BN], gl.float8e4nv)
+    q_bufs = gl.allocate_shared_memory(k_desc.dtype, [2, 64, D], q_layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, D, BN], v_desc.layout)
-    p_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2, 64, BN], p_rows)
-    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, BN], one_rows)
+    p_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2, 64, BN], p_layout)
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, BN], ones_layout)
     if ONES:
         flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
         ones.store(gl.full((8, BN), 1.0, gl.float32, flat).to(gl.float8e4nv))
@@ -325,9 +290,15 @@ def attention_kernel(
     buffers = (q_bufs, k_bufs, v_bufs, p_bufs, ones, full, empty)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CODES, ONES)),
-            (_attend, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CODES, ONES)),
-            (_load, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
+            (
+                _consume,
+                (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, OVERLAP, CODES, ONES),
+            ),
+            (
+                _consume,
+                (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, OVERLAP, CODES, ONES),
+            ),
+            (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES, OVERLAP)),
         ],
         [4, 1],
         [232, 24],

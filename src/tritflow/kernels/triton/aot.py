@@ -192,25 +192,26 @@ def _other_cases() -> list[Case]:
 
 def _attention_cases() -> list[Case]:
     """Head dimension 128; queries and keys in int8 with values in 16 bits or e4m3, and all of it in e4m3."""
-    strides = [f"{name}_stride_{axis}" for name in ("q", "v", "out") for axis in "bsh"]
     found = []
     for kind, e4m3 in (("int8", False), ("int8", True), ("float8_e4m3fn", True)):
         element = "i8" if kind == "int8" else "fp8e4nv"
+        values = "fp8e4nv" if e4m3 else element  # not followed where values stay in 16 bits
         blocks = attention.launch_blocks(128, e4m3)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-        types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "k_scale_ptr": "*fp32", "v_exponent_ptr": "*fp32"}
-        types |= {"k_desc": f"tensordesc<{element}[{blocks['BLOCK_N']},128]>", "factor": "fp32"}
-        types |= {"v": f"tensordesc<fp8e4nv[128,{blocks['BLOCK_N']}]>" if e4m3 else "*bf16"} | _numbers(*strides, "H")
-        quantized = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "INT8": kind == "int8", "D": 128, "BLOCK": BLOCK}
-        constants = {"S": 4608, "PADDED": 4608, "V8": e4m3, **quantized, **blocks}
+        rows, keys = blocks["BLOCK_M"], blocks["BLOCK_N"]
+        scales = dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_exponent_ptr"), "*fp32")
+        types = {"q_desc": f"tensordesc<{element}[{rows},128]>", "k_desc": f"tensordesc<{element}[{keys},128]>"}
+        types |= {"v": f"tensordesc<fp8e4nv[128,{keys}]>" if e4m3 else "*bf16", "out_ptr": "*bf16"}
+        types |= scales | _numbers(*(f"{name}_stride_{axis}" for name in ("v", "out") for axis in "bsh"), "H")
+        constants: dict[str, Any] = {"S": 4608, "PADDED": 4608, "V8": e4m3, "D": 128, "BLOCK": BLOCK}
         name = f"attention {kind}" + ("" if e4m3 else ", 16-bit values")
-        found.append(Case(name, attention.attention_kernel, types, constants, options, e4m3))
-        types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "k8_ptr": f"*{element}"}
-        types |= {"v8_ptr": "*fp8e4nv" if e4m3 else f"*{element}"}
-        types |= {"k_scale_ptr": "*fp32", "v_exponent_ptr": "*fp32"}
-        types |= _numbers(*(f"{name}_stride_{axis}" for name in "kv" for axis in "bsh"), "H", "S", "PADDED")
-        constants = {**quantized, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "SAMPLE": SAMPLE, "VALUES": e4m3}
-        name = f"quantize keys ({kind})" + (" and values" if e4m3 else "")
+        found.append(Case(name, attention.attention_kernel, types, constants | blocks, options, e4m3))
+        types = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "factor": "fp32"} | scales
+        types |= {"q8_ptr": f"*{element}", "k8_ptr": f"*{element}", "v8_ptr": f"*{values}"}
+        types |= _numbers(*(f"{name}_stride_{axis}" for name in "qkv" for axis in "bsh"), "H", "S", "PADDED")
+        constants = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "D": 128}
+        constants |= {"INT8": kind == "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK}
+        name = f"quantize for attention {kind}" + ("" if e4m3 else ", 16-bit values")
         found.append(Case(name, attention.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
     return found
 

@@ -1,18 +1,18 @@
 """8-bit attention in plain Triton: see `tritflow.kernels.attention`.
 
-Two kernels: `quantize_kernel` brings keys and values into 8 bits, `attention_kernel` quantizes its own queries (nobody
-else reads them) and walks over the keys with a running maximum, as FlashAttention does.
+Two kernels: `quantize_kernel` brings queries, keys and values into 8 bits in one launch, `attention_kernel` walks over the
+keys with a running maximum, as FlashAttention does.
 
-Weights become operand A of the second product without moving between threads: a thread holds columns {2c, 2c+1} of every
-eight of the first product's result and needs {4c .. 4c+3} of every sixteen, so keys are taken in another order, and the
-values are stored in that order (`_shuffled`). The maximum is rounded up to a whole power of two: a weight's rounding then
-does not depend on which maximum was known when it was made.
+Weights become operand A of the second product without moving between threads: a thread holds columns {2c, 2c+1} of
+every eight of the first product's result and needs {4c .. 4c+3} of every sixteen, so keys are taken in another order,
+and the values are stored in that order (`_shuffled`). The maximum is rounded up to a whole power of two: a weight's
+rounding then does not depend on which maximum was known when it was made.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,20 +34,27 @@ def _to_8bit(x, INT8: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _shuffled(x, AXIS_LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """[N, COLUMNS] -> [COLUMNS, N]: of every sixteen rows, 8h + 2c + i goes to place 4c + 2h + i."""
-    x = tl.permute(tl.reshape(x, (AXIS_LENGTH // 16, 2, 4, 2, COLUMNS)), (4, 0, 2, 1, 3))
-    return tl.reshape(x, (COLUMNS, AXIS_LENGTH))
+def _shuffled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] -> [COLUMNS, ROWS]: of every sixteen rows, 8h + 2c + i goes to place 4c + 2h + i."""
+    x = tl.permute(tl.reshape(x, (ROWS // 16, 2, 4, 2, COLUMNS)), (4, 0, 2, 1, 3))
+    return tl.reshape(x, (COLUMNS, ROWS))
 
 
 @triton.jit
 def quantize_kernel(
+    q_ptr,
     k_ptr,
     v_ptr,
+    q8_ptr,
     k8_ptr,
     v8_ptr,
+    q_scale_ptr,
     k_scale_ptr,
     v_exponent_ptr,
+    factor,
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
     k_stride_b,
     k_stride_s,
     k_stride_h,
@@ -67,9 +74,10 @@ def quantize_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK keys (program axis 2: 0) or values (1) of one head; rows past S become zeros.
+    """BLOCK keys (program axis 2: 0), values (1) or queries (2) of one head; rows past S become zeros.
 
-    k8 [B H PADDED, D], v8 e4m3 [B H D, PADDED] shuffled; k_scale and v_exponent float32 [B H, PADDED / BLOCK].
+    q8 and k8 [B H PADDED, D], v8 e4m3 [B H D, PADDED] shuffled; q_scale float32 [B H, PADDED], times factor; k_scale
+    and v_exponent float32 [B H, PADDED / BLOCK]. Without VALUES the program axis holds keys and queries.
     """
     block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -79,7 +87,8 @@ def quantize_kernel(
     d = tl.arange(0, D)
     inside = (t < S)[:, None]
     at = bh * (PADDED // BLOCK) + block
-    if not VALUES or tl.program_id(2) == 0:
+    part = tl.program_id(2)
+    if part == 0:
         base = k_ptr + b * k_stride_b + h * k_stride_h + d[None, :]
         few = tl.arange(0, SAMPLE) * S // SAMPLE
         mean = tl.sum(tl.load(base + few.to(tl.int64)[:, None] * k_stride_s).to(tl.float32), axis=0) / SAMPLE
@@ -91,7 +100,7 @@ def quantize_kernel(
         k8 = _to_8bit(k * (1.0 / k_scale), INT8, k8_ptr.dtype.element_ty)
         tl.store(k8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], k8)
         tl.store(k_scale_ptr + at, k_scale)
-    elif VALUES:
+    elif VALUES and part == 1:
         base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
         v = tl.load(base + t.to(tl.int64)[:, None] * v_stride_s, mask=inside, other=0).to(tl.float32)
         amax = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), V_FLOOR)
@@ -99,17 +108,13 @@ def quantize_kernel(
         v8 = _shuffled((v * tl.exp2(-exponent)).to(v8_ptr.dtype.element_ty), BLOCK, D)
         tl.store(v8_ptr + (bh * D + d)[:, None] * PADDED + t[None, :], v8)
         tl.store(v_exponent_ptr + at, exponent)
-
-
-@triton.jit
-def _row_max(x, ROWS: tl.constexpr, N: tl.constexpr):
-    """Maximum of rows in two steps: many short chains of operations instead of few long ones."""
-    return tl.max(tl.max(tl.reshape(x, (ROWS, 4, N // 4)), axis=1), axis=1)
-
-
-@triton.jit
-def _row_sum(x, ROWS: tl.constexpr, N: tl.constexpr):
-    return tl.sum(tl.sum(tl.reshape(x, (ROWS, 4, N // 4)), axis=1), axis=1)
+    else:
+        base = q_ptr + b * q_stride_b + h * q_stride_h + d[None, :]
+        q = tl.load(base + t.to(tl.int64)[:, None] * q_stride_s, mask=inside, other=0).to(tl.float32)
+        q_scale = tl.maximum(tl.max(tl.abs(q), axis=1), FLOOR) / QMAX + tl.sum(q * 0.0, axis=1)
+        q8 = _to_8bit(q * (1.0 / q_scale)[:, None], INT8, q8_ptr.dtype.element_ty)
+        tl.store(q8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], q8)
+        tl.store(q_scale_ptr + bh * PADDED + t, q_scale * factor)
 
 
 @triton.jit
@@ -134,8 +139,6 @@ def _step(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
-    CODES: tl.constexpr,
-    ONES: tl.constexpr,
 ):
     """BLOCK_N keys from n on."""
     t = n + tl.arange(0, BLOCK_N)
@@ -147,31 +150,15 @@ def _step(
     if MASK:
         s = tl.where((t < S)[None, :], s, float("-inf"))
     # A maximum may drop a NaN; scale * 0 brings it back.
-    new = tl.maximum(m, tl.ceil(_row_max(s, BLOCK_M, BLOCK_N) * scale + exponent))
+    new = tl.maximum(m, tl.ceil(tl.max(s, axis=1) * scale + exponent))
     alpha = tl.exp2(m - new) + scale * 0.0
+    top: tl.constexpr = 8.0 if V8 else 0.0  # e4m3 reaches up to 448
+    p = tl.exp2(s * scale[:, None] - (new - exponent - top)[:, None])
+    sums = sums * alpha + tl.sum(p, axis=1) * tl.exp2(0.0 - exponent)
     acc = acc * alpha[:, None]
-    if CODES:
-        code = tl.fma(
-            s,
-            tl.broadcast_to((scale * 8.0)[:, None], s.shape),
-            tl.broadcast_to((12583032.0 + 8.0 * (exponent - new))[:, None], s.shape),
-        )
-        code = tl.maximum(code, 12582912.0).to(tl.int32, bitcast=True)
-        p = (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        p8 = code.to(tl.uint8).to(v.dtype, bitcast=True)
-    else:
-        top: tl.constexpr = 8.0 if V8 else 0.0  # e4m3 reaches up to 448
-        p = tl.exp2(s * scale[:, None] - (new - exponent - top)[:, None])
-        if V8:
-            p8 = p.to(v.dtype)
-    if not ONES:
-        sums = sums * alpha + _row_sum(p, BLOCK_M, BLOCK_N) * tl.exp2(0.0 - exponent)
     if V8:
-        p8 = tl.permute(tl.reshape(p8, (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+        p8 = tl.permute(tl.reshape(p.to(v.dtype), (BLOCK_M, BLOCK_N // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
         p8 = tl.reshape(p8, (BLOCK_M, BLOCK_N))
-        if ONES:
-            one = tl.full((BLOCK_N, 16), 1.0, tl.float32).to(v.dtype)
-            sums = sums * alpha[:, None] + tl.dot(p8, one) * tl.exp2(0.0 - exponent)
         acc = tl.dot(p8, tl.trans(v.load([bh * D, n])), acc)
     else:
         rows = v + t.to(tl.int64)[:, None] * v_stride_s + d[None, :]
@@ -185,16 +172,13 @@ def _step(
 
 @triton.jit
 def attention_kernel(
-    q_ptr,
+    q_desc,
     k_desc,
     v,
+    q_scale_ptr,
     k_scale_ptr,
     v_exponent_ptr,
     out_ptr,
-    factor,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
     v_stride_b,
     v_stride_s,
     v_stride_h,
@@ -204,77 +188,96 @@ def attention_kernel(
     H,
     S: tl.constexpr,
     PADDED: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    INT8: tl.constexpr,
     V8: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
-    CODES: tl.constexpr,
-    ONES: tl.constexpr,
 ):
     """BLOCK_M queries of one head.
 
-    k_desc [B H PADDED, D] int8 or e4m3, blocks [BLOCK_N, D]; v a descriptor of e4m3 [B H D, PADDED], blocks
-    [D, BLOCK_N] (V8), else a pointer to the values themselves. S is a constant so that products stay asynchronous.
+    q_desc and k_desc [B H PADDED, D] int8 or e4m3, blocks [BLOCK_M, D] and [BLOCK_N, D]; v a descriptor of e4m3
+    [B H D, PADDED], blocks [D, BLOCK_N] (V8), else a pointer to the values themselves. S is a constant so that products
+    stay asynchronous, and queries come from memory so that Hopper's tensor cores read them from shared memory.
     """
     bh = tl.program_id(1)
     b = (bh // H).to(tl.int64)
     h = bh % H
-    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) * BLOCK_M
+    t = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
-    inside = (t < S)[:, None]
-    rows = q_ptr + b * q_stride_b + h * q_stride_h + t.to(tl.int64)[:, None] * q_stride_s + d[None, :]
-    x = tl.load(rows, mask=inside, other=0).to(tl.float32)
-    row_scale = tl.maximum(tl.max(tl.abs(x), axis=1), FLOOR) / QMAX + tl.sum(x * 0.0, axis=1)
-    q = _to_8bit(x * (1.0 / row_scale)[:, None], INT8, k_desc.dtype)
-    q_scale = row_scale * factor
+    q = q_desc.load([bh * PADDED + first, 0])
+    q_scale = tl.load(q_scale_ptr + bh * PADDED + t)
     if not V8:
         v += b * v_stride_b + h * v_stride_h
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK_M, 16) if ONES else (BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     full: tl.constexpr = S // BLOCK_N * BLOCK_N
     for n in tl.range(0, full, BLOCK_N):
         acc, m, sums = _step(
             q, q_scale, acc, m, sums, k_desc, v, k_scale_ptr, v_exponent_ptr, v_stride_s, bh, n,
-            False, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK, CODES, ONES,
+            False, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK,
         )  # fmt: skip
     if full < S:
         acc, m, sums = _step(
             q, q_scale, acc, m, sums, k_desc, v, k_scale_ptr, v_exponent_ptr, v_stride_s, bh, full,
-            True, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK, CODES, ONES,
+            True, V8, S, PADDED, D, BLOCK_M, BLOCK_N, BLOCK,
         )  # fmt: skip
-    if ONES:
-        sums = tl.max(sums, axis=1) + 0.0 * q_scale
     out = out_ptr + b * out_stride_b + h * out_stride_h + t.to(tl.int64)[:, None] * out_stride_s + d[None, :]
-    tl.store(out, (acc * (1.0 / sums)[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out, (acc * (1.0 / sums)[:, None]).to(out_ptr.dtype.element_ty), mask=(t < S)[:, None])
 
 
-def quantize_keys_values(
-    k: Tensor, v: Tensor, dtype: str, values: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys and values [B, S, H, D] (D contiguous, a power of two) as the kernels read them, in one pass.
+class Quantized(NamedTuple):
+    """Queries, keys and values as the kernels read them; P is the number of tokens rounded up to 128.
 
-    Returns k8 [B H P, D] in `dtype`, v8 e4m3 [B H D, P] shuffled, k_scale and v_exponent float32 [B H, P / 128]; P is
-    S rounded up to 128. Without `values`, v8 and v_exponent are empty.
+    Attributes:
+        q8: [B H P, D], int8 or e4m3, or None.
+        k8: like q8.
+        v8: e4m3 [B H D, P], shuffled, or None.
+        q_scale: float32 [B H, P], times the logits' scale and log2 e, or None.
+        k_scale: float32 [B H, P / 128].
+        v_exponent: like k_scale, log2 of the scale, or None.
+    """
+
+    q8: Tensor | None
+    k8: Tensor
+    v8: Tensor | None
+    q_scale: Tensor | None
+    k_scale: Tensor
+    v_exponent: Tensor | None
+
+
+def quantize(
+    q: Tensor | None, k: Tensor, v: Tensor, dtype: str, scale: float | None = None, *, values: bool = True
+) -> Quantized:
+    """Queries (or none), keys and values (if `values`) [B, S, H, D] into 8 bits, in one launch.
+
+    D is contiguous and a power of two.
     """
     batch, tokens, heads, features = k.shape
     padded = triton.cdiv(tokens, BLOCK) * BLOCK
     rows = batch * heads
     k8 = torch.empty((rows * padded, features), dtype=QTYPE[dtype], device=k.device)
-    v8 = torch.empty((rows * features if values else 0, padded), dtype=torch.float8_e4m3fn, device=k.device)
     k_scale = torch.empty((rows, padded // BLOCK), dtype=torch.float32, device=k.device)
-    v_exponent = torch.empty((rows if values else 0, padded // BLOCK), dtype=torch.float32, device=k.device)
-    quantize_kernel[(padded // BLOCK, rows, 2 if values else 1)](
+    q8 = None if q is None else torch.empty_like(k8)
+    q_scale = None if q is None else torch.empty((rows, padded), dtype=torch.float32, device=k.device)
+    v8 = torch.empty((rows * features, padded), dtype=torch.float8_e4m3fn, device=k.device) if values else None
+    v_exponent = torch.empty_like(k_scale) if values else None
+    # What is left out is not followed, but needs a type that exists.
+    parts = 1 + (q is not None) + values
+    quantize_kernel[(padded // BLOCK, rows, parts)](
+        k if q is None else q,
         k,
         v,
+        k8 if q8 is None else q8,
         k8,
-        v8 if values else k8,  # not followed, but its type would have to exist
+        k8 if v8 is None else v8,
+        k_scale if q_scale is None else q_scale,
         k_scale,
-        v_exponent,
+        k_scale if v_exponent is None else v_exponent,
+        logit_factor(features, scale),
+        *(k if q is None else q).stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         heads,
@@ -291,50 +294,45 @@ def quantize_keys_values(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return k8, v8, k_scale, v_exponent
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_exponent)
+
+
+def logit_factor(features: int, scale: float | None) -> float:
+    """What the product of a query and a key is multiplied with to be a power of two's exponent."""
+    return (features**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
 def launch_blocks(features: int, e4m3: bool) -> dict[str, int]:
     """Tile sizes and launch options; two small blocks of 64 queries a multiprocessor beat one large."""
     if features > 128 or not e4m3:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "CODES": 0, "ONES": False}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3, "CODES": 0, "ONES": False}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 
 
-def attend(
-    q: Tensor,
-    v: Tensor,
-    quantized: tuple[Tensor, Tensor, Tensor, Tensor],
-    scale: float | None = None,
-    blocks: dict[str, int] | None = None,
-) -> Tensor:
-    """Attention of q [B, S, H, D] on what `quantize_keys_values` gave; v is read only where that holds no values."""
-    k8, v8, k_scale, v_exponent = quantized
-    batch, tokens, heads, features = q.shape
+def attend(quantized: Quantized, v: Tensor, blocks: dict[str, int] | None = None) -> Tensor:
+    """Attention on what `quantize` gave; v [B, S, H, D] is read only where that holds no values."""
+    q8, k8, v8, q_scale, k_scale, v_exponent = quantized
+    if q8 is None or q_scale is None:
+        raise ValueError("plain Triton's attention takes queries that are quantized already")
+    batch, tokens, heads, features = v.shape
     padded = k_scale.shape[1] * BLOCK
-    e4m3 = v8.numel() > 0
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    options: dict[str, Any] = {**(blocks or launch_blocks(features, e4m3))}
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    options: dict[str, Any] = {**(blocks or launch_blocks(features, v8 is not None))}
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
-    dtype = "int8" if k8.dtype == torch.int8 else "float8_e4m3fn"
     attention_kernel[(triton.cdiv(tokens, block_m), batch * heads)](
-        q,
+        TensorDescriptor(q8, list(q8.shape), [features, 1], [block_m, features]),
         TensorDescriptor(k8, list(k8.shape), [features, 1], [block_n, features]),
-        TensorDescriptor(v8, list(v8.shape), [padded, 1], [features, block_n]) if e4m3 else v,
+        v if v8 is None else TensorDescriptor(v8, list(v8.shape), [padded, 1], [features, block_n]),
+        q_scale,
         k_scale,
-        v_exponent,
+        k_scale if v_exponent is None else v_exponent,
         out,
-        (features**-0.5 if scale is None else scale) * math.log2(math.e),
-        *q.stride()[:3],
         *v.stride()[:3],
         *out.stride()[:3],
         heads,
         S=tokens,
         PADDED=padded,
-        QMAX=QMAX[dtype],
-        FLOOR=AMAX_FLOOR,
-        INT8=dtype == "int8",
-        V8=e4m3,
+        V8=v8 is not None,
         D=features,
         BLOCK=BLOCK,
         **options,
@@ -349,4 +347,4 @@ def attention(
     if not q.numel():
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (contiguous_features(t) for t in (q, k, v))
-    return attend(q, v, quantize_keys_values(k, v, dtype, e4m3), scale)
+    return attend(quantize(q, k, v, dtype, scale, values=e4m3), v)
