@@ -56,7 +56,7 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "--device cpu" in done.stderr
-    for verb in ("transformer", "tune"):
+    for verb in ("transformer", "tune", "attention"):
         done = invoke("bench", verb)
         assert done.exit_code == 3
         assert "sees no CUDA device here" in done.stderr
@@ -80,6 +80,25 @@ def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pyt
     assert json.loads(done.stdout)["products"]["1x2x3"]["ratios"] == {"w2a16 / bf16": None}
     assert "running account" in done.stderr
     assert (tmp_path / "kernels-cuda-a-gpu.json").exists()
+
+
+def test_attention_passes_what_was_asked_and_stores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritflow.profiling import attention
+
+    def bench(shapes: list[tuple[int, int, int]], note: str, say: Any) -> dict[str, Any]:
+        say("running account")
+        assert shapes == [(1536, 24, 64), (4608, 24, 64)]
+        return {"device": "A GPU", "note": note, "attention": []}
+
+    monkeypatch.setattr(attention, "bench", bench)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    args = ("--tokens", 1536, "--tokens", 4608, "--features", 64, "--note", "a test", "--json", "--results", tmp_path)
+    done = invoke("bench", "attention", *args)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["note"] == "a test"
+    assert "running account" in done.stderr
+    assert (tmp_path / "attention-a-gpu.json").exists()
 
 
 def test_latency_passes_what_was_asked_and_stores_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,13 @@ def _check(compiled):
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_products_are_asynchronous_and_nothing_spills(config, kind):
-    from tritflow.kernels.hopper.aot import compile_attention
+    from tritflow.kernels.hopper.aot import compile_attention, in_flight_overwrites
     from tritflow.kernels.hopper.attention_launch import AttentionConfig
 
     compiled = compile_attention(AttentionConfig(**config), dtype=kind)
     _check(compiled)
+    # In turn, products in flight read weights from registers.
+    assert in_flight_overwrites(compiled.sass) == []
     # Two consumers; queries with keys in front of the loop and in it, and once more between the two if overlapping.
     products = 2 * 4 * (3 if config["overlap"] else 2)
     sums = products if config["ones"] else 0

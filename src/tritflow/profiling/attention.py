@@ -1,7 +1,7 @@
 """Benchmark of 8-bit attention against PyTorch's in bf16 on the same GPU, in one run: times and errors.
 
-Times are of CUDA graph replays over rotating inputs, rounds interleaved; attention on inputs that are quantized already,
-and with the pass that quantizes them ("in all"). Errors are relative, `|y - x| / |x|`, against attention in float32.
+Times are of CUDA graph replays over rotating inputs, rounds interleaved; attention on inputs that are quantized
+already, and with the pass that quantizes them ("in all"). Errors are relative, `|y - x| / |x|`, against float32.
 Every configuration of the Hopper kernel is first tried in a process of its own, which may hang or crash.
 """
 
@@ -215,8 +215,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     base = medians.get("cudnn bf16")
     for name, us in medians.items():
         ratio = "" if base is None else f" {base / us:.3f}x"
-        error = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
-        say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {error}")
+        rest = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
+        say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {rest}")
     return {
         "shape": [1, *shape],
         "microseconds": times,
@@ -226,7 +226,7 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     }
 
 
-def bench(shapes: list[Shape], note: str = "", *, seconds: float = 60.0, say: Say = print) -> dict[str, Any]:
+def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:
     """`measure` at every shape, with where it was measured: one run of the results.
 
     Args:
