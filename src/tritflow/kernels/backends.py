@@ -61,8 +61,7 @@ _MODULES = {
     "cpu": "tritflow.kernels.cpu",
     "reference": "tritflow.kernels.reference",
 }
-# `hopper` is not here: it compiles and lowers as meant, but no GPU has run it yet, so it has to be asked for by name.
-_ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+_ORDER = {"cuda": ("hopper", "triton", "reference"), "cpu": ("cpu", "reference")}
 _DEFAULT_ORDER = ("reference",)
 
 NAMES = ("auto", *_MODULES)
