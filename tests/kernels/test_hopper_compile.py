@@ -1,5 +1,7 @@
 """The Hopper kernels compile without a GPU, and their machine code keeps what the design rests on."""
 
+import re
+
 import pytest
 
 from tritflow.kernels.hopper import supports, why_not, why_not_compile
@@ -50,6 +52,20 @@ def test_the_skinny_kernel_needs_no_shared_memory():
     assert compiled.spills == 0
     assert compiled.shared == 0
     assert compiled.count("LDG.E.128") == 24  # 16 rows x 768 bytes in 16-byte pieces a lane
+
+
+@compiles
+def test_every_unit_has_its_own_number_of_steps():
+    # Triton 3.6 replaced a bound that was carried from unit to unit by the first unit's.
+    from tritflow.kernels.hopper.aot import compile_w2a8
+    from tritflow.kernels.hopper.launch import Config
+
+    _, *loops = compile_w2a8(Config()).asm["ttgir"].split("scf.for ")
+    assert len(loops) == 6  # over units, and over steps within: two consumers and the copying warp
+    for units, steps in zip(loops[::2], loops[1::2], strict=True):
+        bound = re.match(r"%\S+ = %\S+ to (%\S+) step", steps)
+        assert bound is not None
+        assert f"{bound[1]} = " in units
 
 
 @compiles
