@@ -117,6 +117,11 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(compiled(*args), attention(*args) * 2)
 
 
+def test_a_head_that_no_kernel_takes_runs_on_the_reference():
+    q, k, v = inputs(1, 20, 2, 24)
+    assert torch.equal(attention(q, k, v), reference.attention(q, k, v))
+
+
 def test_user_errors_say_what_is_wrong():
     q, k, v = inputs(1, 10, 2, 16)
     with pytest.raises(ValueError, match=r"k must be like q"):

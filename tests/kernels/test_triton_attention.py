@@ -33,7 +33,7 @@ def test_through_the_interpreter():
 
 
 inside = pytest.mark.skipif(not _INSIDE, reason="runs inside the interpreter")
-SHAPES = [(1, 1, 1, 16), (2, 150, 2, 32), (1, 128, 1, 64), (1, 257, 1, 128)]
+SHAPES = [(1, 1, 1, 32), (2, 150, 2, 32), (1, 128, 1, 64), (1, 257, 1, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,17 @@ def test_strided_inputs():
 
     q, k, v = torch.randn(2, 40, 3, 2, 32).unbind(2)
     assert torch.equal(attention(q, k, v), attention(*(t.contiguous() for t in (q, k, v))))
+
+
+def test_sizes_that_the_kernel_takes():
+    import torch
+
+    from tritflow.kernels.triton.backend import BACKEND
+
+    def takes(features, dtype=torch.bfloat16, kind="int8"):
+        x = torch.empty(1, 2, 1, features, dtype=dtype)
+        return BACKEND.kernels["attention"].supports(x, x, x, kind, None)
+
+    assert [d for d in range(1, 513) if takes(d)] == [32, 64, 128, 256]
+    assert takes(64, torch.float32, "float8_e4m3fn")
+    assert not takes(64, torch.float64)

@@ -22,7 +22,7 @@ _ATTENTION = """Examples:
 def attention(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Text and image tokens (4608).")] = None,
     heads: Annotated[int, typer.Option(min=1)] = 24,
-    features: Annotated[int, typer.Option(min=16, help="Of a head; a power of two.")] = 128,
+    features: Annotated[int, typer.Option(min=32, help="Of a head; a power of two.")] = 128,
     note: Note = "",
     results: Results = None,
     json: Json = False,

@@ -152,9 +152,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) 
 
 
 def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
-    features = q.shape[-1]
-    fits = 16 <= features <= 256 and features & (features - 1) == 0
-    return q.dtype in _FLOATS and fits and (dtype == "int8" or _has_fp8(q.device))
+    features, e4m3 = q.shape[-1], _has_fp8(q.device)
+    # 8-bit products take 32 features at a time; values that stay in float32 fill the shared memory of small GPUs.
+    most = 128 if q.dtype == torch.float32 and not e4m3 else 256
+    fits = 32 <= features <= most and features & (features - 1) == 0
+    return q.dtype in _FLOATS and fits and (dtype == "int8" or e4m3)
 
 
 BACKEND = Backend(
