@@ -124,6 +124,7 @@ BACKEND = Backend(
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
-        "attention": Kernel(attention, _supports_attention),
+        # Its present form has not run on a GPU: by name only.
+        "attention": Kernel(attention, _supports_attention, automatic=False),
     },
 )
