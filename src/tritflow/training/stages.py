@@ -192,7 +192,10 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         box,
         renew=lambda: supply.refill(latents, autoencoder, args.size),
     )
-    flow.train_flow(model, latents, seconds=args.flow_seconds, peak=args.peak, log=report, box=box, **common)
+    words = reading.InventedWords(*run.tokenizers).to(run.device)
+    flow.train_flow(
+        model, latents, seconds=args.flow_seconds, peak=args.peak, words=words, log=report, box=box, **common
+    )
     supply.close()
     run.log(f"flow: {supply.total} examples beyond the first {len(latents.latents)}")
     run.save("flow.safetensors", model.state_dict())
