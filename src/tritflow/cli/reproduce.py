@@ -120,7 +120,7 @@ def reproduce(
         raise ReproductionError(
             f"not started: {outlook.total()}; add --yes to start, or --limit N to walk the way in small"
         )
-    with progress("starting", shown=not json) as bar:
+    with progress("working", shown=not json) as bar:
         way.reproduce(request, report=lambda _, done, total: bar(done, total), say=say)
     rows, costs = way.summary(request), way.costs_line(request)
     page = request.out / "report" / "report.md"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tritflow.config import Recipe
+from tritflow.evaluation.images import ImageSetError, read_meta
 from tritflow.evaluation.projection import project
 from tritflow.recipes import load_recipe
 from tritflow.reproduction.engine import Cost
@@ -58,7 +60,13 @@ def of_drawing(request: Request, suite: str, who: str) -> Cost:
 
 
 def _pace(folder: Path, settings: Any) -> float | None:
-    """Seconds a picture in another folder of pictures."""
+    """Seconds a picture in another folder of pictures that were drawn alike."""
+    try:
+        meta = read_meta(folder)
+    except ImageSetError:
+        return None
+    if meta["settings"] != asdict(settings):
+        return None
     there = project(folder, "", 0, settings).present
     return project(folder, "", there + 1, settings).seconds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.run import Plan, evaluate
 from tritflow.evaluation.scorers.weights import identity
 from tritflow.reproduction import costs
-from tritflow.reproduction.engine import Json, Report, ReproductionError, Stage
+from tritflow.reproduction.engine import Json, Report, Stage
 from tritflow.reproduction.measures import measure_latency, measure_storage
 from tritflow.reproduction.request import Request
-from tritflow.results import append, provenance
+from tritflow.results import append, digest, provenance, read
 
 
 def stages(request: Request) -> list[Stage]:
@@ -105,11 +105,17 @@ def _check(request: Request) -> Stage:
         report("verifying every byte", 1, 1)
         _save(path, "check", [{"label": c["name"], **{k: v for k, v in c.items() if k != "path"}} for c in found])
 
-    return _measuring(request, "check", "verifying every byte", ("quantize",), dict, path, run)
+    def outputs() -> Json | None:
+        # What was found, not when: pictures of the very same model are not drawn again.
+        if not path.is_file():
+            return None
+        parts = [{k: run[k] for k in ("label", "tensor_bytes", "digest")} for run in read(path, "check")]
+        return {"parts": digest(parts)}
+
+    return replace(_measuring("check", "verifying every byte", ("quantize",), dict, path, run), outputs=outputs)
 
 
 def _measuring(
-    request: Request,
     name: str,
     what: str,
     needs: tuple[str, ...],
@@ -203,7 +209,6 @@ def _score(request: Request, suite: str, who: str) -> Stage:
 
     drawn = dict.fromkeys((f"draw-{suite}-teacher", f"draw-{suite}-{who}"))
     return _measuring(
-        request,
         f"score-{suite}-{who}",
         f"scoring {suite} of {request.contenders[who]}",
         tuple(drawn),
@@ -223,7 +228,6 @@ def _trained_on(request: Request) -> list[str] | None:
 def _storage(request: Request) -> Stage:
     path = request.results / "storage.json"
     return _measuring(
-        request,
         "storage",
         "measuring storage",
         ("check",),
@@ -243,7 +247,6 @@ def _latency(request: Request) -> Stage:
         return {"device": origin["device"], "versions": same, **asked}
 
     return _measuring(
-        request,
         "latency",
         "measuring latency and memory",
         ("storage",),
@@ -290,6 +293,3 @@ def _files(paths: Sequence[Path]) -> Json | None:
         return found or None
     # Many files are told by one number; where the run's folder lies says nothing.
     return {"files": len(found), "sha256": hashlib.sha256("".join(found.values()).encode()).hexdigest()}
-
-
-__all__ = ["ReproductionError", "stages"]
