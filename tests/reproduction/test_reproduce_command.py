@@ -101,6 +101,10 @@ def test_the_whole_way_on_the_small_flux_killed_twice(tmp_path: Path) -> None:
         assert folder_bytes(broken / name) == folder_bytes(whole / name)
     assert (broken / "prompts.jsonl").read_bytes() == (whole / "prompts.jsonl").read_bytes()
     assert (broken / "report/grid.png").read_bytes() == (whole / "report/grid.png").read_bytes()
+    cost = read(broken / "results" / "cost.json", "cost")[-1]
+    assert cost["end_to_end"]["optimized"]["optimized"]
+    assert min(cost["latency"].values()) > 0
+    assert cost["storage"]["ratio"] > 5
     runs = [read(folder / "results" / "scenes-student.json")[-1] for folder in (whole, broken)]
     for key in ("scores", "paired", "fidelity", "pictures", "prompts", "model"):
         assert runs[0][key] == runs[1][key]

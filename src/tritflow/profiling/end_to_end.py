@@ -101,7 +101,8 @@ def measure(
     Returns:
         A run for `tritflow.results`, topic `end-to-end`: `load_seconds`, `first` and `later` with seconds of each of
         `STAGES` (`later`: p20, p50, p80), `step_milliseconds`, the first picture's first and later steps, and
-        `transformer_bytes` (weights as they lie on the device after drawing, what kernels keep expanded included).
+        `transformer_bytes` (its weights after drawing, what kernels keep expanded included) and, on CUDA, `peak_bytes`
+        of the whole pipeline while drawing.
 
     Raises:
         ModelError, DeviceError: the model or the device is not there, or the model cannot be optimized.
@@ -119,6 +120,8 @@ def measure(
         if optimized:
             optimize(pipe, device=on)
     loaded = _now(on) - begin
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
     found = []
     with tempfile.TemporaryDirectory(prefix="tritflow-end-to-end-") as folder:
         for turn in range(rounds + 1):
@@ -140,6 +143,7 @@ def measure(
         "step_milliseconds": quantiles([s for run in later for s in run["steps"]]),
         "first_picture_steps": {"first": first["steps"][0], "later": quantiles(first["steps"][1:] or first["steps"])},
         "transformer_bytes": resident_bytes(pipe.transformer),
+        "peak_bytes": torch.cuda.max_memory_allocated(on) if on.type == "cuda" else None,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "settings": {

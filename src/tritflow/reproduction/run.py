@@ -156,10 +156,11 @@ def costs_line(request: Request) -> str:
     """Storage, memory and latency in one line."""
     run = read(_results(request, "cost"), "cost")[-1]
     stored, memory, latency = run["storage"], run["memory"], run["latency"]
+    failed = "".join(f"; {name} could not be timed ({why})" for name, why in run["failed"].items())
     return (
         f"storage {size(stored['dense'])} -> {size(stored['ternary'])} ({stored['ratio']:.2f}x); weights on the device "
         f"{size(memory['dense'])} -> {size(memory['ternary'])} ({memory['ratio']:.2f}x); transformer "
-        f"{latency['dense']:.2f} s -> {latency['ternary']:.2f} s a picture of {run['steps']} steps on {run['device']}"
+        f"{latency['dense']:.2f} s -> {latency['ternary']:.2f} s a picture of {run['steps']} steps on {run['device']}{failed}"
     )
 
 
