@@ -160,7 +160,8 @@ def costs_line(request: Request) -> str:
     return (
         f"storage {size(stored['dense'])} -> {size(stored['ternary'])} ({stored['ratio']:.2f}x); weights on the device "
         f"{size(memory['dense'])} -> {size(memory['ternary'])} ({memory['ratio']:.2f}x); transformer "
-        f"{latency['dense']:.2f} s -> {latency['ternary']:.2f} s a picture of {run['steps']} steps on {run['device']}{failed}"
+        f"{latency['dense']:.2f} s -> {latency['ternary']:.2f} s a picture of {run['steps']} steps on {run['device']}"
+        f"{failed}"
     )
 
 
