@@ -148,7 +148,10 @@ def _scores(runs: Sequence[dict[str, Any]]) -> str:
 
 def _recipe(facts: Facts) -> str:
     recipe, prompts = facts.meta["recipe"], facts.meta.get("prompts")
-    taught = f"calibrated on {prompts['count']:,} prompts and no image" if prompts else "no calibration"
+    taught = "no calibration"
+    if prompts:
+        used = min(recipe["calibration"]["num_prompts"] or prompts["count"], prompts["count"])
+        taught = f"calibrated on {used:,} prompts and no image"
     versions = ", ".join(f"{k} {v}" for k, v in (facts.meta.get("versions") or {}).items())
     lines = [
         f"- recipe `{recipe['name']}`: {recipe['summary']}; {taught}",

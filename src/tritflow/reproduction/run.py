@@ -85,7 +85,8 @@ class Outlook:
         time = f"{duration(self.seconds)}" if self.seconds else ""
         if self.unknown:
             time = f"{time} and " if time else ""
-            time += f"a time that is unknown for {len(self.unknown)} stages: nothing was measured here yet"
+            count = f"{len(self.unknown)} stage{'s' * (len(self.unknown) != 1)}"
+            time += f"a time that is unknown for {count}: nothing was measured here yet"
         return (
             f"{len(self.left)} of {len(self.rows)} stages, {self.pictures:,} pictures, about {size(self.bytes)} of "
             f"{size(self.free)} free disk, {time or 'little time'}"

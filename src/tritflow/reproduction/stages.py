@@ -265,8 +265,10 @@ def _report(request: Request, needs: tuple[str, ...]) -> Stage:
         from tritflow.report.sources import collect
 
         pictures = [request.pictures(request.task(suite)) for suite in request.chosen_suites]
-        sources = collect([request.results, *pictures])
-        # Sets of an earlier recipe may lie beside those of this run.
+        names = [f"{suite}-{who}" for suite in request.chosen_suites for who in request.contenders]
+        results = [request.results / f"{name}.json" for name in [*names, "storage", "cost"]]
+        # Results and pictures of an earlier choice of suites or recipe may lie beside those of this run.
+        sources = collect([*results, *pictures])
         ours = {who.folder_name for who in map(request.drawn_by, request.contenders)}
         sources.pictures = [p for p in sources.pictures if p.name in ours]
         write_report(sources, folder)
