@@ -230,3 +230,29 @@ def test_pictures_stay_when_the_same_model_comes_back(tiny_flux: Path, tmp_path:
     lines = [line for line in mended.stderr.splitlines() if "│" not in line]
     assert "quantizing with recipe absmean (again: what it had left was changed or removed)" in lines
     assert not any(line.startswith(("drawing", "scoring")) for line in lines)
+
+
+def test_nothing_that_took_long_is_removed_unasked(tiny_flux: Path, tmp_path: Path) -> None:
+    common = [tiny_flux, "--suite", "scenes", "--samples", 1, "--steps", 1, "--rounds", 1, "--no-kernel-off"]
+    common += ["--device", "cpu", "--limit", 2, "--out", tmp_path]
+    first = [*common, "--recipe", "absmean", "--batch-size", 1]
+    assert invoke(*first, "--yes").exit_code == 0
+    pictures = {p: p.stat().st_mtime_ns for p in tmp_path.glob("pictures/**/*.png")}
+    assert len(pictures) == 4
+    assert "everything is done" in invoke(*first).stderr
+    other = invoke(*common, "--recipe", "absmean", "--batch-size", 2)
+    assert other.exit_code == 2
+    last = other.stderr.splitlines()[-1]
+    assert "4 pictures" in last
+    assert "what was made before is removed: draw-scenes-teacher, draw-scenes-student" in last
+    assert "batch_size was 1, now 2" in " ".join(other.stderr.replace("│", " ").split())
+    recipe = invoke(*common, "--recipe", "fast", "--batch-size", 1)
+    assert recipe.exit_code == 2
+    assert "2 pictures" in recipe.stderr.splitlines()[-1]
+    assert "is removed: quantize, draw-scenes-student" in recipe.stderr.splitlines()[-1]
+    assert pictures == {p: p.stat().st_mtime_ns for p in tmp_path.glob("pictures/**/*.png")}
+    done = invoke(*common, "--recipe", "fast", "--batch-size", 1, "--yes")
+    assert done.exit_code == 0, done.output
+    now = {p: p.stat().st_mtime_ns for p in tmp_path.glob("pictures/**/*.png")}
+    assert len(now) == 4
+    assert len(now.items() & pictures.items()) == 2  # the teacher's stay

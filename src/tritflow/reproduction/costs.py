@@ -30,7 +30,7 @@ def _job(model: str, recipe: Recipe, prompts: str | Path | None, device: str | N
     return plan(model, recipe, prompts=given, device=device)
 
 
-def of_quantizing(request: Request) -> Cost:
+def of_quantizing(request: Request, fresh: bool) -> Cost:
     from tritflow.formats.accounting import storage_estimate
     from tritflow.pipelines.quantize import needs_teacher
 
@@ -40,7 +40,7 @@ def of_quantizing(request: Request) -> Cost:
     return Cost(bytes=size, seconds=None, note=note)
 
 
-def of_drawing(request: Request, suite: str, who: str) -> Cost:
+def of_drawing(request: Request, suite: str, who: str, fresh: bool) -> Cost:
     """From the pictures that are there; the pace may come from another run's folder of the same contender."""
     task = request.task(suite)
     teacher = request.teacher()
@@ -50,13 +50,14 @@ def of_drawing(request: Request, suite: str, who: str) -> Cost:
     # A student that is not made yet draws pictures of its teacher's size.
     name = by.folder_name if by else "not made yet"
     found = project(place / name, name, total, (by or teacher).settings)
-    left = found.pictures - found.present
-    seconds = 0.0 if not left else found.seconds
+    left = total if fresh else found.pictures - found.present
+    needed = found.bytes_needed if not fresh else project(place / "afresh", name, total, teacher.settings).bytes_needed
+    seconds = 0.0 if not left else None if fresh else found.seconds
     if seconds is None and by is not None:
         paces = [_pace(folder, by.settings) for folder in sorted(place.parent.glob(f"{suite}-*/{name}"))]
         known = [p for p in paces if p is not None]
         seconds = known[-1] * left if known else None
-    return Cost(left, found.bytes_needed, seconds)
+    return Cost(left, needed, seconds)
 
 
 def _pace(folder: Path, settings: Any) -> float | None:
@@ -71,12 +72,12 @@ def _pace(folder: Path, settings: Any) -> float | None:
     return project(folder, "", there + 1, settings).seconds
 
 
-def of_scoring(request: Request, suite: str, who: str) -> Cost:
+def of_scoring(request: Request, suite: str, who: str, fresh: bool) -> Cost:
     """Suites that load no model score in no time worth telling."""
     return Cost(seconds=None if request.task(suite).roles else 0.0)
 
 
-def of_timing(request: Request) -> Cost:
+def of_timing(request: Request, fresh: bool) -> Cost:
     return Cost(seconds=None)
 
 

@@ -56,7 +56,8 @@ class Stage:
         outputs: plain JSON that tells what it left apart from anything else; None: nothing, or only a part.
         run: does what is missing; goes on where a kill stopped it.
         owns: files and folders inside the run's folder that go before it is done again from other inputs.
-        cost: of what is missing now.
+        cost: of what is missing now; called with True when what lies there is of other inputs and does not count.
+        precious: whether what it owns took long to make, so that nobody should lose it unasked.
         mends: whether `run` by itself redoes what was damaged or removed.
     """
 
@@ -67,8 +68,9 @@ class Stage:
     outputs: Callable[[], Json | None]
     run: Callable[[Report], None]
     owns: Callable[[], Sequence[Path]]
-    cost: Callable[[], Cost] = field(default=lambda: Cost())
+    cost: Callable[[bool], Cost] = field(default=lambda fresh: Cost())
     mends: bool = False
+    precious: bool = False
 
 
 Kind = Literal["done", "new", "begun", "changed", "damaged", "waiting"]
@@ -96,6 +98,10 @@ class Engine:
         """How far each stage is, without changing anything."""
         self._left = {}
         return {stage.name: self._look(stage) for stage in self.stages}
+
+    def recorded(self) -> set[str]:
+        """Names of the stages that were begun at some time, so that something of theirs may lie here."""
+        return {stage.name for stage in self.stages if self._read(stage) is not None}
 
     def run(self, report: Report, say: Callable[[str], None] = lambda text: None) -> list[str]:
         """Do what is to be done, in order; returns the names of the stages that were done now."""

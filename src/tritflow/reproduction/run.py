@@ -21,12 +21,13 @@ CONSENT = 3600.0
 
 @dataclass(frozen=True)
 class Row:
-    """One stage in the plan."""
+    """One stage in the plan; `loses`: something that took long to make is removed before it is made again."""
 
     name: str
     what: str
     state: State
     cost: Cost
+    loses: bool = False
 
     @property
     def cells(self) -> tuple[str, str, str, str, str]:
@@ -76,8 +77,13 @@ class Outlook:
 
     @property
     def needs_consent(self) -> bool:
-        """Over an hour, or not known to be less. Timing a few pictures does not count."""
-        return self.seconds > CONSENT or any(name != "latency" for name in self.unknown)
+        """Over an hour, or not known to be less (timing a few pictures does not count), or something is lost."""
+        return self.seconds > CONSENT or bool(self.lost) or any(name != "latency" for name in self.unknown)
+
+    @property
+    def lost(self) -> list[str]:
+        """Stages whose earlier pictures or model are removed, since they were made from other inputs."""
+        return [row.name for row in self.rows if row.loses]
 
     def total(self) -> str:
         if not self.left:
@@ -90,6 +96,7 @@ class Outlook:
         return (
             f"{len(self.left)} of {len(self.rows)} stages, {self.pictures:,} pictures, about {size(self.bytes)} of "
             f"{size(self.free)} free disk, {time or 'little time'}"
+            + (f"; what was made before is removed: {', '.join(self.lost)}" if self.lost else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +105,13 @@ class Outlook:
             {"name": r.name, "state": r.state.kind, "why": r.state.why, **vars(r.cost)}
             for r in self.rows
         ]  # fmt: skip
-        return {"stages": stages_, "pictures": self.pictures, "bytes": self.bytes, "unknown": self.unknown}
+        return {
+            "stages": stages_,
+            "pictures": self.pictures,
+            "bytes": self.bytes,
+            "unknown": self.unknown,
+            "lost": self.lost,
+        }
 
 
 def outlook(request: Request) -> Outlook:
@@ -107,13 +120,19 @@ def outlook(request: Request) -> Outlook:
     Raises `ReproductionError` when the disk has no room, and one line each for what is not there.
     """
     steps = stages(request)
-    states = Engine(request.out, steps).states()
-    rows = tuple(
-        Row(s.name, s.what, states[s.name], Cost() if states[s.name].kind == "done" else s.cost()) for s in steps
-    )
+    engine = Engine(request.out, steps)
+    states, known = engine.states(), engine.recorded()
+    stale: set[str] = set()
+    rows = []
+    for s in steps:
+        state = states[s.name]
+        if state.kind == "changed" or (state.kind == "waiting" and stale & set(s.needs)):
+            stale.add(s.name)
+        cost = Cost() if state.kind == "done" else s.cost(s.name in stale)
+        rows.append(Row(s.name, s.what, state, cost, s.precious and s.name in stale and s.name in known))
     out = request.out.absolute()
     place = next(p for p in (out, *out.parents) if p.is_dir())
-    found = Outlook(rows, shutil.disk_usage(place).free)
+    found = Outlook(tuple(rows), shutil.disk_usage(place).free)
     if found.bytes > found.free:
         raise ReproductionError(
             f"about {size(found.bytes)} are needed in {request.out}, and {size(found.free)} are free; "

@@ -87,6 +87,7 @@ def _quantize(request: Request) -> Stage:
         run,
         lambda: [request.student],
         partial(costs.of_quantizing, request),
+        precious=True,
     )
 
 
@@ -122,7 +123,7 @@ def _measuring(
     inputs: Callable[[], Json],
     path: Path,
     run: Callable[[Report], None],
-    cost: Callable[[], costs.Cost] = costs.Cost,
+    cost: Callable[[bool], costs.Cost] = lambda fresh: costs.Cost(),
 ) -> Stage:
     """A stage whose result is one results file."""
     return Stage(name, what, needs, inputs, partial(_files, [path]), run, lambda: [path], cost)
@@ -179,6 +180,7 @@ def _draw(request: Request, suite: str, who: str) -> Stage:
         lambda: [folder()],
         partial(costs.of_drawing, request, suite, who),
         mends=True,
+        precious=True,
     )
 
 
