@@ -10,6 +10,7 @@ from PIL import Image
 from tritflow.evaluation.api import Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.drawing import draw_images
 from tritflow.evaluation.images import ImageSet, ModelId, Settings
+from tritflow.evaluation.ledger import Ledger
 
 SIZE = 16
 SETTINGS = Settings(SIZE, SIZE, 4, 3.5, {"mode": "w2a16"})
@@ -33,7 +34,9 @@ class ToyTask(Task):
             for i in range(per_tag or 5)
         ]
 
-    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+    def score(
+        self, images: ImageSet, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> list[Judgement]:
         bounds = {r.id: r.metadata["bound"] for r in images.records}
         found = []
         for e, pixels in images.pixels():

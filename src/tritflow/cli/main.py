@@ -26,6 +26,8 @@ VERBS = {
     "prompts": "Fetch and check the calibration prompts.",
     "report": "Turn results into tables and figures.",
     "bench": "Measure kernels, latency, memory and storage.",
+    "reproduce": "From a dense FLUX folder to the paper's tables, in stages.",
+    "push": "Upload a ternary folder to the hub with a model card.",
     "demo": "Quantize the built-in model, draw with it and score it.",
 }
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tritflow.evaluation.images import ImageSet
+    from tritflow.evaluation.ledger import Ledger
 
 Draw = Callable[[list[str], list[int]], "list[Image]"]
 """`draw(prompts, seeds)`: one picture for each (prompt, seed), the same whatever else is in the batch."""
@@ -149,8 +150,20 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
-        """One judgement a picture, in the set's order."""
+    def score(
+        self, images: ImageSet, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> list[Judgement]:
+        """One judgement a picture, in the set's order.
+
+        Pictures whose verdicts are in `ledger` are not scored again, and new verdicts go there as they come; a suite
+        whose scoring costs next to nothing may leave it alone.
+        """
+
+    def chosen_scorers(self) -> dict[str, str]:
+        """What will score, by role, as far as it was chosen: names and hashes that are known before anything loads."""
+        from tritflow.evaluation.scorers.weights import identity
+
+        return {role: identity(source) for role, source in self.options.scorers.items()}
 
     def read_official(self, images: ImageSet) -> list[Judgement]:
         """What the suite's own scorer, run out of process, has left in or beside the picture folder.

@@ -7,7 +7,6 @@ nothing here writes a time of day, and why another device or torch version is re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ from tritflow.evaluation.images import (
     ImageSetError,
     ModelId,
     Settings,
+    cut_half_line,
     is_whole,
     read_lines,
     read_meta,
@@ -200,7 +200,7 @@ def draw_images(
     todo = [b for b in batches if any(e["path"] not in done for e in b)]
     if todo:
         drawer: Draw = draw() if lazy else draw  # type: ignore[call-arg,assignment]
-        _cut_half_line(own)
+        cut_half_line(own)
         with ThreadPoolExecutor(1) as writer, open(own, "ab") as manifest:
             waiting: list[Future[dict[str, Any]]] = []
             try:
@@ -239,13 +239,6 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
     """Manifest lines (all ranks') whose picture is there in full length."""
     lines = [e for path in sorted(folder.glob(f"{MANIFEST}*")) for e in read_lines(path)]
     return [e for e in lines if is_whole(folder, e)]
-
-
-def _cut_half_line(manifest: Path) -> None:
-    """Remove what a kill left of a last line, so that the next one starts on its own."""
-    with contextlib.suppress(FileNotFoundError), open(manifest, "r+b") as f:
-        data = f.read()
-        f.truncate(data.rfind(b"\n") + 1)
 
 
 def _write_picture(folder: Path, entry: dict[str, Any], picture: Image.Image) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -69,6 +70,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise ImageSetError(f"{path}: line {len(found) + 1} is not JSON; delete that line") from None
     return found
+
+
+def cut_half_line(path: Path) -> None:
+    """Remove what a kill left of a last line, so that the next one starts on its own."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as f:
+        data = f.read()
+        f.truncate(data.rfind(b"\n") + 1)
 
 
 class ImageSet:

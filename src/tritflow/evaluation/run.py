@@ -59,9 +59,9 @@ class Contender:
 
     @property
     def folder_name(self) -> str:
-        """Name of its picture folder: model, hash, and mode where there is one."""
-        mode = self.settings.extra.get("mode")
-        words = [Path(self.model.name).name or "model", self.model.hash[:8], *([str(mode)] if mode else [])]
+        """Name of its picture folder: model, hash, and mode and backend where they are named."""
+        chosen = [self.settings.extra.get(key) for key in ("mode", "backend")]
+        words = [Path(self.model.name).name or "model", self.model.hash[:8], *(str(c) for c in chosen if c)]
         return slug(" ".join(words))
 
 

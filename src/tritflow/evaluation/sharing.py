@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tritflow.evaluation.api import Judgement, Progress, Task
 from tritflow.evaluation.images import ImageSet, ImageSetError, read_lines
+from tritflow.evaluation.ledger import join_ledgers, open_ledger
 from tritflow.evaluation.projection import duration
 from tritflow.results import canonical, write_atomically
 
@@ -69,14 +70,18 @@ def score_shared(
 ) -> list[Judgement] | None:
     """`task.score` with every rank scoring each world-th picture; rank 0 gathers, the others get None.
 
-    Parts lie beside `place` until they are gathered; `task.scorers` and `task.substitutes` are then those of all ranks.
+    Verdicts are kept beside `place` as they come (`ledger`), so that a killed pass goes on where it stopped. Parts lie
+    there until they are gathered; `task.scorers` and `task.substitutes` are then those of all ranks.
     Raises `ImageSetError` when a rank scored with other scorers, or none for `patience` seconds.
     """
     rank, world = shard
     if world == 1:
-        return task.score(images, progress)
+        ledger = open_ledger(task, images, place, shard)
+        judgements = task.score(images, progress, ledger)
+        ledger.finish(images.entries)
+        return judgements
     share = ImageSet(images.folder, images.meta, images.records, images.entries[rank::world])
-    own = task.score(share, progress)
+    own = task.score(share, progress, open_ledger(task, share, place, shard))
     if rank != 0:
         _write_part(_part(place, rank), task, images, own, world)
         return None
@@ -94,7 +99,9 @@ def score_shared(
     for other in range(1, world):
         _part(place, other).unlink(missing_ok=True)
     by_picture = {(j.prompt_id, j.sample): j for part in parts.values() for j in part}
-    return [by_picture[e["prompt_id"], e["sample"]] for e in images.entries]
+    whole = [by_picture[e["prompt_id"], e["sample"]] for e in images.entries]
+    join_ledgers(task, images, place, world, whole)
+    return whole
 
 
 def drop_parts(folder: Path, rank: int) -> None:

@@ -19,7 +19,7 @@ from tritflow import results
 from tritflow.pipelines.generate import generate, save_pictures
 from tritflow.pipelines.loading import generation_defaults, load_pipeline, pick_device, quiet
 from tritflow.pipelines.optimize import is_optimized, optimize
-from tritflow.profiling.latency import PROMPT, quantiles
+from tritflow.profiling.latency import PROMPT, quantiles, resident_bytes
 
 STAGES = ("text", "transformer", "vae", "png", "rest", "total")
 Progress = Callable[[int, int], None]
@@ -59,11 +59,11 @@ def stopwatch(pipe: Any, device: torch.device) -> Iterator[dict[str, list[float]
             undo()
 
 
-def _once(pipe: Any, device: torch.device, folder: Path, seed: int) -> dict[str, Any]:
+def _once(pipe: Any, device: torch.device, folder: Path, seed: int, steps: int | None) -> dict[str, Any]:
     """Stages of one picture in seconds, and each step's milliseconds."""
     with stopwatch(pipe, device) as taken:
         begin = _now(device)
-        images = generate(pipe, PROMPT, seed)
+        images = generate(pipe, PROMPT, seed, num_inference_steps=steps)
         drawn = _now(device)
         save_pictures(images, folder / "picture.png")
         end = time.perf_counter()
@@ -83,6 +83,7 @@ def measure(
     mode: str | None = None,
     backend: str | None = None,
     optimized: bool = False,
+    num_inference_steps: int | None = None,
     rounds: int = 5,
     note: str = "",
     progress: Progress | None = None,
@@ -92,13 +93,16 @@ def measure(
     Args:
         model, base, device, dtype, mode, backend: see `pipelines.loading.load_pipeline`.
         optimized: whether `tritflow.optimize` is called first.
+        num_inference_steps: of the sampler; the model folder's own by default.
         rounds: pictures that count, after the first.
         note: kept in the results.
         progress: called with (pictures done, pictures in all).
 
     Returns:
         A run for `tritflow.results`, topic `end-to-end`: `load_seconds`, `first` and `later` with seconds of each of
-        `STAGES` (`later`: p20, p50, p80), `step_milliseconds` and the first picture's first and later steps.
+        `STAGES` (`later`: p20, p50, p80), `step_milliseconds`, the first picture's first and later steps, and
+        `transformer_bytes` (its weights after drawing, what kernels keep expanded included) and, on CUDA, `peak_bytes`
+        of the whole pipeline while drawing.
 
     Raises:
         ModelError, DeviceError: the model or the device is not there, or the model cannot be optimized.
@@ -116,10 +120,12 @@ def measure(
         if optimized:
             optimize(pipe, device=on)
     loaded = _now(on) - begin
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
     found = []
     with tempfile.TemporaryDirectory(prefix="tritflow-end-to-end-") as folder:
         for turn in range(rounds + 1):
-            found.append(_once(pipe, on, Path(folder), turn))
+            found.append(_once(pipe, on, Path(folder), turn, num_inference_steps))
             if progress is not None:
                 progress(turn + 1, rounds + 1)
     first, later = found[0], found[1:]
@@ -136,12 +142,14 @@ def measure(
         "later": {stage: quantiles([run["stages"][stage] for run in later]) for stage in STAGES},
         "step_milliseconds": quantiles([s for run in later for s in run["steps"]]),
         "first_picture_steps": {"first": first["steps"][0], "later": quantiles(first["steps"][1:] or first["steps"])},
+        "transformer_bytes": resident_bytes(pipe.transformer),
+        "peak_bytes": torch.cuda.max_memory_allocated(on) if on.type == "cuda" else None,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "settings": {
             "height": defaults.height,
             "width": defaults.width,
-            "num_inference_steps": defaults.num_inference_steps,
+            "num_inference_steps": num_inference_steps or defaults.num_inference_steps,
             "max_sequence_length": defaults.max_sequence_length,
         },
         "note": note,

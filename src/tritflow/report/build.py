@@ -56,7 +56,7 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
         for student in sets[1:]:
             page = _gallery(out, sets[0], student, len(groups) == 1)
             written.append(page)
-            parts.append(f"[{student.model.name} over {sets[0].model.name}]({page.relative_to(out).as_posix()})")
+            parts.append(f"[{_name(student)} over {_name(sets[0])}]({page.relative_to(out).as_posix()})")
     if len(parts) == 1:
         raise ReportError("there is nothing to report: no results of a known topic, and fewer than two picture sets")
     page = out / "report.md"
@@ -90,7 +90,7 @@ def grid_png(sets: Sequence[ImageSet], rows: int = GRID_ROWS) -> bytes:
         if missing is not None:
             raise ReportError(f"{images.folder}: has no picture of '{missing[0]}'; draw all sets with the same prompts")
         columns.append([Image.fromarray(images.pixels_of(images.folder, by_key[k])) for k in keys])
-    picture = draw_grid([s.model.name for s in sets], [f"{e['prompt']} (seed {e['seed']})" for e in chosen], columns)
+    picture = draw_grid([_name(s) for s in sets], [f"{e['prompt']} (seed {e['seed']})" for e in chosen], columns)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
@@ -120,5 +120,11 @@ def _gallery(out: Path, teacher: ImageSet, student: ImageSet, plain: bool) -> Pa
         teacher_verdicts=judged[0],
         student_verdicts=judged[1],
         mask=get_task(suite).object_mask() if suite in TASKS else None,
-        title=f"{student.model.name} over {teacher.model.name}",
+        title=f"{_name(student)} over {_name(teacher)}",
     )
+
+
+def _name(images: ImageSet) -> str:
+    """The model, and the backend where one was named: kernels on and off are drawn by the same model."""
+    backend = images.meta["settings"].get("extra", {}).get("backend")
+    return f"{images.model.name} ({backend})" if backend else images.model.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +21,19 @@ AHEAD = 3
 """Batches that are read before they are asked for."""
 
 
-def batches(images: ImageSet, entries: Sequence[Entry], size: int) -> Iterator[tuple[list[Entry], list[Pixels]]]:
+def batches(
+    images: ImageSet,
+    entries: Sequence[Entry],
+    size: int,
+    skip: Callable[[list[Entry]], bool] = lambda group: False,
+) -> Iterator[tuple[list[Entry], list[Pixels]]]:
     """`entries` in groups of at most `size` pictures of one shape each, with their uint8 [H, W, 3] pixels.
+
+    Groups for which `skip` is true are left out; the others stay as they would be without it.
 
     Raises `ImageSetError` when it comes to a picture that is missing or damaged.
     """
-    groups = list(_groups(entries, size))
+    groups = [group for group in _groups(entries, size) if not skip(group)]
     with ThreadPoolExecutor(WORKERS) as pool:
         waiting: deque[tuple[list[Entry], list[Future[Pixels]]]] = deque()
         try:

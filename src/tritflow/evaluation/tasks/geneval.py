@@ -14,6 +14,7 @@ from typing import Any
 from tritflow.calibration.prompt_sources import FILES, prompts_folder
 from tritflow.evaluation.api import NO_OPTIONS, EvaluationError, Judgement, Progress, PromptRecord, Task, TaskOptions
 from tritflow.evaluation.images import ImageSet, ImageSetError
+from tritflow.evaluation.ledger import Ledger
 from tritflow.evaluation.scorers import clip_colors, mask2former
 from tritflow.evaluation.scorers.detection import Detection, Detector
 from tritflow.evaluation.scorers.loading import Pixels, batches
@@ -43,6 +44,7 @@ class GenEvalTask(Task):
         super().__init__(options)
         self._detector: Detector | None = None
         self._colors: clip_colors.ClipColors | None = None
+        self._given: dict[str, str] = {}
 
     def prompts(
         self, split: str = "test", per_tag: int | None = None, seed: int = 0, tags: Sequence[str] | None = None
@@ -78,6 +80,7 @@ class GenEvalTask(Task):
     def load(self, detector: Detector | None = None, colors: Any = None) -> None:
         """Make the scorers ready: those given, or the models that the options name."""
         chosen, device = self.options.scorers, self.options.device
+        self._given = {r: s.name for r, s in (("detector", detector), ("colors", colors)) if s is not None}
         self._detector = detector or mask2former.Mask2FormerDetector(
             chosen.get("detector", mask2former.DEFAULT), device
         )
@@ -88,29 +91,39 @@ class GenEvalTask(Task):
             "rules": "tritflow.evaluation.tasks.geneval_rules",
         }
 
-    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+    def chosen_scorers(self) -> dict[str, str]:
+        return {**super().chosen_scorers(), **self._given}
+
+    def score(
+        self, images: ImageSet, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> list[Judgement]:
         """Detect, classify the colours that are asked for, decide.
 
         Raises `EvaluationError` for a prompt whose classes the detector does not know.
         """
+        kept = Ledger() if ledger is None else ledger
+        if kept.knows(images.entries):
+            kept.tell(self)
+            return kept.judgements(images.entries)
         if self._detector is None:
             self.load()
         assert self._detector is not None
         metadata = {r.id: r.metadata for r in images.records}
         self._check_classes(metadata)
-        judgements: list[Judgement] = []
-        for entries, pictures in batches(images, images.entries, self.options.batch_size):
+        for entries, pictures in batches(images, images.entries, self.options.batch_size, kept.knows):
             asked = [metadata[e["prompt_id"]] for e in entries]
             # The lower threshold: the rules apply the counting one themselves.
             found = self._detector.detect(pictures, [_classes(m) for m in asked], rules.THRESHOLD)
             objects = [rules.keep(f, rules.threshold_for(m)) for f, m in zip(found, asked, strict=True)]
             colors = self._colors_of(pictures, asked, objects)
+            judgements = []
             for e, m, seen in zip(entries, asked, objects, strict=True):
                 passed, reason = rules.judge(m, seen, colors.__getitem__)
                 judgements.append(Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], float(passed), reason))
+            kept.add(self, entries, judgements)
             if progress is not None:
-                progress(len(judgements), len(images.entries))
-        return judgements
+                progress(len(kept), len(images.entries))
+        return kept.judgements(images.entries)
 
     def _colors_of(
         self, pictures: Sequence[Pixels], asked: Sequence[dict[str, Any]], objects: Sequence[rules.Objects]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.images import ImageSet
+from tritflow.evaluation.ledger import Ledger
 from tritflow.results import digest
 from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, object_mask
 
@@ -77,7 +78,10 @@ class ScenesTask(Task):
         records = list({r.id: r for r in map(to_record, drawn)}.values())
         return sorted(records, key=lambda r: self.tags.index(r.tag))
 
-    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+    def score(
+        self, images: ImageSet, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> list[Judgement]:
+        """See `Task.score`. Nothing is kept in `ledger`: a picture takes less than a millisecond."""
         prompts = {r.id: to_prompt(r) for r in images.records}
         work = [(e, prompts[e["prompt_id"]]) for e in images.entries]
         judgements = []

@@ -14,6 +14,7 @@ from typing import Any
 from tritflow.calibration.prompt_sources import CATEGORIES, FILES, SourceFile, prompts_folder
 from tritflow.evaluation.api import NO_OPTIONS, EvaluationError, Judgement, Progress, PromptRecord, Task, TaskOptions
 from tritflow.evaluation.images import ImageSet, ImageSetError
+from tritflow.evaluation.ledger import Ledger
 from tritflow.evaluation.scorers.detection import Detection
 from tritflow.evaluation.scorers.loading import Entry, Pixels, batches
 from tritflow.evaluation.tasks import compbench_language as language
@@ -95,26 +96,35 @@ class CompBenchTask(Task):
         """Score with these objects instead of loading models, by role."""
         self._given = scorers
 
-    def score(self, images: ImageSet, progress: Progress | None = None) -> list[Judgement]:
+    def chosen_scorers(self) -> dict[str, str]:
+        given = {role: str(getattr(scorer, "name", role)) for role, scorer in self._given.items()}
+        return {**super().chosen_scorers(), **given}
+
+    def score(
+        self, images: ImageSet, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> list[Judgement]:
         """Category by category, so that one scorer at a time is in memory; judgements in the set's order."""
         self.scorers, self.substitutes = {}, {}
-        found: dict[str, tuple[float, str]] = {}
+        kept = Ledger() if ledger is None else ledger
         for tags, make in (
             (ATTRIBUTES, self._attributes),
             (("spatial", "numeracy", "3d_spatial"), self._objects),
             (GRADED_BY_JUDGE, self._judged),
         ):
             entries = [e for tag in tags for e in images.entries if e["tag"] == tag]
-            if not entries:
+            if kept.knows(entries):
                 continue
             scorer = make()
-            for batch, pictures in batches(images, entries, self.options.batch_size):
-                for e, result in zip(batch, scorer(batch, pictures), strict=True):
-                    found[e["path"]] = result
+            for batch, pictures in batches(images, entries, self.options.batch_size, kept.knows):
+                scored = zip(batch, scorer(batch, pictures), strict=True)
+                kept.add(
+                    self, batch, [Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], *s) for e, s in scored]
+                )
                 if progress is not None:
-                    progress(len(found), len(images.entries))
+                    progress(len(kept), len(images.entries))
             del scorer  # before the next one is loaded
-        return [Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], *found[e["path"]]) for e in images.entries]
+        kept.tell(self)
+        return kept.judgements(images.entries)
 
     def _model(self, role: str, module: Any, kind: str) -> Any:
         """The scorer of a role: one that was given, or the module's class on the chosen or default weights."""
