@@ -111,6 +111,19 @@ def test_another_job_is_not_mixed_in(tiny_flux, tmp_path):
         quantize(dense, dense, "fast")
 
 
+def test_a_component_that_changed_without_changing_its_size_is_copied_again(tiny_flux, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny_flux, source)
+    quantize(source, out, "fast")
+    name = "scheduler/scheduler_config.json"
+    changed = (source / name).read_text().replace("true", "fals").replace("false", "true ")
+    assert changed != (source / name).read_text()
+    (source / name).write_text(changed)
+    assert len((out / name).read_text()) == len(changed)
+    quantize(source, out, "fast", overwrite=True)
+    assert (out / name).read_text() == changed
+
+
 def test_large_components_stay_where_they_are(tiny_flux, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "COMPONENTS_LIMIT", 1000)
     report = quantize(tiny_flux, tmp_path / "out", "fast")

@@ -8,6 +8,7 @@ keeps what it finished, so the same command after a kill goes on, and ends in th
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import json
 import shutil
@@ -299,7 +300,8 @@ def _copy_components(job: Job, out: Path, full: bool, progress: Progress) -> tup
     files.sort(key=lambda path: path.name == "model_index.json")
     for done, path in enumerate(files, 1):
         target = out / path.relative_to(root)
-        if not (target.is_file() and target.stat().st_size == path.stat().st_size):
+        # By content: a component may have changed without changing its size.
+        if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as stream, path.open("rb") as origin:
                 shutil.copyfileobj(origin, stream, 1 << 20)
