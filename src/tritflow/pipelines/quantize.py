@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tritflow.assets import ASSETS, asset_path
-from tritflow.calibration.artifacts import provenance, read_json, write_json
+from tritflow.calibration.artifacts import provenance, read_json, write_bytes, write_json
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
 from tritflow.config import Packing, Recipe, TernaryConfig
 from tritflow.formats.atomic import atomic_file
@@ -29,6 +29,7 @@ from tritflow.formats.source import Source, open_source
 from tritflow.formats.writer import TransformerWriter
 from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
+from tritflow.pipelines.records import RECORDS
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
 
@@ -124,7 +125,8 @@ def quantize(
 
     Args:
         src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
-        out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued.
+        out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued. Recipes that
+            compensate or reconstruct also write `out/calibration_records.jsonl`: which recorded pairs they used.
         recipe: a name, a path to a .toml, or a `Recipe`.
         mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into the training loops.
         skip: patterns of block linears that stay dense, beside the recipe's own.
@@ -172,6 +174,8 @@ def quantize(
     }
     if left_out is not None:
         meta["base"] = left_out
+    if (work / RECORDS).is_file():
+        write_bytes(out / RECORDS, (work / RECORDS).read_bytes())
     write_json(out / "meta.json", meta)
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
