@@ -190,8 +190,7 @@ def relative_errors(
     out = inputs
     for block in blocks:
         out = out.through(block)
-    size = inputs.batch_size
-    errors = [(_square_error(out.streams[n], t, size) * weights[n].to(t.device)).mean() for n, t in targets.items()]
+    errors = [(_square_error(out.streams[n], t, inputs) * weights[n]).mean() for n, t in targets.items()]
     return dict(zip(targets, torch.stack(errors).tolist(), strict=True))
 
 
@@ -203,18 +202,17 @@ def loss_weights(
     Errors are measured by what the teacher's window adds to the streams: an output that is none gives 1 in all, with
     `importance` (channels and streams weighed by it), and 1 for each stream without.
     """
-    changes = {n: _square_error(outputs.streams[n], inputs.streams[n], inputs.batch_size) for n in names}
+    changes = {n: _square_error(outputs.streams[n], inputs.streams[n], inputs) for n in names}
     if importance is None:
-        found = {n: torch.ones_like(c) / c.mean().clamp_min(1e-20) for n, c in changes.items()}
-    else:
-        weights = {n: importance[n].to(changes[n].device) for n in names}
-        total = sum(((weights[n] * changes[n]).mean() for n in names), torch.zeros((), device=changes[names[0]].device))
-        found = {n: weights[n] / total.clamp_min(1e-30) for n in names}
-    return {n: w.to(inputs.device) for n, w in found.items()}
+        return {n: torch.ones_like(c) / c.mean().clamp_min(1e-20) for n, c in changes.items()}
+    weights = {n: importance[n].to(inputs.device) for n in names}
+    total = sum(((weights[n] * changes[n]).mean() for n in names), torch.zeros((), device=inputs.device))
+    return {n: weights[n] / total.clamp_min(1e-30) for n in names}
 
 
-def _square_error(a: Tensor, b: Tensor, batch_size: int) -> Tensor:
-    """Mean over samples and tokens, [C]; in chunks: no second fp32 copy of what may be most of the memory."""
-    parts = zip(a.split(batch_size), b.split(batch_size), strict=True)
-    sums = [(x.float() - y.float()).square().flatten(0, -2).sum(dim=0) for x, y in parts]
+def _square_error(a: Tensor, b: Tensor, streams: Streams) -> Tensor:
+    """Mean over samples and tokens, [C], computed where blocks run; in chunks: these may be most of the memory."""
+    parts = zip(a.split(streams.batch_size), b.split(streams.batch_size), strict=True)
+    on = streams.device
+    sums = [(x.to(on).float() - y.to(on).float()).square().flatten(0, -2).sum(dim=0) for x, y in parts]
     return torch.stack(sums).sum(dim=0) / (a.numel() // a.shape[-1])

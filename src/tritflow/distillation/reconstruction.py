@@ -179,7 +179,7 @@ class _Work:
         """Which pairs of the training and of the holdout split are used, and where their streams lie."""
         each, steps = sample_bytes(self.blocks, trajectories), trajectories.steps
         sizes = trajectories.size("train"), trajectories.size("holdout")
-        copies = _copies(self.config.window)
+        copies = streams_alive(self.config.window)
         room = self.shelf.room(min(self.config.samples, sizes[0]), min(HOLDOUT_SAMPLES, sizes[1]), each, copies)
         train = spread(sizes[0] // steps, steps, room.samples, room.limited)
         held = spread(sizes[1] // steps, steps, room.held, room.limited) if sizes[1] else torch.arange(0)
@@ -349,7 +349,7 @@ def _parameter_groups(window: Mapping[str, nn.Module], config: ReconstructionCon
     return groups
 
 
-def _copies(window: int) -> int:
+def streams_alive(window: int) -> int:
     """Sets of streams alive at once: in front of a window, behind its blocks where wanted, and the student's."""
     return min(5, window + 2)
 

@@ -226,6 +226,8 @@ def plan(
             f"recipe '{chosen.name}' runs the model, which tritflow does for FLUX.1 only, and {src} is {family.name}; "
             "take --recipe fast or absmean"
         )
+    on = pick_device(device)
+    _check_memory(chosen, sum(n * k for n, k in linears.values()), on)
     found = _calibration_prompts(location, prompts) if needs_teacher(chosen) else None
     return Job(
         location=location,
@@ -236,7 +238,7 @@ def plan(
         skipped=len(inside) - len(linears),
         prompts=found,
         base=None if base is None else str(base),
-        device=pick_device(device),
+        device=on,
     )
 
 
@@ -244,6 +246,29 @@ def needs_teacher(recipe: Recipe) -> bool:
     """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
     trained = recipe.reconstruction.steps > 0 or recipe.distillation.steps > 0
     return recipe.compensation or recipe.smoothing is not None or trained
+
+
+def training_bytes(recipe: Recipe, weights: int) -> int:
+    """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
+
+    fp32 latent weights, gradients, two moments, and the moving average if the recipe has one.
+    """
+    copies = 5 if recipe.distillation.ema_decay else 4
+    return 4 * copies * weights if recipe.distillation.steps else 0
+
+
+def _check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
+    """Say before hours of calibration that distillation will not fit."""
+    needed = training_bytes(recipe, weights)
+    if not needed or device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        raise QuantizeError(
+            f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
+            f"GB on one GPU, and {device} has {there / 1e9:.0f} GB; take --recipe large (block reconstruction), or a "
+            "copy of the recipe with distillation.steps = 0"
+        )
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

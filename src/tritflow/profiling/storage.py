@@ -160,7 +160,7 @@ def full_size(
             ),
         ]
         for packing, name, folder, write in stages:
-            with _peak_memory() as peak:
+            with peak_memory() as peak:
                 start = time.perf_counter()
                 write()
                 seconds = time.perf_counter() - start
@@ -253,7 +253,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _peak_memory() -> Iterator[Callable[[], int]]:
+def peak_memory() -> Iterator[Callable[[], int]]:
     """Yields a function that gives the process's peak resident bytes within this block.
 
     Linux can reset the peak; elsewhere it is that of the whole process.
