@@ -109,6 +109,7 @@ def test_holding_copying_and_keeping(model):
 
 def test_another_dtype_and_a_model_that_is_whole(model):
     s = streamed(model, dtype=torch.float64)
+    assert {t.dtype for t in s.model.blocks.state_dict().values()} == {torch.float64}
     with s.loaded("blocks.0") as block:
         assert {t.dtype for t in block.state_dict().values()} == {torch.float64}
     before = copy.deepcopy(model)

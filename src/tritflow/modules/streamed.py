@@ -129,7 +129,8 @@ class StreamedBlocks:
     def _drop(self, name: str) -> None:
         block = self._blocks[name]
         for leaf, tensor in block.state_dict().items():
-            _put(block, leaf, torch.empty_like(tensor, device="meta"))
+            dtype = self._dtype if tensor.is_floating_point() else None  # what asks an empty block is told the right one
+            _put(block, leaf, torch.empty_like(tensor, device="meta", dtype=dtype))
         self._there.discard(name)
 
     def _forward(self, name: str, *args: Any, **kwargs: Any) -> Any:

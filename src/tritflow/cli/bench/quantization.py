@@ -14,7 +14,7 @@ from tritflow.cli.console import print_json, progress
 _QUANTIZATION = """Examples:
 
 \b
-  tritflow bench quantization --device cuda --results benchmarks/results   # FLUX.1-dev's blocks: 4 GB of disk
+  tritflow bench quantization --device cuda --results benchmarks/results   # FLUX.1-dev's blocks: 2 GB of disk
   tritflow bench quantization --like small --pixels 128 --text-tokens 64   # the small FLUX's, on this CPU
 """
 
