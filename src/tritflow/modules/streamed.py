@@ -129,7 +129,8 @@ class StreamedBlocks:
     def _drop(self, name: str) -> None:
         block = self._blocks[name]
         for leaf, tensor in block.state_dict().items():
-            dtype = self._dtype if tensor.is_floating_point() else None  # what asks an empty block is told the right one
+            # The right dtype even when empty: some ask.
+            dtype = self._dtype if tensor.is_floating_point() else None
             _put(block, leaf, torch.empty_like(tensor, device="meta", dtype=dtype))
         self._there.discard(name)
 
