@@ -102,10 +102,10 @@ def call(
 def take(tensor: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     """Rows of a kept tensor on `device`, without waiting for the GPU."""
     rows = tensor[indices]
-    if rows.device == device:
-        return rows
-    # Pinned memory is copied beside the computation, and kept by torch until the copy is done.
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    if rows.device.type == "cpu" and device.type == "cuda":
+        # Pinned memory is copied beside the computation, and kept by torch until the copy is done.
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)  # nothing to do where it is there; "cuda" and "cuda:0" are the same, though not equal
 
 
 def first_inputs(

@@ -1,14 +1,15 @@
 """Training spread over processes by FSDP2: each holds a part of every parameter and sees a part of every batch.
 
-Started by `torchrun`, with a process group of the caller's making (nccl on GPUs, gloo on CPUs). Without one, everything
-here does nothing, so that training has one code path.
+Started by `torchrun`. Without a process group everything here does nothing, so that training has one code path.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,10 +59,38 @@ class Ranks:
             value /= self.world
         return value
 
+    def agree(self, value: int) -> int:
+        """The first process's value, in all."""
+        if self.world > 1:
+            found = [value]
+            dist.broadcast_object_list(found, src=0)
+            value = found[0]
+        return value
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
-            dist.barrier()
+            dist.all_gather_object([None] * self.world, 0)
+
+
+@contextmanager
+def processes(device: torch.device | str) -> Iterator[Ranks]:
+    """The process group that `torchrun` asks for, with this process's own GPU; nothing where it was not started by it.
+
+    Processes wait for the first one without limit: it calibrates for hours.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks.here()
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Objects and barriers go by gloo: a GPU that waits by nccl spins.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=30))
+    try:
+        yield Ranks.here()
+    finally:
+        dist.destroy_process_group()
 
 
 def shard_(model: nn.Module, blocks: Sequence[str], device: torch.device | str) -> None:

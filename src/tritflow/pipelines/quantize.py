@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.artifacts import provenance, read_json, write_bytes, write_json
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
 from tritflow.config import Packing, Recipe, TernaryConfig
+from tritflow.distillation.sharded import Ranks, processes
 from tritflow.formats.atomic import atomic_file
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
@@ -123,6 +125,8 @@ def quantize(
 ) -> QuantizeReport:
     """Turn a dense FLUX checkpoint into a ternary model folder.
 
+    Started by `torchrun`, every process calls this alike: distillation is spread over them, the first does all else.
+
     Args:
         src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
         out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued. Recipes that
@@ -148,16 +152,32 @@ def quantize(
         src, recipe, mode=mode, packing=packing, skip=skip, column_scale=column_scale, prompts=prompts, base=base,
         device=device,
     )  # fmt: skip
+    progress = on_progress or (lambda stage, done, total: None)
+    with processes(job.device) as ranks:
+        if ranks.first:
+            return _quantize(job, out, full, overwrite, keep_work, progress, ranks)
+        if ranks.agree(0):
+            from tritflow.pipelines.student import learn
+
+            learn(job, out / WORK, lambda stage, done, total: None)
+        ranks.wait()
+    return _report(out, job, read_json(out / "meta.json"))
+
+
+def _quantize(
+    job: Job, out: Path, full: bool, overwrite: bool, keep_work: bool, progress: Progress, ranks: Ranks
+) -> QuantizeReport:
     _check_out(out, job, overwrite)
     meta = _meta(job)
     previous = read_json(out / "meta.json") if (out / "meta.json").is_file() else None
     if previous and previous["complete"]:
+        ranks.agree(0)
+        ranks.wait()
         return _report(out, job, previous, resumed=True)
     write_json(out / "meta.json", meta)
-    progress = on_progress or (lambda stage, done, total: None)
     work = out / WORK
     validation: dict[int, float] = {}
-    if needs_teacher(job.recipe):
+    if ranks.agree(needs_teacher(job.recipe)):
         from tritflow.pipelines.student import learn
 
         learned = learn(job, work, progress)
@@ -179,6 +199,7 @@ def quantize(
     write_json(out / "meta.json", meta)
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
+    ranks.wait()
     return _report(out, job, meta)
 
 
@@ -262,12 +283,13 @@ def _check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
     needed = training_bytes(recipe, weights)
     if not needed or device.type != "cuda":
         return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     there = torch.cuda.get_device_properties(device).total_memory
-    if needed > there:
+    if needed > world * there:
         raise QuantizeError(
             f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
-            f"GB on one GPU, and {device} has {there / 1e9:.0f} GB; take --recipe large (block reconstruction), or a "
-            "copy of the recipe with distillation.steps = 0"
+            f"GB, and {world} x {device} has {world * there / 1e9:.0f} GB; take --recipe large (block reconstruction), "
+            "a copy of the recipe with distillation.steps = 0, or more GPUs by torchrun"
         )
 
 

@@ -31,6 +31,7 @@ from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.reconstruction import reconstruct_blocks
+from tritflow.distillation.sharded import Ranks, gathered, shard_
 from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
@@ -60,21 +61,37 @@ class Learned:
 
 
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
-    """Run the stages of a recipe that needs the teacher. `work` keeps what is finished."""
+    """Run the stages of a recipe that needs the teacher. `work` keeps what is finished.
+
+    Of several processes the first runs all stages but distillation; all call this.
+    """
     summary = work / "learned.json"
-    final = RoundedStore(work / _last_stage(job), job.id)
+    ranks = Ranks.here()
     done = read_json(summary) if summary.is_file() else {}
-    if done.get("job") != job.id:
-        validation = _learn(job, work, progress)
-        final = RoundedStore(final.folder, job.id)
-        write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
+    if ranks.agree(done.get("job") != job.id):
+        validation = _learn(job, work, progress, ranks)
+        if ranks.first:
+            write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
+    final = RoundedStore(work / _last_stage(job), job.id)
+    ranks.wait()  # the first goes on, and clears up in the end
     return Learned(lambda name, _: final[name], validation)
 
 
-def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
+def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> dict[int, float]:
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    if ranks.first:
+        _calibrate(job, work, dtype, progress)
+    ranks.wait()
+    if not job.recipe.distillation.steps:
+        return {}
+    start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
+    return _distill(job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), start, work, progress)
+
+
+def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> None:
+    """All that needs one dense block at a time."""
     with streamed_teacher(job, dtype) as (blocks, pipe):
         assert job.prompts is not None
         trajectories = record_trajectories(
@@ -96,13 +113,9 @@ def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
             _compensate(job, blocks, trajectories, compensated, ranges, shelf, records, progress)
         elif ranges is not None:
             _round_smoothed(job, compensated, ranges)
-        start = compensated
         if job.recipe.reconstruction.steps:
-            start = RoundedStore(work / "reconstructed", job.id)
-            _reconstruct(job, blocks, trajectories, compensated, start, shelf, records, progress)
-    if not job.recipe.distillation.steps:
-        return {}
-    return _distill(job, whole_transformer(job, dtype), trajectories, start, work, progress)
+            store = RoundedStore(work / "reconstructed", job.id)
+            _reconstruct(job, blocks, trajectories, compensated, store, shelf, records, progress)
 
 
 def _last_stage(job: Job) -> str:
@@ -238,6 +251,8 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
+    ranks, order = Ranks.here(), job.family.block_order(job.source.config)
+    shard_(model, order, job.device)
     train = functools.partial(
         distill_,
         lambda **kwargs: model(**kwargs, return_dict=False)[0],
@@ -249,16 +264,16 @@ def _distill(
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
-    if config.compile_blocks and job.device.type == "cuda":
+    if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
         result = _compiled(model, train)
     else:
         result = train()
     store = RoundedStore(work / "student", job.id)
-    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
-    for block in job.family.block_order(job.source.config):
-        inside = {n: twin_rounding(m) for n, m in twins.items() if n.startswith(f"{block}.")}
-        if inside:
-            store.write(block, inside)
+    for block in order:
+        with gathered(model.get_submodule(block)) as module:
+            twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
+            if twins and ranks.first:
+                store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
     return result.validation
 
 
