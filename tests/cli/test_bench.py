@@ -29,7 +29,7 @@ def test_help_shows_the_three_benches_with_examples() -> None:
     assert shown.exit_code == 0
     for word in ("kernels", "latency", "storage", "end-to-end", "tritflow bench storage --full-size"):
         assert word in shown.stdout
-    for verb in ("kernels", "latency", "storage", "transformer", "end-to-end"):
+    for verb in ("kernels", "latency", "storage", "full-size", "transformer", "end-to-end"):
         shown = invoke("bench", verb, "--help")
         assert shown.exit_code == 0
         assert f"tritflow bench {verb}" in shown.stdout
@@ -56,7 +56,7 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "--device cpu" in done.stderr
-    for verb in ("transformer", "tune"):
+    for verb in ("transformer", "tune", "attention"):
         done = invoke("bench", verb)
         assert done.exit_code == 3
         assert "sees no CUDA device here" in done.stderr
@@ -65,10 +65,11 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tritflow.profiling import kernels
 
-    def probe(out: Path, seconds: float, quick: bool) -> None:
+    def probe(out: Path, seconds: float, quick: bool) -> list[dict[str, Any]]:
         print("running account")
-        (out / "kernels.json").write_text(json.dumps([{"task": {"kind": "gemm"}, "result": {"x": float("nan")}}]))
         assert (seconds, quick) == (240.0, True)
+        times = {"bf16 gauss": {"p50": 3.0}, "bf16 hopper": {"p50": float("nan")}}
+        return [{"task": {"kind": "gemm", "shape": [1, 2, 3]}, "result": {"times": times}}]
 
     monkeypatch.setattr(kernels, "probe", probe)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -76,9 +77,28 @@ def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A GPU")
     done = invoke("bench", "kernels", "--device", "cuda", "--quick", "--json", "--results", tmp_path)
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["tasks"] == [{"task": {"kind": "gemm"}, "result": {"x": None}}]
+    assert json.loads(done.stdout)["products"]["1x2x3"]["ratios"] == {"w2a16 / bf16": None}
     assert "running account" in done.stderr
     assert (tmp_path / "kernels-cuda-a-gpu.json").exists()
+
+
+def test_attention_passes_what_was_asked_and_stores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tritflow.profiling import attention
+
+    def bench(shapes: list[tuple[int, int, int]], note: str, say: Any) -> dict[str, Any]:
+        say("running account")
+        assert shapes == [(1536, 24, 64), (4608, 24, 64)]
+        return {"device": "A GPU", "note": note, "attention": []}
+
+    monkeypatch.setattr(attention, "bench", bench)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    args = ("--tokens", 1536, "--tokens", 4608, "--features", 64, "--note", "a test", "--json", "--results", tmp_path)
+    done = invoke("bench", "attention", *args)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["note"] == "a test"
+    assert "running account" in done.stderr
+    assert (tmp_path / "attention-a-gpu.json").exists()
 
 
 def test_latency_passes_what_was_asked_and_stores_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

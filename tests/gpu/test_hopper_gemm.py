@@ -8,7 +8,15 @@ from tritflow.kernels.hopper import why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-SHAPES = [(1, 128, 128), (37, 264, 144), (128, 256, 128), (300, 384, 1040), (512, 3072, 12288), (4608, 3072, 3072)]
+SHAPES = [
+    (1, 128, 128),
+    (37, 264, 144),
+    (128, 256, 128),
+    (300, 384, 1040),
+    (512, 3072, 12288),
+    (512, 12288, 3072),
+    (4608, 3072, 3072),
+]
 
 
 def _inputs(m, n, k, dtype=torch.int8, seed=0):
@@ -28,25 +36,29 @@ def _expected(q, scale, trits, row, bias):
     return y if bias is None else y + bias.double()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+NARROW = {"split": 1, "block_n": 128, "stages": 8, "lag": 2}
+
+
 @pytest.mark.parametrize(
-    "config", [{}, {"split": 2}, {"cut": False}, {"block_n": 128, "stages": 8}, {"block_m": 64, "stages": 8}]
+    "config",
+    [{}, {"split": 1}, {"lag": 0}, {"persistent": False, "stages": 4, "lag": 0}, NARROW, {"split": 1, "block_m": 64}],
 )
-def test_int8_is_exact(shape, config):
+def test_int8_is_exact(config):
     from tritflow.kernels.hopper.launch import Config, w2a8_gemm
 
-    q, scale, trits, row, bias = _inputs(*shape)
-    for b in (None, bias):
-        out = torch.full((shape[0], shape[1]), float("nan"), dtype=torch.bfloat16, device="cuda")
-        w2a8_gemm(q, scale, pack_2bit(trits), row, b, out=out, config=Config(**config))
-        assert torch.equal(out, _expected(q, scale, trits, row, b).float().to(torch.bfloat16))
+    for shape in SHAPES:
+        q, scale, trits, row, bias = _inputs(*shape)
+        for b in (None, bias):
+            out = torch.full((shape[0], shape[1]), float("nan"), dtype=torch.bfloat16, device="cuda")
+            w2a8_gemm(q, scale, pack_2bit(trits), row, b, out=out, config=Config(**config))
+            assert torch.equal(out, _expected(q, scale, trits, row, b).float().to(torch.bfloat16)), shape
 
 
 def test_random_shapes_are_exact():
     from tritflow.kernels.hopper.launch import w2a8_gemm
 
     picks = torch.Generator().manual_seed(1)
-    for seed in range(200):
+    for seed in range(1000):
         m, n, k = (
             int(torch.randint(1, top, (), generator=picks)) * unit for top, unit in ((600, 1), (80, 8), (60, 16))
         )
@@ -70,23 +82,42 @@ def test_a_thousand_launches_give_the_same_bits(shape, dtype):
         assert torch.equal(out, first)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fp8_is_near_the_dense_product(shape):
-    from tritflow.kernels.hopper.launch import w2a8_gemm
+@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW])
+def test_fp8_is_near_the_dense_product(config):
+    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
 
-    q, scale, trits, row, _ = _inputs(*shape, dtype=torch.float8_e4m3fn)
-    expected = _expected(q, scale, trits, row, None)
-    out = w2a8_gemm(q, scale, pack_2bit(trits), row)
-    error = (out.double() - expected).norm() / expected.norm()
-    dense = torch._scaled_mm(
-        q,
-        trits.to(torch.float8_e4m3fn).T,
-        scale[:, None],
-        row.float()[None],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    assert error <= 1.5 * (dense.double() - expected).norm() / expected.norm()
+    for shape in SHAPES:
+        q, scale, trits, row, _ = _inputs(*shape, dtype=torch.float8_e4m3fn)
+        expected = _expected(q, scale, trits, row, None)
+        out = w2a8_gemm(q, scale, pack_2bit(trits), row, config=Config(**config))
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < 3e-3, shape
+        if shape[1] % 16 == 0:  # the library takes no other
+            dense = torch._scaled_mm(
+                q,
+                trits.to(torch.float8_e4m3fn).T,
+                scale[:, None],
+                row.float()[None],
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+            assert error <= 1.5 * (dense.double() - expected).norm() / expected.norm(), shape
+
+
+@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW | {"stages": 5}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_activations(config, dtype):
+    from tritflow.kernels.hopper.launch import Config, w2a16_gemm
+
+    for m, n, k in SHAPES:
+        _, _, trits, row, bias = _inputs(m, n, k)
+        x = torch.randn(m, k, device="cuda").to(dtype)
+        expected = (x.double() @ trits.double().T) * row.double() + bias.double()
+        out = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+        w2a16_gemm(x, pack_2bit(trits), row, bias, out=out, config=Config(**{"stages": 4, "lag": 1} | config))
+        # One rounding to 8 or 11 bits, whose relative error is 2^-9 or 2^-12 at most.
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < (2e-3 if dtype == torch.bfloat16 else 3e-4), (m, n, k)
 
 
 @pytest.mark.parametrize("shape", [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
@@ -102,7 +133,7 @@ def test_skinny(shape, chunk):
     assert (out.double() - expected).norm() / expected.norm() < 0.003
 
 
-def test_a_graph_replays_a_cut_product():
+def test_a_graph_replays_a_product():
     from tritflow.kernels.hopper.launch import w2a8_gemm
 
     q, scale, trits, row, bias = _inputs(512, 3072, 12288)

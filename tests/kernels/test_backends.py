@@ -67,3 +67,18 @@ def test_a_backend_that_cannot_be_imported_is_skipped_and_explained(problem, mon
     with pytest.raises(BackendError, match="libgone is missing"):
         w2a16_linear(p["x"], p["weight"], p["weight_scale"], backend="cpu")
     assert describe()["cpu"] == "unavailable: libgone is missing"
+
+
+def test_auto_passes_over_what_is_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(*args: object) -> str:
+        return "first"
+
+    def takes(*args: object) -> bool:
+        return True
+
+    shy = backends.Backend("cpu", ("cpu",), lambda _: None, {"op": backends.Kernel(first, takes, automatic=False)})
+    plain = backends.Backend("reference", (), lambda _: None, {"op": backends.Kernel(lambda *_: "plain", takes)})
+    monkeypatch.setattr(backends, "load", lambda name: {"cpu": shy, "reference": plain}[name])
+    device = torch.device("cpu")
+    assert backends.select("op", "auto", device, ())() == "plain"
+    assert backends.select("op", "cpu", device, ()) is first

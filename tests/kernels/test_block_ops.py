@@ -10,6 +10,7 @@ from tritflow.kernels import (
     adaln,
     adaln_quantize,
     gated_residual,
+    gelu,
     gelu_quantize,
     qk_norm_rope,
     quantize_activation,
@@ -77,6 +78,7 @@ def test_gelu_quantize_is_both_in_one(kind, width):
     columns = torch.rand(50 + width) + 0.5
     whole = F.gelu(x, approximate="tanh")
     whole = whole if prefix is None else torch.cat([prefix, whole], dim=-1)
+    assert torch.equal(gelu(x, prefix), whole)
     q, s = gelu_quantize(x, prefix, columns, kind)
     expected = quantize_activation(whole, columns, kind)
     assert torch.equal(q.view(torch.int8), expected[0].view(torch.int8))
@@ -138,6 +140,7 @@ def test_opcheck(problem):
     for kind in KINDS:
         torch.library.opcheck(OPS.adaln_quantize.default, (x, shift, scale, torch.rand(70), kind))
         torch.library.opcheck(OPS.gelu_quantize.default, (x, x * 2, None, kind))
+    torch.library.opcheck(OPS.gelu.default, (x, x * 2))
     torch.library.opcheck(OPS.qk_norm_rope.default, tuple(_rope_inputs()))
     torch.library.opcheck(OPS.qk_norm_rope.default, tuple(_rope_inputs(context=0)))
     p = problem(12, 24, 200)

@@ -96,6 +96,7 @@ def test_gelu_quantize(poisoned, features, width):
 
     from tritflow.kernels import reference
     from tritflow.kernels.triton import block
+    from tritflow.testing import assert_close
 
     x = _randn(2, 3, features + 7)[..., 4 : features + 4] * 3
     prefix = _randn(2, 3, width + 2, seed=1)[..., :width] if width else None
@@ -103,6 +104,8 @@ def test_gelu_quantize(poisoned, features, width):
     _same_quantized(block.gelu_quantize(x, prefix, c), reference.gelu_quantize(x, prefix, c))
     _same_quantized(block.gelu_quantize(x, prefix), reference.gelu_quantize(x, prefix))
     assert block.gelu_quantize(x[:0])[0].shape == (0, features)
+    assert_close(block.gelu(x, prefix), reference.gelu(x, prefix), 1e-6)
+    assert block.gelu(x[:0]).shape == (0, 3, features)
 
 
 @inside

@@ -97,7 +97,7 @@ def test_auto_takes_the_tuned_backend_first(gpu, problem, monkeypatch):
         "w2a8_matmul": "scratch",
         "w2a8_linear": "scratch",
         "w2a16_linear": "reference",
-        "quantize_activation": "triton",
+        "quantize_activation": "hopper",
     }
 
 

@@ -251,3 +251,15 @@ def test_blocks_compile_without_a_graph_break():
         eager = fused.forward(**inputs)[0]
         fused._core = torch.compile(fused._core, fullgraph=True, backend="aot_eager")
         assert_close(fused.forward(**inputs)[0], eager, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_attention_by_name(name):
+    model = ternary_transformer(hidden=64, heads=2)
+    assert 1e-5 < _error(model, attention=name) < 0.1
+    assert _error(model, attention="16bit") < 1e-5
+
+
+def test_an_unknown_attention_is_named():
+    with pytest.raises(ValueError, match="unknown attention 'int7'; did you mean 'int8'"):
+        FusedFlux1(ternary_transformer(), attention="int7")

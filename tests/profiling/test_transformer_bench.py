@@ -105,6 +105,38 @@ def test_results_are_written_after_each_contender(tmp_path, monkeypatch):
         bench.bench(tmp_path, contenders=["x"])
 
 
+def test_a_bench_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def isolated(module, tasks, *, silence, deadline, on_result):
+        for task in tasks:
+            asked.append(task.get("name", task["kind"]))
+            late = {"error": "skipped: out of time"}
+            on_result(task, {"cudnn": {"p50": 0.4}} if task["kind"] == "attention" else answers.get(task["name"], late))
+
+    monkeypatch.setattr(bench, "run_isolated", isolated)
+    versions = {"torch": "2.11"}
+    monkeypatch.setattr(bench.results, "provenance", lambda _: {"device": "a GPU", "versions": versions, "time": "now"})
+    names = ["bf16 eager", "bf16 compiled"]
+    again = {"contenders": names, "checked": False, "config": CONFIG, "resume": True, "say": lambda _: None}
+    answers = {"bf16 eager": _result(174.0, 24e9)}
+    bench.bench(tmp_path, **again)
+    assert asked == ["attention", *names]
+    asked.clear()
+    answers = {"bf16 compiled": _result(132.0, 24e9)}
+    run = bench.bench(tmp_path, **again)
+    assert asked == ["bf16 compiled"]
+    assert [call["measured"] for call in run["calls"]] == [["bf16 eager"], ["bf16 compiled"]]
+    assert run["contenders"]["bf16 compiled"]["speed"]["bf16 eager"] == pytest.approx(174 / 132, abs=1e-3)
+    asked.clear()
+    bench.bench(tmp_path, **again, size=2048)  # other settings: nothing is kept
+    assert asked == ["attention", *names]
+    asked.clear()
+    versions = {"torch": "2.12"}
+    bench.bench(tmp_path, **again)
+    assert asked == ["attention", *names]
+
+
 def test_the_check_compares_both_forwards_with_the_reference():
     torch.manual_seed(0)
     task = {"config": CONFIG, "backend": "auto", "size": 64}
@@ -118,4 +150,4 @@ def test_tracing_that_fails_gives_nothing(monkeypatch):
         raise RuntimeError("no tracing here")
 
     monkeypatch.setattr(torch.profiler, "profile", broken)
-    assert bench.kernel_times(lambda: None) == []
+    assert bench.kernel_times(lambda: None) == {}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tritflow.kernels import tuning
+from tritflow.kernels.hopper import why_not_compile
 from tritflow.kernels.tuning import Choice
 from tritflow.profiling import tune as bench
 
@@ -13,7 +15,19 @@ def test_every_backend_offers_choices():
     assert "scratch" in labels
     sixteen = list(bench.choices(tuning.W2A16, ("triton", "hopper")))
     assert sixteen
-    assert all(c.backend == "triton" and c.config["BLOCK_M"] * c.config["BLOCK_N"] <= 128 * 128 for c in sixteen)
+    tiles = [c.config for c in sixteen if c.backend == "triton"]
+    assert tiles
+    assert all(config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 128 for config in tiles)
+    assert [c.config for c in sixteen if c.backend == "hopper"] == bench.HOPPER_16
+
+
+def test_every_configuration_tried_on_hopper_exists():
+    if reason := why_not_compile():
+        pytest.skip(reason)
+    from tritflow.kernels.hopper.launch import Config
+
+    assert len({Config(**config) for config in bench.HOPPER}) == len(bench.HOPPER)
+    assert len({Config(**config) for config in bench.HOPPER_16}) == len(bench.HOPPER_16)
 
 
 def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):

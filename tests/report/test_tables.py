@@ -75,6 +75,13 @@ def test_notes_say_device_versions_counts_and_intervals(evaluated: Path) -> None
     assert re.search(r"^\| absmean \| 0\.\d{3} \| .* % \[.*\] \| \d+\.\d\d \[", text, re.MULTILINE)
 
 
+def test_a_prediction_is_not_called_measured() -> None:
+    runs = [run("absmean", 0.1, device="datasheets", measured=False)]
+    assert "Computed from datasheets." in markdown(build(SPECS["quality"], runs))
+    runs.append(run("teacher", 0.9, device="a GPU"))
+    assert "Measured on a GPU; datasheets." in markdown(build(SPECS["quality"], runs))
+
+
 def test_the_packages_own_specs_are_sound() -> None:
     specs = load_specs()
     assert {"quality", "scores", "teacher", "storage", "cpu-latency", "detector", "bands"} <= set(specs)

@@ -158,7 +158,7 @@ class TransformerWriter:
 
         Args:
             name: the module's name, such as `transformer_blocks.0.attn.to_q`.
-            trits: int8 [N, K].
+            trits: int8 [N, K]; packed where they are, which a GPU does faster than the bytes could leave it.
             weight_scale: [N], stored as bf16.
             input_scale: [K], stored as bf16; present exactly when the config's `column_scale` is set.
             bias: [N], stored as it is.
@@ -180,6 +180,7 @@ class TransformerWriter:
     ) -> None:
         """`add_linear` for trits packed already in the config's packing (checked again here)."""
         check_packed(packed, in_features, self.ternary.packing)
+        packed = packed.cpu()
         if (input_scale is not None) != self.ternary.column_scale:
             raise CheckpointError(
                 f"{name}: input_scale must be given exactly when column_scale is set "

@@ -1,10 +1,12 @@
 """Ternary kernels: registered operations, backend choice, and the plain reference. See ops.py for numerics."""
 
+from tritflow.kernels.attention_op import attention
 from tritflow.kernels.backends import Backend, BackendError, Kernel, describe
 from tritflow.kernels.block_ops import (
     adaln,
     adaln_quantize,
     gated_residual,
+    gelu,
     gelu_quantize,
     qk_norm_rope,
 )
@@ -17,8 +19,10 @@ __all__ = [
     "Kernel",
     "adaln",
     "adaln_quantize",
+    "attention",
     "describe",
     "gated_residual",
+    "gelu",
     "gelu_quantize",
     "qk_norm_rope",
     "quantize_activation",

@@ -31,10 +31,12 @@ class Kernel:
     Attributes:
         run: called with the op's arguments, without `backend`.
         supports: same arguments; whether `run` takes them. Cheap, and never synchronises a device.
+        automatic: whether `auto` may take it; False until it was proven on a GPU.
     """
 
     run: Callable[..., Any]
     supports: Callable[..., bool]
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ _MODULES = {
     "cpu": "tritflow.kernels.cpu",
     "reference": "tritflow.kernels.reference",
 }
-# `hopper` is not here: it compiles and lowers as meant, but no GPU has run it yet, so it has to be asked for by name.
-_ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+_ORDER = {"cuda": ("hopper", "triton", "reference"), "cpu": ("cpu", "reference")}
 _DEFAULT_ORDER = ("reference",)
 
 NAMES = ("auto", *_MODULES)
@@ -107,7 +108,7 @@ def select(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -
             found = _usable(name, device)
             if not isinstance(found, str):
                 kernel = found.kernels.get(op)
-                if kernel is not None and kernel.supports(*args):
+                if kernel is not None and kernel.automatic and kernel.supports(*args):
                     return kernel.run
         raise BackendError(f"no backend computes {op} on {device.type}")  # the reference takes everything
     if backend not in _MODULES:

@@ -106,6 +106,16 @@ def _gelu_features(x: Tensor, prefix: Tensor | None, input_scale: Tensor | None,
     return features
 
 
+def _gelu(x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    _gelu_features(x, prefix, None, "int8")
+    out: Tensor = _run("gelu", x, (x, prefix))
+    return out
+
+
+def _gelu_fake(x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _gelu_features(x, prefix, None, "int8")))
+
+
 def _gelu_quantize(
     x: Tensor, prefix: Tensor | None = None, input_scale: Tensor | None = None, dtype: str = "int8"
 ) -> tuple[Tensor, Tensor]:
@@ -220,6 +230,7 @@ _SCHEMAS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = 
         _adaln_quantize,
         _adaln_quantize_fake,
     ),
+    ("gelu", "(Tensor x, Tensor? prefix=None) -> Tensor", _gelu, _gelu_fake),
     (
         "gelu_quantize",
         "(Tensor x, Tensor? prefix=None, Tensor? input_scale=None, str dtype='int8') -> (Tensor, Tensor)",
@@ -291,6 +302,23 @@ def adaln_quantize(
     run = _OPS["adaln_quantize"] if _dispatched(x, None) else _adaln_quantize
     result: tuple[Tensor, Tensor] = run(x, shift, scale, input_scale, dtype, eps)
     return result
+
+
+def gelu(x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """`cat(prefix, gelu(x))` in one pass; GELU in its tanh form.
+
+    Args:
+        x: [..., K], fp32, bf16 or fp16.
+        prefix: [..., P] in x.dtype, put before the K features as it is (attention in a single block), or None.
+
+    Returns:
+        [..., P + K] in x.dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    out: Tensor = (_OPS["gelu"] if _dispatched(x, None) else _gelu)(x, prefix)
+    return out
 
 
 def gelu_quantize(

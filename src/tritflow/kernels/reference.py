@@ -144,6 +144,12 @@ def adaln_quantize(
     return _quantize_rows(_adaln(x, shift, scale, eps).flatten(0, 1), input_scale, dtype)
 
 
+def gelu(x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """tanh GELU behind features that pass as they are. See `block_ops.gelu`."""
+    y = F.gelu(x, approximate="tanh")
+    return y if prefix is None else torch.cat([prefix, y], dim=-1)
+
+
 def gelu_quantize(
     x: Tensor, prefix: Tensor | None = None, input_scale: Tensor | None = None, dtype: str = "int8"
 ) -> tuple[Tensor, Tensor]:
@@ -205,6 +211,12 @@ def w2a8_matmul(
     return gated_residual(residual, gate, out.view(residual.shape)).to(dtype).flatten(0, 1)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
+    from tritflow.kernels.attention_reference import attention  # which uses this module's constants
+
+    return attention(q, k, v, dtype, scale)
+
+
 def _always(*args: object) -> bool:
     return True
 
@@ -219,9 +231,11 @@ BACKEND = Backend(
         "w2a8_linear": Kernel(w2a8_linear, _always),
         "adaln": Kernel(adaln, _always),
         "adaln_quantize": Kernel(adaln_quantize, _always),
+        "gelu": Kernel(gelu, _always),
         "gelu_quantize": Kernel(gelu_quantize, _always),
         "qk_norm_rope": Kernel(qk_norm_rope, _always),
         "gated_residual": Kernel(gated_residual, _always),
         "w2a8_matmul": Kernel(w2a8_matmul, _always),
+        "attention": Kernel(_attention, _always),
     },
 )

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritflow.config import nearest
+from tritflow.kernels import attention as attention_8bit
 from tritflow.kernels import qk_norm_rope
+from tritflow.models.beside import beside
 from tritflow.models.fused import Activated, Modulated, Projection, Rows
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -25,6 +28,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention on [B, S, H, D]."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def attend_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`tritflow.kernels.attention` with int8 queries and keys."""
+    return attention_8bit(q, k, v)
+
+
+def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`tritflow.kernels.attention` with e4m3 queries and keys."""
+    return attention_8bit(q, k, v, "float8_e4m3fn")
+
+
+ATTENTIONS: dict[str, Attend] = {"16bit": attend, "int8": attend_int8, "fp8": attend_fp8}
+"""Attention by name; the 8-bit ones err by some percent where 16 bits err by some tenths of one."""
+
+
+def named_attention(choice: str | Attend) -> Attend:
+    """A function as it is, a name of `ATTENTIONS` as its function.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice not in ATTENTIONS:
+        hint = nearest(choice, list(ATTENTIONS))
+        raise ValueError(f"unknown attention '{choice}'{hint}: use one of {', '.join(ATTENTIONS)}, or a function")
+    return ATTENTIONS[choice]
 
 
 @dataclass
@@ -54,6 +85,15 @@ class Stream:
 def _three(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
     return q, k, v
+
+
+def _join(text: Tensor, image: Tensor) -> Tensor:
+    """`torch.cat` along tokens, by eight bytes at a time: of strided 16-bit numbers it copies one after the other."""
+    if torch.compiler.is_compiling() or text.shape[-1] * text.element_size() % 8:
+        return torch.cat([text, image], dim=1)
+    if text.storage_offset() % 4 or image.storage_offset() % 4:
+        return torch.cat([text, image], dim=1)
+    return torch.cat([text.view(torch.float64), image.view(torch.float64)], dim=1).view(text.dtype)
 
 
 def _eps(norm: nn.RMSNorm) -> float:
@@ -105,17 +145,21 @@ class DoubleBlock:
     ) -> tuple[Tensor, Tensor]:
         """(image [B, S, D], text [B, T, D]) to the same; modulations are [B, 6 D]."""
         image_parts, text_parts = image_modulation.chunk(6, dim=1), text_modulation.chunk(6, dim=1)
-        q, k, v = self.image.attention_inputs(image, *image_parts[:2])
-        text_q, text_k, text_v = self.text.attention_inputs(text, *text_parts[:2])
+        (text_q, text_k, text_v), (q, k, v) = beside(
+            lambda: self.text.attention_inputs(text, *text_parts[:2]),
+            lambda: self.image.attention_inputs(image, *image_parts[:2]),
+        )
         weights = (self.image.norm_q.weight, self.image.norm_k.weight)
         text_weights = (self.text.norm_q.weight, self.text.norm_k.weight)
         eps = _eps(self.image.norm_q)
         q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, text_q, text_k, *text_weights, eps)
-        attention = self.attention(q, k, torch.cat([text_v, v], dim=1)).flatten(2)
+        attention = self.attention(q, k, _join(text_v, v)).flatten(2)
         del q, k, v, text_q, text_k, text_v
         tokens = text.shape[1]
-        image = self.image.finish(image, attention[:, tokens:], image_parts)
-        text = self.text.finish(text, attention[:, :tokens], text_parts)
+        text, image = beside(
+            lambda: self.text.finish(text, attention[:, :tokens], text_parts),
+            lambda: self.image.finish(image, attention[:, tokens:], image_parts),
+        )
         return image, _clip(text)
 
 

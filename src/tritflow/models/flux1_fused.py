@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tritflow.kernels import adaln
 from tritflow.models.cuda_graph import GraphedCall
-from tritflow.models.flux1_blocks import Attend, DoubleBlock, Rope, SingleBlock, attend
+from tritflow.models.flux1_blocks import Attend, DoubleBlock, Rope, SingleBlock, attend, named_attention
 from tritflow.models.fused import separate_
 from tritflow.models.modulation import Modulation
 from tritflow.modules import TernaryLinear
@@ -63,10 +63,10 @@ class FusedFlux1:
             once; without it each step computes its own.
         offload_modulation: keep the modulation layers in host memory; they pass through the GPU once a generation.
         cuda_graph: replay the step as one CUDA graph from the second call of a shape on (CUDA only).
-        attention: see `Attend`.
+        attention: see `Attend`; or `16bit`, `int8` or `fp8`, see `flux1_blocks.ATTENTIONS`.
 
     Raises:
-        ValueError: `why_not(transformer)`.
+        ValueError: `why_not(transformer)`, or an unknown attention.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class FusedFlux1:
         *,
         offload_modulation: bool = True,
         cuda_graph: bool = True,
-        attention: Attend = attend,
+        attention: Attend | str = attend,
     ) -> None:
         reason = why_not(transformer)
         if reason is not None:
             raise ValueError(f"the fused forward cannot be used: {reason}")
         self.transformer, self.scheduler = transformer, scheduler
-        self.offload_modulation, self.attention = offload_modulation, attention
+        self.offload_modulation, self.attention = offload_modulation, named_attention(attention)
         self.stock_forward: Callable[..., Any] = transformer.forward
         self.graph = GraphedCall(self._core) if cuda_graph else None
         self._said: set[str] = set()
@@ -273,6 +273,7 @@ class FusedFlux1:
             image, text = double(image, text, parts[2 * i], parts[2 * i + 1], rope)
         tokens = text.shape[1]
         x = torch.cat([text, image], dim=1)
+        del text, image
         for single, part in zip(self.singles, parts[2 * len(self.doubles) : -1], strict=True):
             x = single(x, part, rope)
         scale, shift = parts[-1].chunk(2, dim=1)

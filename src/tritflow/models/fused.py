@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import (
     adaln,
     adaln_quantize,
     gated_residual,
+    gelu,
     gelu_quantize,
     quantize_activation,
     w2a8_matmul,
@@ -105,8 +105,7 @@ class Activated(Rows):
         self._sources = (x, prefix)
 
     def _compute(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        x = F.gelu(x, approximate="tanh")
-        return x if prefix is None else torch.cat([prefix, x], dim=-1)
+        return gelu(x, prefix)
 
     def _quantize(self, dtype: str, input_scale: Tensor | None, x: Tensor, prefix: Tensor | None = None) -> Quantized:
         return gelu_quantize(x, prefix, input_scale, dtype)
@@ -146,6 +145,8 @@ class _Ternary:
         self.weight: Tensor = first.weight
         if len(linears) > 1:
             self._join()
+        # cuBLAS wants float32 scales; converting them would be a launch of its own before every product.
+        self.scale = self.weight_scale.float()
 
     def _join(self) -> None:
         first = self.linears[0]
@@ -167,7 +168,7 @@ class _Ternary:
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
-        linear = (self.weight, self.weight_scale, rows.dtype, self.bias)
+        linear = (self.weight, self.scale, rows.dtype, self.bias)
         y = w2a8_matmul(q, scale, *linear, residual, gate, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 

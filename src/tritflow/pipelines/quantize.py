@@ -325,7 +325,7 @@ def _write(job: Job, folder: Path, rounded: Callable[[str, Tensor], Rounded], st
             if bias is not None and q.bias is not None:
                 bias = q.bias.to(bias.dtype)
             column = q.input_scale.cpu() if q.input_scale is not None else None
-            writer.add_linear(module, q.trits.cpu(), q.weight_scale.cpu(), column, bias)
+            writer.add_linear(module, q.trits, q.weight_scale.cpu(), column, bias)
         progress(stage, done, len(names))
     return writer.finish(job.source.config)
 

@@ -6,7 +6,9 @@ with its checksum and with the digest in config.json: a damaged file never becom
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tritflow.modules.ternary_linear import TernaryLinear
 from tritflow.pipelines.lora import prepare_for_lora_, release_from_lora_
 from tritflow.quantization.ternarize import mse_optimal, mse_optimal_columns
 
+_HASHERS = 8
 _MEND = "run `tritflow inspect` on the folder, then fetch or quantize it again"
 
 
@@ -71,8 +74,10 @@ class CheckpointAudit:
 
     def add(self, state_dict: Mapping[str, Tensor]) -> None:
         """Hash one shard's tensors as they came from the file. Raises `CheckpointError` naming a damaged one."""
-        for name, tensor in state_dict.items():
-            sha256 = self._sum.add(name, tensor)
+        # Hashing holds no lock, and it is also what reads the mapped files: threads do both at once.
+        with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
+            sums = list(pool.map(lambda item: self._sum.add(*item), state_dict.items()))
+        for name, sha256 in zip(state_dict, sums, strict=True):
             if self._checksums.get(name, sha256)[:CHECKSUM_DIGITS] != sha256[:CHECKSUM_DIGITS]:
                 raise CheckpointError(
                     f"{self.where}: tensor '{name}' does not match its checksum: the file is damaged; {_MEND}"
@@ -195,11 +200,16 @@ class TritflowQuantizer(DiffusersQuantizer):
             return
         linear = model.get_submodule(name)
         if leaf == "weight":
+            packed = raw.to(target_device)  # first: a GPU checks and repacks many times faster than a CPU
             try:
-                check_packed(raw, linear.in_features, self.ternary.packing)
+                check_packed(packed, linear.in_features, self.ternary.packing)
             except CheckpointError as error:
                 raise CheckpointError(f"'{param_name}': {error}") from error
-            linear.set_packed_(repack(raw, linear.in_features, self.ternary.packing, "2bit").to(target_device))
+            if self.ternary.packing != "2bit":
+                packed = repack(packed, linear.in_features, self.ternary.packing, "2bit")
+            elif packed is raw:
+                packed = raw.clone()  # out of the mapped file
+            linear.set_packed_(packed)
         else:
             linear._buffers[leaf] = raw.to(target_device)
 

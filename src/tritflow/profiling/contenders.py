@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,14 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "W2A8 int8 optimized, triton": _optimized("w2a8", "triton"),
     "W2A8 int8 optimized, hopper": _optimized("w2a8", "hopper"),
     "W2A8 fp8 optimized, hopper": _optimized("w2a8", "hopper", _FP8),
+    "W2A8 int8 optimized, hopper, int8 attention": _optimized("w2a8", "hopper", attention=("int8", "triton")),
+    "W2A8 int8 optimized, hopper, int8 hopper attention": _optimized("w2a8", "hopper", attention=("int8", "hopper")),
+    "W2A8 int8 optimized, hopper, fp8 hopper attention": _optimized("w2a8", "hopper", attention=(_FP8, "hopper")),
+    "W2A8 int8 optimized": _optimized("w2a8", "auto"),
     "fp8 compiled": {"kind": "fp8", "compiled": True},
     "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
     "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
+    "W2A16 optimized, hopper": _optimized("w2a16", "hopper"),
     "W2A16 optimized, triton": _optimized("w2a16", "triton"),
     "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
 }
@@ -74,6 +80,8 @@ def set_attention(name: str) -> None:
 
 def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -> Any:
     """The contender's transformer, compiled or optimized if it is to be."""
+    from tritflow.kernels import attention
+    from tritflow.models.flux1_blocks import attend
     from tritflow.pipelines import synthetic
     from tritflow.pipelines.optimize import optimize
 
@@ -95,7 +103,13 @@ def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -
             if synthetic.is_modulation(name):
                 module.backend = "auto"  # a few rows are no matter for a backend that was chosen for thousands
         if fused:
-            optimize(model, scheduler=Schedule(STEPS, device), cuda_graph=settings.get("graph", True))
+            kind, where = settings.get("attention") or ("", "")
+            optimize(
+                model,
+                scheduler=Schedule(STEPS, device),
+                cuda_graph=settings.get("graph", True),
+                attention=partial(attention, dtype=kind, backend=where) if kind else attend,
+            )
     if settings.get("compiled"):
         model.compile_repeated_blocks(fullgraph=True)
     return model

@@ -40,9 +40,7 @@ def run_isolated(
             for _, task in todo:
                 on_result(task, {"error": "skipped: out of time"})
             return
-        done, broken, why = _one_child(module, todo, silence, deadline)
-        for index, result in done.items():
-            on_result(tasks[index], result)
+        done, broken, why = _one_child(module, todo, silence, deadline, on_result)
         todo = [(i, t) for i, t in todo if i not in done]
         if broken is not None:
             on_result(tasks[broken], {"error": why})
@@ -54,8 +52,13 @@ def run_isolated(
 
 
 def _one_child(
-    module: str, todo: list[tuple[int, Task]], silence: float, deadline: float
-) -> tuple[dict[int, dict[str, Any]], int | None, str]:
+    module: str,
+    todo: list[tuple[int, Task]],
+    silence: float,
+    deadline: float,
+    on_result: Callable[[Task, dict[str, Any]], None],
+) -> tuple[set[int], int | None, str]:
+    tasks = dict(todo)
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as handle:
         json.dump(todo, handle)
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below, it outlives the child
@@ -68,7 +71,7 @@ def _one_child(
     assert child.stdout is not None
     selector = selectors.DefaultSelector()
     selector.register(child.stdout, selectors.EVENT_READ)
-    done: dict[int, dict[str, Any]] = {}
+    done: set[int] = set()
     current: int | None = None
     why = ""
     rest = b""
@@ -92,7 +95,9 @@ def _one_child(
                 message = json.loads(line)
                 current = message["task"]
                 if "result" in message:
-                    done[message["task"]] = message["result"]
+                    # At once: whoever stops this process still has what was found.
+                    done.add(message["task"])
+                    on_result(tasks[message["task"]], message["result"])
                     current = None
     finally:
         if child.poll() is None:

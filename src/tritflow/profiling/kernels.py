@@ -1,8 +1,7 @@
 """Benchmark of the ternary matrix products against the dense rivals of the same GPU, in one run.
 
-``python -m tritflow.profiling.kernels --probe --out DIR`` checks every variant first, each failure kept apart, then
-times those that are right. Fair: inputs rotate so that no cache is measured, rivals get Gaussian *and* ternary-valued
-weights (tensor cores draw less power on small values), fast accumulation on and off, rounds are interleaved.
+``python -m tritflow.profiling.kernels --probe --out DIR`` compiles and checks every variant first, each failure kept
+apart, then times those that are right: see `products` for what is timed and `timing` for how.
 """
 
 from __future__ import annotations
@@ -10,19 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
+import os
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from tritflow import results
 from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.product_checks import check, check_skinny, compile_backends, compile_variant
+from tritflow.profiling.products import BACKENDS, SKINNY, VARIANTS, ours, rivals, skinny
+from tritflow.profiling.timing import Candidate, graph_times
 
 SHAPES = [
     (4608, 9216, 3072),
@@ -30,281 +30,33 @@ SHAPES = [
     (4608, 3072, 12288),
     (4608, 3072, 15360),
     (4608, 3072, 3072),
+    (512, 12288, 3072),
+    (512, 3072, 12288),
+    (512, 3072, 3072),
     (4096, 3072, 3072),
     (4096, 12288, 3072),
     (4096, 3072, 12288),
-    (512, 3072, 3072),
-    (512, 12288, 3072),
-    (512, 3072, 12288),
 ]
 """(M, N, K) of FLUX.1-dev at 1024x1024: 4096 image and 512 text tokens, 4608 together; 9216 is fused q, k and v."""
-SKINNY_SHAPES = [(1, 18432, 3072), (1, 9216, 3072), (8, 18432, 3072), (50, 18432, 3072)]
+MAIN_SHAPES = SHAPES[:4]
+"""Those that hold nearly all of a step's operations."""
+SKINNY_SHAPES = [(1, 18432, 3072), (1, 9216, 3072), (8, 18432, 3072), (50, 18432, 3072), (100, 18432, 3072)]
 CHECK_SHAPES = [
     (1, 128, 128),
-    (37, 256, 256),
-    (129, 264, 144),
+    (37, 264, 256),
     (300, 384, 1040),
+    (512, 12288, 3072),
     (512, 3072, 12288),
     (4608, 3072, 3072),
+    (4608, 12288, 3072),
 ]
-
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "no-cut": {"cut": False},
-    "split2": {"split": 2},
-    "split2-no-cut": {"split": 2, "cut": False},
-    "split2-lag2": {"split": 2, "lag": 2},
-    "lag0": {"lag": 0},
-    "split2-g4": {"split": 2, "group": 4},
-    "one-tile": {"cut": False, "persistent": False, "lag": 0, "stages": 4},
-    "n128": {"block_n": 128, "stages": 8},
-    "n128-no-cut": {"block_n": 128, "stages": 8, "cut": False},
-    "m64": {"block_m": 64, "stages": 8},
-    "m64-split2": {"block_m": 64, "stages": 8, "split": 2},
+_KINDS = {
+    "int8": [v for v in VARIANTS if not v.startswith("16-bit")],
+    "fp8": ["wide", "narrow"],
+    "bf16": [v for v in VARIANTS if v.startswith("16-bit")],
 }
-
-
-@dataclass
-class Candidate:
-    """Something to time: ``run(i)`` does the product with input set i of ``sets``."""
-
-    name: str
-    run: Callable[[int], Any]
-    sets: int
-
-
-def random_trits(n: int, k: int, device: str = "cuda") -> Tensor:
-    """int8 [n, k]: a Gaussian rounded by its mean magnitude, as absmean does (about 31 % zeros)."""
-    w = torch.randn(n, k, device=device)
-    return (w / w.abs().mean()).round_().clamp_(-1, 1).to(torch.int8)
-
-
-def quantized(m: int, k: int, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
-    """Gaussian activations, quantized per token: ([m, k] int8 or e4m3, fp32 scale [m])."""
-    x = torch.randn(m, k, device=device)
-    top = 127.0 if dtype == torch.int8 else 448.0
-    scale = x.abs().amax(1) / top
-    y = x / scale[:, None]
-    return (y.round_() if dtype == torch.int8 else y).to(dtype), scale
-
-
-def _pack(trits: Tensor) -> Tensor:
-    from tritflow.formats.packing import pack_2bit
-
-    return pack_2bit(trits)
-
-
-def _dtype(name: str) -> torch.dtype:
-    return torch.int8 if name == "int8" else torch.float8_e4m3fn
-
-
-def graph_times(
-    candidates: list[Candidate], *, rounds: int = 3, milliseconds: float = 40.0
-) -> dict[str, dict[str, Any]]:
-    """Microseconds a call, by CUDA graph replays; rounds go over all candidates in turn.
-
-    Each block is preceded by unmeasured replays of the same candidate, so that the clock is the one it sustains.
-    Returns {"p20", "p50", "p80"} over the blocks' replays, by name; a candidate that fails gives no entry.
-    """
-    ready: list[tuple[Candidate, torch.cuda.CUDAGraph, int]] = []
-    out: dict[str, dict[str, Any]] = {}
-    for candidate in candidates:
-        try:
-            for i in range(min(2, candidate.sets)):
-                candidate.run(i)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for i in range(candidate.sets):
-                    candidate.run(i)
-            graph.replay()
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            graph.replay()
-            torch.cuda.synchronize()
-            one = (time.perf_counter() - begin) * 1e3
-            ready.append((candidate, graph, max(3, math.ceil(milliseconds / max(one, 1e-3)))))
-        except Exception as error:
-            out[candidate.name] = {"error": str(error).splitlines()[0][:200]}
-    samples: dict[str, list[float]] = {c.name: [] for c, _, _ in ready}
-    for _ in range(rounds):
-        for candidate, graph, replays in ready:
-            for _ in range(max(1, replays // 3)):
-                graph.replay()
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-            events[0].record()
-            for event in events[1:]:
-                graph.replay()
-                event.record()
-            torch.cuda.synchronize()
-            samples[candidate.name] += [a.elapsed_time(b) * 1e3 / candidate.sets for a, b in pairwise(events)]
-    for name, values in samples.items():
-        cut = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
-        out[name] = {"p20": cut[0], "p50": statistics.median(values), "p80": cut[3]}
-    return out
-
-
-def _sets(bytes_a_call: int) -> int:
-    """Input sets that together are well over twice the last-level cache."""
-    return max(2, min(12, math.ceil(160e6 / bytes_a_call)))
-
-
-def rivals(m: int, n: int, k: int) -> list[Candidate]:
-    """Dense products of the same shape: bf16, int8, fp8 (row-wise and tensor-wise scales), and the scratch route."""
-    found: list[Candidate] = []
-    sets = _sets(m * k + n * k)
-
-    def tensors(make: Callable[[], Tensor], count: int) -> list[Tensor]:
-        return [make() for _ in range(count)]
-
-    half = max(2, sets // 2)
-    xb = tensors(lambda: torch.randn(m, k, device="cuda", dtype=torch.bfloat16), half)
-    wb = tensors(lambda: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), half)
-    found.append(Candidate("bf16 gauss", lambda i: torch.nn.functional.linear(xb[i], wb[i]), half))
-    trits = tensors(lambda: random_trits(n, k), sets)
-    wt = [t.to(torch.bfloat16) for t in trits[:half]]
-    found.append(Candidate("bf16 trits", lambda i: torch.nn.functional.linear(xb[i], wt[i]), half))
-
-    qi = [quantized(m, k, torch.int8)[0] for _ in range(sets)]
-    wi = [quantized(n, k, torch.int8)[0] for _ in range(sets)]
-    if m > 16:
-        found.append(Candidate("int_mm gauss", lambda i: torch._int_mm(qi[i], wi[i].t()), sets))
-        found.append(Candidate("int_mm trits", lambda i: torch._int_mm(qi[i], trits[i].t()), sets))
-
-    qf = [quantized(m, k, torch.float8_e4m3fn) for _ in range(sets)]
-    wf = [quantized(n, k, torch.float8_e4m3fn) for _ in range(sets)]
-    tf = [t.to(torch.float8_e4m3fn) for t in trits]
-    one = torch.ones((), device="cuda")
-
-    def product(weights: list[Tensor], by_row: bool, fast: bool) -> Callable[[int], Tensor]:
-        def run(i: int) -> Tensor:
-            x, sx = qf[i]
-            scales = (sx[:, None], wf[i][1][None, :]) if by_row else (one, one)
-            return torch._scaled_mm(x, weights[i].t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-        return run
-
-    for kind, weights in (("gauss", [w for w, _ in wf]), ("trits", tf)):
-        for fast in (True, False):
-            speed = "fast" if fast else "slow"
-            found.append(Candidate(f"fp8 row {kind} {speed}", product(weights, True, fast), sets))
-            found.append(Candidate(f"fp8 tensor {kind} {speed}", product(weights, False, fast), sets))
-    return found
-
-
-def ours(m: int, n: int, k: int, variants: list[str], activation_dtype: str) -> list[Candidate]:
-    """The ternary product in each variant, activations quantized beforehand."""
-    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
-
-    sets = _sets(m * k + n * k // 4)
-    q = [quantized(m, k, _dtype(activation_dtype)) for _ in range(sets)]
-    w = [_pack(random_trits(n, k)) for _ in range(sets)]
-    scale = torch.rand(n, device="cuda").to(torch.bfloat16)
-    bias = torch.randn(n, device="cuda").to(torch.bfloat16)
-
-    def product(config: Config) -> Callable[[int], Tensor]:
-        return lambda i: w2a8_gemm(*q[i], w[i], scale, bias, config=config)
-
-    return [Candidate(f"{activation_dtype} {v}", product(Config(**_VARIANTS[v])), sets) for v in variants]
-
-
-def _pattern(out: Tensor, y: Tensor) -> dict[str, Any]:
-    """Where an output is wrong: share of bad elements by 64 weight rows and by 32 tokens of a tile, and NaNs."""
-    bad = ((out.double() - y).abs() > 0.02 * y.abs() + 0.02 * y.std()) | out.isnan()
-    rows = torch.stack(
-        [bad[:, torch.arange(bad.shape[1], device=bad.device) // 64 % 4 == i].float().mean() for i in range(4)]
-    )
-    tokens = torch.stack(
-        [bad[torch.arange(bad.shape[0], device=bad.device) // 32 % 4 == i].float().mean() for i in range(4)]
-    )
-    corner = (out[:2, :6].double() / y[:2, :6]).flatten()
-    return {
-        "by_rows": [round(v, 4) for v in rows.tolist()],
-        "by_tokens": [round(v, 4) for v in tokens.tolist()],
-        "nan": int(out.isnan().sum()),
-        "ratio": [round(v, 3) for v in corner.tolist()],
-    }
-
-
-def check(variant: str, activation_dtype: str, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """A variant against float64 of the same inputs, outputs poisoned; int8 must be exact, see ``wrong``."""
-    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
-
-    config = Config(**_VARIANTS[variant])
-    report: dict[str, Any] = {"wrong": 0, "worst": 0.0}
-    for m, n, k in shapes:
-        q, sx = quantized(m, k, _dtype(activation_dtype))
-        trits = random_trits(n, k)
-        packed, sw = _pack(trits), torch.rand(n, device="cuda").to(torch.bfloat16)
-        bias = torch.randn(n, device="cuda").to(torch.bfloat16)
-        exact = q.double() @ trits.double().T
-        y = (exact.float() * sx[:, None]).double() * sw.double() + bias.double()
-        out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-        w2a8_gemm(q, sx, packed, sw, bias, out=out, config=config)
-        torch.cuda.synchronize()
-        error = ((out.double() - y).norm() / y.norm()).item()
-        report["worst"] = max(report["worst"], error if math.isfinite(error) else math.inf)
-        if activation_dtype == "int8":
-            wrong = int((out != y.float().to(torch.bfloat16)).sum())
-        else:
-            wrong = 0 if error < 0.01 else -1
-        if wrong:
-            report["wrong"] += wrong
-            report.setdefault("where", []).append([m, n, k, wrong, error, _pattern(out, y)])
-        if m * n * k > 1e9:
-            again = torch.empty_like(out)
-            for _ in range(100):
-                again.fill_(float("nan"))
-                w2a8_gemm(q, sx, packed, sw, bias, out=again, config=config)
-                if not torch.equal(again, out):
-                    report["moves"] = report.get("moves", 0) + 1
-    return report
-
-
-def _check_skinny() -> dict[str, Any]:
-    from tritflow.kernels.hopper.skinny import w2a16_skinny
-
-    report: dict[str, Any] = {"worst": 0.0}
-    for m, n, k in [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)]:
-        x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
-        trits, sw = random_trits(n, k), torch.rand(n, device="cuda").to(torch.bfloat16)
-        y = (x.double() @ trits.double().T) * sw.double()
-        error = ((w2a16_skinny(x, _pack(trits), sw).double() - y).norm() / y.norm()).item()
-        report[f"{m}x{n}x{k}"] = error
-        report["worst"] = max(report["worst"], error if math.isfinite(error) else math.inf)
-    report["wrong"] = int(report["worst"] > 0.005)
-    return report
-
-
-def _skinny(m: int, n: int, k: int) -> list[Candidate]:
-    from tritflow.kernels.hopper.skinny import w2a16_skinny
-
-    sets = max(2, math.ceil(160e6 / (n * k / 4)))
-    few = max(2, math.ceil(300e6 / (2 * n * k)))
-    x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
-    wb = [torch.randn(n, k, device="cuda").to(torch.bfloat16) for _ in range(few)]
-    wp = [_pack(random_trits(n, k)) for _ in range(sets)]
-    scale = torch.rand(n, device="cuda").to(torch.bfloat16)
-    found = [Candidate("bf16 gauss", lambda i: torch.nn.functional.linear(x, wb[i]), few)]
-
-    def product(chunk: int) -> Callable[[int], Tensor]:
-        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk)
-
-    if m <= 8:
-        found += [Candidate(f"skinny {chunk}", product(chunk), sets) for chunk in (64, 128, 256)]
-    return found
-
-
-def _attention() -> dict[str, Any]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k, v = (torch.randn(1, 24, 4608, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    times: dict[str, Any] = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        with sdpa_kernel(backend):
-            run = Candidate(backend.name, lambda i: torch.nn.functional.scaled_dot_product_attention(q, k, v), 4)
-            times |= graph_times([run])
-    return {"times": times, "tflop": 4 * 24 * 4608 * 4608 * 128 / 1e12}
+RIVAL = "fp8 row gauss fast"
+"""What ratios are to: dense e4m3, a scale a row and a token, Gaussian weights, fast accumulation."""
 
 
 def _ceilings() -> dict[str, Any]:
@@ -324,29 +76,22 @@ def handle(task: Task) -> dict[str, Any]:
     torch.manual_seed(task.get("seed", 0))
     kind = task["kind"]
     with torch.inference_mode():
-        if kind == "environment":
-            import importlib.metadata as metadata
-
-            p = torch.cuda.get_device_properties(0)
-            return {
-                "device": p.name,
-                "multiprocessors": p.multi_processor_count,
-                "torch": torch.__version__,
-                "triton": metadata.version("triton"),
-                **_ceilings(),
-            }
+        if kind == "ceilings":
+            return _ceilings()
+        if kind == "compile":
+            return compile_variant(task["variant"], task["dtype"])
+        if kind == "compile backends":
+            return compile_backends(task["dtype"], task["k"])
         if kind == "check":
             return check(task["variant"], task["dtype"], [tuple(s) for s in task["shapes"]])
-        if kind == "check-skinny":
-            return _check_skinny()
-        if kind == "attention":
-            return _attention()
+        if kind == "check skinny":
+            return check_skinny(task["chunk"])
         m, n, k = task["shape"]
         if kind == "skinny":
-            return {"times": graph_times(_skinny(m, n, k))}
+            return {"times": graph_times(skinny(m, n, k))}
         candidates = rivals(m, n, k)
         for dtype, variants in task["variants"].items():
-            candidates += ours(m, n, k, variants, dtype)
+            candidates += ours(m, n, k, variants, dtype, BACKENDS)
         return {"times": graph_times(candidates, rounds=task["rounds"], milliseconds=task["milliseconds"])}
 
 
@@ -364,45 +109,144 @@ def table(shape: tuple[int, int, int], times: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def probe(out: Path, seconds: float, quick: bool = False) -> None:
-    """Check every variant, time those that are right, print tables and write ``out/kernels.json`` as it goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    records: list[dict[str, Any]] = []
-    module = "tritflow.profiling.kernels"
-    passed: dict[str, list[str]] = {"int8": [], "fp8": []}
+class _Account:
+    """What a probe found so far: printed as it comes, written to a file, read by the next step."""
 
-    def note(task: Task, result: dict[str, Any]) -> None:
-        records.append({"task": task, "result": result})
-        (out / "kernels.json").write_text(json.dumps(records))
+    def __init__(self, out: Path) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.passed: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+        self._file = out / "kernels.json"
+        self._lock = threading.Lock()
+
+    def __call__(self, task: Task, result: dict[str, Any]) -> None:
+        with self._lock:
+            self.records.append({"task": task, "result": result})
+            self._file.write_text(json.dumps(self.records))
+            self._say(task, result)
+
+    def _say(self, task: Task, result: dict[str, Any]) -> None:
         if task["kind"] == "check":
             fine = "error" not in result and not result["wrong"] and not result.get("moves")
             if fine:
-                passed[task["dtype"]].append(task["variant"])
-            print(
-                f"check {task['dtype']} {task['variant']}: {'right' if fine else 'WRONG'} {result}",
-                flush=True,
-            )
+                self.passed[task["dtype"]].append(task["variant"])
+            word = "right" if fine else "WRONG"
+            print(f"check {task['dtype']} {task['variant']}: {word} {json.dumps(result)[:600]}", flush=True)
         elif task["kind"] in ("gemm", "skinny") and "times" in result:
             print(table(tuple(task["shape"]), result["times"]), flush=True)
-        else:
-            print(task["kind"], task.get("shape", ""), json.dumps(result), flush=True)
+        elif not task["kind"].startswith("compile") or "error" in result:
+            print(json.dumps(task), json.dumps(result)[:600], flush=True)
 
-    fp8 = ["base", "split2", "split2-no-cut", "n128", "m64"]
-    checks: list[Task] = [{"kind": "environment"}]
-    checks += [{"kind": "check", "variant": v, "dtype": "int8", "shapes": CHECK_SHAPES} for v in _VARIANTS]
-    checks += [{"kind": "check", "variant": v, "dtype": "fp8", "shapes": CHECK_SHAPES} for v in fp8]
-    checks += [{"kind": "check-skinny"}]
+
+def probe(out: Path, seconds: float, quick: bool = False) -> list[dict[str, Any]]:
+    """Check every variant, time those that are right, print tables and write ``out/kernels.json`` as it goes.
+
+    Returns what the file holds: {"task": ..., "result": ...} in the order in which they were done.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    deadline = begin + seconds
+    module = "tritflow.profiling.kernels"
+    note = _Account(out)
+    shapes = SHAPES[:2] if quick else SHAPES
+
+    # Of what "hopper" chooses nearly all is among the variants.
+    compiles: list[Task] = [{"kind": "compile", "variant": v, "dtype": kind} for kind, vs in _KINDS.items() for v in vs]
+    compiles += [
+        {"kind": "compile backends", "dtype": kind, "k": k} for k in sorted({k for *_, k in shapes}) for kind in _KINDS
+    ]
+    compiles += [{"kind": "check skinny", "chunk": chunk} for chunk in SKINNY]
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    threads = [
+        threading.Thread(
+            target=run_isolated,
+            args=(module, compiles[i::workers]),
+            kwargs={"silence": 60, "deadline": deadline, "on_result": note},
+        )
+        for i in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+
+    checks: list[Task] = [{"kind": "ceilings"}]
+    checks += [
+        {"kind": "check", "variant": v, "dtype": kind, "shapes": CHECK_SHAPES}
+        for kind, vs in _KINDS.items()
+        for v in ["hopper", *vs]
+    ]
     run_isolated(module, checks, silence=30, deadline=deadline, on_result=note)
-    few = [v for v in ("base", "split2", "split2-no-cut", "n128", "n128-no-cut", "m64-split2") if v in passed["int8"]]
-    timed: list[Task] = []
-    for i, shape in enumerate(SHAPES[:2] if quick else SHAPES):
-        variants = {"int8": passed["int8"] if i in (0, 2, 4, 9) else few, "fp8": passed["fp8"]}
-        timed.append({"kind": "gemm", "shape": shape, "variants": variants, "rounds": 3, "milliseconds": 30.0})
-    timed += [{"kind": "skinny", "shape": shape} for shape in SKINNY_SHAPES]
-    timed += [{"kind": "attention"}]
     # What matters most comes first, should the time run out.
+    timed: list[Task] = [
+        {"kind": "gemm", "shape": shape, "variants": note.passed, "rounds": 3, "milliseconds": 12.0} for shape in shapes
+    ]
+    timed[4:4] = [{"kind": "skinny", "shape": shape} for shape in SKINNY_SHAPES]
     run_isolated(module, timed, silence=60, deadline=deadline, on_result=note)
+    return note.records
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A probe's account as a run of results: checks, microseconds by shape, and ratios to the rivals.
+
+    A ratio is the rival's median over ours, so above 1 is faster. "means" are geometric means over `MAIN_SHAPES`.
+    """
+    run: dict[str, Any] = {"checks": {}, "products": {}, "few_rows": {}}
+    for record in records:
+        task, result = record["task"], record["result"]
+        if task["kind"] == "ceilings":
+            run["ceilings"] = result
+        elif task["kind"] == "check":
+            run["checks"][f"{task['dtype']} {task['variant']}"] = result
+        elif task["kind"] == "check skinny":
+            run["checks"][f"few rows {task['chunk']}"] = result
+        elif task["kind"] in ("gemm", "skinny"):
+            where = run["products" if task["kind"] == "gemm" else "few_rows"]
+            where["x".join(map(str, task["shape"]))] = _entry(task["kind"], result)
+    main = [run["products"].get("x".join(map(str, shape)), {}).get("ratios", {}) for shape in MAIN_SHAPES]
+    names = set.intersection(*(set(ratios) for ratios in main))
+    run["means"] = {name: math.exp(sum(math.log(r[name]) for r in main) / len(main)) for name in sorted(names)}
+    return run
+
+
+def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
+    times = result.get("times", {})
+    entry: dict[str, Any] = {"microseconds": times}
+    if "error" in result:
+        entry["error"] = result["error"]
+    us = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    pairs = {
+        "int8 / fp8 row": (RIVAL, "int8 hopper"),
+        "int8 / fp8 row, trits": ("fp8 row trits fast", "int8 hopper"),
+        "int8 / bf16": ("bf16 gauss", "int8 hopper"),
+        "int8 / int_mm": ("int_mm gauss", "int8 hopper"),
+        "fp8 / fp8 row": (RIVAL, "fp8 hopper"),
+        "fp8 / fp8 row, trits": ("fp8 row trits fast", "fp8 hopper"),
+        "w2a16 / bf16": ("bf16 gauss", "bf16 hopper"),
+        "int8 with quantization / fp8 row with quantization": (
+            "fp8 row gauss fast + quantize",
+            "int8 hopper + quantize",
+        ),
+    }
+    if kind == "skinny":
+        ternary = [name for name in us if name != "bf16 gauss"]
+        fastest = min(ternary, key=us.__getitem__) if ternary else ""
+        pairs = {"w2a16 / bf16": ("bf16 gauss", fastest)}
+        entry["fastest"] = fastest
+    entry["ratios"] = {name: us[a] / us[b] for name, (a, b) in pairs.items() if a in us and b in us}
+    return entry
+
+
+def bench_gpu(device: str, seconds: float, quick: bool, note: str, out: Path) -> dict[str, Any]:
+    """A probe as a run for `tritflow.results`, with where it came from."""
+    # Results hold no NaN and no infinity; what could not be formed is null.
+    text = json.dumps(summarize(probe(out, seconds, quick)))
+    return {
+        **results.provenance(device),
+        "quick": quick,
+        "note": note,
+        **json.loads(text, parse_constant=lambda _: None),
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -410,6 +254,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--probe", action="store_true", help="check and time every variant")
     parser.add_argument("--quick", action="store_true", help="two shapes only")
     parser.add_argument("--out", type=Path, default=Path("kernel-probe"), help="folder for kernels.json")
+    parser.add_argument("--results", type=Path, help="append the run to this folder of results")
+    parser.add_argument("--note", default="", help="kept with the result")
     parser.add_argument("--seconds", type=float, default=240.0, help="stop after this long")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -418,7 +264,10 @@ def main(arguments: list[str]) -> None:
     elif options.probe:
         if not torch.cuda.is_available():
             raise SystemExit("the probe needs a CUDA device, and this machine shows none")
-        probe(options.out, options.seconds, options.quick)
+        run = bench_gpu("cuda", options.seconds, options.quick, options.note, options.out)
+        print(json.dumps(run["means"], indent=1))
+        if options.results is not None:
+            results.append(results.path_for(options.results, "kernels-cuda", run["device"]), "kernels-cuda", run)
     else:
         parser.print_help()
 

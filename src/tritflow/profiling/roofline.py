@@ -3,6 +3,9 @@
 A step is products, attention, and passes over activations. Their operations and bytes follow from the config; a GPU's
 datasheet gives rates; how much of a rate is reached is taken from one measured GPU (`Reached`) and assumed alike on
 the others. That assumption is what the measured GPU cannot check.
+
+`EXPECTED` was written down before any optimized step had run on a GPU. `reached_by` reads the same shares out of a
+measured run, and a run of predictions tells both: what was expected of that GPU, and what it did.
 """
 
 from __future__ import annotations
@@ -67,8 +70,13 @@ class Reached:
     bandwidth: float
 
 
-H200_REACHED = Reached(bf16=0.72, int8=0.66, attention=0.62, bandwidth=0.75)
-"""Of one H200: compiled bf16's products and attention as traced there; the others are what this project aims at."""
+EXPECTED = Reached(bf16=0.72, int8=0.66, attention=0.62, bandwidth=0.75)
+"""Of one H200: compiled bf16's products and attention as traced there; the others are what this project aimed at."""
+
+DENSE = "bf16 compiled"
+"""The contender of the transformer bench whose products say how much of the bf16 rate is reached."""
+_ATTENTION = ("sdpa", "flash", "fmha", "attention")
+_PRODUCTS = ("nvjet", "gemm", "cutlass", "w2a8_kernel", "w2a16_kernel", "expand")
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,88 @@ def work(config: Mapping[str, Any] = FLUX1_DEV, size: int = 1024, batch: int = 1
     )
 
 
-def predict(gpu: Gpu, step: Work, reached: Reached = H200_REACHED) -> dict[str, float]:
+def parts(contender: Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds of a measured step by what its kernels are: `products` (with expanding weights for them),
+    `attention`, and `between`, which is all the rest.
+
+    Args:
+        contender: of a run of the transformer bench, traced.
+
+    Raises:
+        ValueError: it was not traced.
+    """
+    if not contender.get("kernels") or "kernel_milliseconds" not in contender:
+        raise ValueError("this contender has no list of kernels; measure it where tracing works")
+    found = {"products": 0.0, "attention": 0.0}
+    for kernel in contender["kernels"]:
+        name = kernel["name"].lower()
+        if any(word in name for word in _ATTENTION):
+            found["attention"] += kernel["milliseconds"]
+        elif any(word in name for word in _PRODUCTS):
+            found["products"] += kernel["milliseconds"]
+    found["between"] = contender["kernel_milliseconds"] - sum(found.values())
+    return found
+
+
+def fastest(run: Mapping[str, Any]) -> str:
+    """The optimized W2A8 contender of a transformer run with the smallest median that was traced.
+
+    Raises:
+        ValueError: there is none.
+    """
+    good = {
+        name: c["milliseconds"]["p50"]
+        for name, c in run["contenders"].items()
+        if name.startswith("W2A8") and "optimized" in name and c.get("kernels") and "milliseconds" in c
+    }
+    if not good:
+        raise ValueError("the run has no optimized W2A8 contender with a list of kernels")
+    return min(good, key=lambda name: good[name])
+
+
+def reached_by(run: Mapping[str, Any], gpu: Gpu) -> Reached:
+    """The shares of a GPU's datasheet that a run of the transformer bench reached.
+
+    Args:
+        run: with `DENSE` and an optimized W2A8 contender, both traced.
+        gpu: which it was.
+
+    Raises:
+        ValueError: a contender is missing or was not traced.
+    """
+    if DENSE not in run["contenders"]:
+        raise ValueError(f"the run has no contender '{DENSE}'")
+    step = work(size=run["settings"]["size"], batch=run["settings"]["batch"])
+    dense, ternary = parts(run["contenders"][DENSE]), parts(run["contenders"][fastest(run)])
+    return Reached(
+        bf16=1e3 * step.products / (gpu.bf16 * dense["products"]),
+        int8=1e3 * step.products / (gpu.int8 * ternary["products"]),
+        attention=1e3 * step.attention / (gpu.bf16 * ternary["attention"]),
+        bandwidth=1e3 * step.fused / (gpu.bandwidth * ternary["between"]),
+    )
+
+
+def check(run: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """What `EXPECTED` says of a measured GPU against what it did, in milliseconds: part -> expected, measured.
+
+    Args:
+        run: of the transformer bench.
+        name: of `GPUS`.
+    """
+    settings, best = run["settings"], fastest(run)
+    step = work(size=settings["size"], batch=settings["batch"])
+    expected = predict(GPUS[name], step, EXPECTED)
+    measured = parts(run["contenders"][best])
+    measured |= {"w2a8": run["contenders"][best]["milliseconds"]["p50"]}
+    measured |= {"bf16": run["contenders"][DENSE]["milliseconds"]["p50"]}
+    measured["speed"] = measured["bf16"] / measured["w2a8"]
+    return {
+        part: {"expected": round(expected[part], 3), "measured": round(measured[part], 3)}
+        for part in ("bf16", "w2a8", "speed", "products", "attention", "between")
+    }
+
+
+def predict(gpu: Gpu, step: Work, reached: Reached = EXPECTED) -> dict[str, float]:
     """Milliseconds of a step: compiled dense bf16, and optimized W2A8 with int8 activations; parts and ratio."""
     attention = step.attention / (gpu.bf16 * reached.attention)
     bandwidth = gpu.bandwidth * reached.bandwidth / 1e3
@@ -151,7 +240,7 @@ def predict(gpu: Gpu, step: Work, reached: Reached = H200_REACHED) -> dict[str, 
     }
 
 
-def predictions(size: int = 1024, batch: int = 1, reached: Reached = H200_REACHED) -> dict[str, dict[str, Any]]:
+def predictions(size: int = 1024, batch: int = 1, reached: Reached = EXPECTED) -> dict[str, dict[str, Any]]:
     """`predict` for every GPU of `GPUS`, with whether bf16 (24 GB of weights) fits its memory at all."""
     step = work(size=size, batch=batch)
     return {
@@ -163,14 +252,41 @@ def predictions(size: int = 1024, batch: int = 1, reached: Reached = H200_REACHE
     }
 
 
-def run(size: int = 1024, batch: int = 1, reached: Reached = H200_REACHED) -> dict[str, Any]:
-    """The predictions as a run for `tritflow.results`, topic `roofline`; its device says that nothing was measured."""
+def known(device: str) -> str | None:
+    """The name in `GPUS` of a device as PyTorch calls it ("NVIDIA H100 80GB HBM3"), or None."""
+    words = device.split()
+    return next((name for name in GPUS if all(word in words for word in name.removesuffix(" SXM").split())), None)
+
+
+def run(size: int = 1024, batch: int = 1, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The predictions as a run for `tritflow.results`, topic `roofline`; its device says that nothing was measured.
+
+    Args:
+        size: of the pictures, in pixels.
+        batch: pictures at once.
+        measured: a run of the transformer bench on a GPU of `GPUS`, whose shares are then assumed of all; without it
+            those of `EXPECTED`.
+
+    Raises:
+        ValueError: `measured` is of an unknown GPU, or lacks a contender.
+    """
+    reached, source, checked = EXPECTED, None, None
+    if measured is not None:
+        name = known(measured["device"])
+        if name is None:
+            raise ValueError(f"no datasheet of {measured['device']} is known; one of {', '.join(GPUS)} is")
+        reached = reached_by(measured, GPUS[name])
+        checked = {"gpu": name, "contender": fastest(measured), "parts": check(measured, name)}
+        source = measured.get("id")
     return {
         **results.provenance("cpu"),
         "device": "datasheets",
         "measured": False,
         "settings": {"size": size, "batch": batch},
-        "reached": asdict(reached),
+        "reached": {key: round(value, 4) for key, value in asdict(reached).items()},
+        "expected": asdict(EXPECTED),
+        "check": checked,
+        "source": source,
         "work": {key: round(value, 4) for key, value in asdict(work(size=size, batch=batch)).items()},
         "gpus": predictions(size, batch, reached),
     }
@@ -188,4 +304,9 @@ def table(run: Mapping[str, Any]) -> str:
             f"{p['products']:.1f}, {p['attention']:.1f}, {p['between']:.1f}"
             f"{'' if p['bf16 fits'] else '   (bf16 does not fit)'}"
         )
+    if run.get("check"):
+        checked = run["check"]
+        lines.append(f"expected of {checked['gpu']} before it was measured, and measured ({checked['contender']}):")
+        for part, values in checked["parts"].items():
+            lines.append(f"  {part:10} {values['expected']:8.2f} {values['measured']:8.2f}")
     return "\n".join(lines)

@@ -128,12 +128,17 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         "first_step_seconds": round(first_seconds, 2),
         "finite": finite,
         "same_bits_again": repeats,
-        "kernels": kernel_times(step),
+        **kernel_times(step),
     }
 
 
-def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]]:
-    """Where a step's time goes: its kernels with the largest totals, in milliseconds; empty where tracing fails."""
+def kernel_times(step: Callable[[], Any], most: int = 40) -> dict[str, Any]:
+    """Where a step's time goes.
+
+    Returns:
+        `kernels`, those with the largest totals in milliseconds; `kernel_milliseconds` and `kernel_calls` of all of
+        them. Empty where tracing fails. Kernels that run side by side count twice in the sum.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     try:
@@ -146,8 +151,12 @@ def kernel_times(step: Callable[[], Any], most: int = 20) -> list[dict[str, Any]
             if e.self_device_time_total > 0
         ]
     except (RuntimeError, AssertionError, AttributeError):  # no tracing on this machine: the times stand without it
-        return []
-    return sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most]
+        return {}
+    return {
+        "kernels": sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most],
+        "kernel_milliseconds": round(sum(kernel["milliseconds"] for kernel in found), 4),
+        "kernel_calls": sum(kernel["calls"] for kernel in found),
+    }
 
 
 @torch.no_grad()
@@ -171,8 +180,6 @@ def check(task: Task, device: str = "cuda") -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for mode, dtype in (("w2a8", "int8"), ("w2a8", "float8_e4m3fn"), ("w2a16", "int8")):
-        if (mode, task["backend"]) == ("w2a16", "hopper"):
-            continue  # it has no such product for many tokens
         configure(mode, dtype, "reference")
         truth = model(**inputs)[0].double()
         configure(mode, dtype, task["backend"])
@@ -219,6 +226,7 @@ def bench(
     contenders: Sequence[str] = (),
     attention: str = "fastest",
     checked: bool = True,
+    resume: bool = False,
     config: Mapping[str, Any] = FLUX1_DEV,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -233,6 +241,9 @@ def bench(
         contenders: names of `CONTENDERS`; all when empty.
         attention: `cudnn`, `flash`, `default` (PyTorch's choice), or `fastest` of them by measurement.
         checked: compare the optimized forward with the stock one first.
+        resume: keep what `out/transformer.json` has of an earlier call on this GPU with these settings, but for what
+            failed. The run's `calls` tells when each call measured what: ratios across calls are of one machine only
+            if it was the same one.
         config: of the transformer.
         say: told each result in a line.
 
@@ -254,17 +265,24 @@ def bench(
         "settings": {"size": size, "batch": batch, "text_tokens": TEXT_TOKENS, "steps": STEPS, "timed_steps": count},
         "contenders": {},
     }
+    if resume:
+        run |= _kept(out / "transformer.json", run, attention)
+    run["calls"] = [*run.get("calls", []), {"time": run.get("time"), "measured": []}]
 
     def note(task: Task, result: dict[str, Any]) -> None:
         if task["kind"] == "contender":
             run["contenders"][task["name"]] = {"settings": task["settings"], **result}
+            if "milliseconds" in result:
+                run["calls"][-1]["measured"].append(task["name"])
             say(line(task["name"], result))
         else:
             run[task["kind"]] = result
             say(f"{task['kind']}: {json.dumps(result)}")
         results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
 
-    if attention == "fastest":
+    if attention == "fastest" and "attention" in run:
+        attention = fastest(run["attention"])
+    elif attention == "fastest":
         probe = [{"kind": "attention", **common}]
         run_isolated(MODULE, probe, silence=90, deadline=deadline, on_result=note)
         attention = fastest(run["attention"])
@@ -273,10 +291,13 @@ def bench(
     if checked:
         tasks += [{"kind": f"check {backend}", "backend": backend} for backend in ("triton", "scratch")]
     for name in contenders or CONTENDERS:
+        if name in run["contenders"]:
+            continue
         settings = CONTENDERS[name]
         if checked and settings.get("backend") == "hopper" and not any(t["kind"] == "check hopper" for t in tasks):
             tasks.append({"kind": "check hopper", "backend": "hopper"})
         tasks.append({"kind": "contender", "name": name, "settings": settings, "backend": settings.get("backend")})
+    tasks = [task for task in tasks if task["kind"] not in run]
     for risky, group in groupby(tasks, key=lambda task: task["backend"] == "hopper"):
         # A kernel that is not proven may hang: it gets less patience, and a process of its own.
         given = [{**task, "attention": attention, **common} for task in group]
@@ -284,6 +305,20 @@ def bench(
     run["contenders"] = compare(run["contenders"])
     results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
     return run
+
+
+def _kept(path: Path, run: Mapping[str, Any], attention: str) -> dict[str, Any]:
+    """What an earlier call found that this one need not find again: of the same GPU, versions and settings."""
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    if any(found.get(key) != run.get(key) for key in ("device", "versions", "model", "settings")):
+        return {}
+    if attention not in ("fastest", found.get("attention_kernel")):
+        return {}
+    good = {name: result for name, result in found["contenders"].items() if "milliseconds" in result}
+    checks = {k: v for k, v in found.items() if (k.startswith("check ") or k == "attention") and "error" not in v}
+    return {**checks, "calls": found.get("calls", []), "contenders": good}
 
 
 def fastest(times: Mapping[str, Any]) -> str:
@@ -342,6 +377,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--contender", action="append", default=[], help="only this one; may be repeated")
     parser.add_argument("--attention", default="fastest", choices=["fastest", "cudnn", "flash", "default"])
     parser.add_argument("--no-check", action="store_true", help="do not compare with the stock forward first")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has of an earlier call on this GPU")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -358,6 +394,7 @@ def main(arguments: list[str]) -> None:
         contenders=options.contender,
         attention=options.attention,
         checked=not options.no_check,
+        resume=options.resume,
         say=lambda text: print(text, flush=True),
     )
     print(table(run))

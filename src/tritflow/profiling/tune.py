@@ -16,14 +16,16 @@ from torch import Tensor
 
 from tritflow import results
 from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
+from tritflow.kernels.hopper import why_not as hopper_why_not
 from tritflow.kernels.tuning import Choice
-from tritflow.profiling.kernels import Candidate, graph_times, quantized, random_trits
+from tritflow.profiling.products import quantized, random_trits
+from tritflow.profiling.timing import Candidate, graph_times
 
 PRODUCTS = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]
 """(N, K) of FLUX.1-dev's blocks; 9216 is query, key and value as one."""
 TOKENS = (4608, 4096, 512)
 NAMES = ("w2a8 float8_e4m3fn", "w2a8 int8", tuning.W2A16)
-BACKENDS = ("triton", "scratch")
+BACKENDS = ("triton", "scratch", "hopper")
 TILES = [
     (128, 128, 8, 3),
     (128, 128, 4, 3),
@@ -38,13 +40,21 @@ TILES = [
 Packed weights are a quarter of the bytes of activations, so tiles of many weight rows read least; two blocks on a
 multiprocessor (at most 128 registers a thread with 8 warps, 255 with 4) decode and multiply in turn.
 """
-HOPPER = [
+HOPPER: list[dict[str, Any]] = [
     {},
-    {"split": 2},
-    {"split": 2, "cut": False},
-    {"block_n": 128, "stages": 8},
-    {"block_m": 64, "stages": 8},
+    {"lag": 1},
+    {"group": 4},
+    {"split": 1, "group": 4},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
+    {"split": 1, "block_n": 128, "stages": 8, "group": 8, "lag": 2},
+    {"split": 1, "block_m": 64, "stages": 8},
 ]
+HOPPER_16: list[dict[str, Any]] = [
+    {"stages": 4, "lag": 1},
+    {"stages": 4, "lag": 2, "group": 4},
+    {"split": 1, "block_n": 128, "stages": 5, "group": 4, "lag": 1},
+]
+"""Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 
 Say = Callable[[str], None]
 
@@ -58,8 +68,8 @@ def choices(name: str, backends: tuple[str, ...]) -> Iterator[Choice]:
             if name != tuning.W2A16 or block_m * block_n <= 128 * 128:
                 tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
                 yield Choice("triton", tiles)
-    if "hopper" in backends and name != tuning.W2A16:
-        for config in HOPPER:
+    if "hopper" in backends:
+        for config in HOPPER_16 if name == tuning.W2A16 else HOPPER:
             yield Choice("hopper", dict(config))
 
 
@@ -75,13 +85,16 @@ def runner(choice: Choice) -> Callable[..., Tensor]:
 
         return tiled
     if choice.backend == "hopper":
-        from tritflow.kernels.hopper.launch import Config
-        from tritflow.kernels.hopper.launch import w2a8_gemm as hopper_gemm
+        from tritflow.kernels.hopper import launch
 
-        config = Config(**choice.config)
-        return lambda x, scale, weight, weight_scale, bias: hopper_gemm(
-            x, scale, weight, weight_scale, bias, config=config
-        )
+        config = launch.Config(**choice.config)
+
+        def hopper(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+            if scale is None:
+                return launch.w2a16_gemm(x, weight, weight_scale, bias, config=config)
+            return launch.w2a8_gemm(x, scale, weight, weight_scale, bias, config=config)
+
+        return hopper
 
     def named(x: Tensor, scale: Tensor | None, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
         if scale is None:
@@ -157,7 +170,7 @@ def tune(
     Args:
         path: of the file; by default this GPU's in the user's cache folder.
         names: products.
-        backends: that are tried.
+        backends: that are tried; hopper only on such a GPU.
         tokens: sizes.
         seconds: after which nothing new is started.
         milliseconds: of measurement a choice and round.
@@ -166,6 +179,8 @@ def tune(
     Returns:
         Every measurement: entry -> label -> microseconds at p20, p50 and p80, or an error.
     """
+    if hopper_why_not() is not None:
+        backends = tuple(name for name in backends if name != "hopper")
     device = torch.cuda.get_device_name()
     target = path or tuning.cache_folder() / f"{tuning.slug(device)}.json"
     versions = results.provenance("cuda")["versions"]
@@ -200,7 +215,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="file of choices (default: the user's cache folder)")
     parser.add_argument("--times", type=Path, help="also write every measurement here, as JSON")
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this long")
-    parser.add_argument("--backend", action="append", help="triton, scratch, hopper; may be repeated (the first two)")
+    parser.add_argument("--backend", action="append", help="triton, scratch, hopper; may be repeated (all)")
     parser.add_argument("--name", action="append", help="'w2a8 int8', 'w2a8 float8_e4m3fn', w2a16; may be repeated")
     parser.add_argument("--tokens", action="append", type=int, help="may be repeated")
     options = parser.parse_args(arguments)

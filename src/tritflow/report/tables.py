@@ -175,7 +175,8 @@ def _provenance(runs: Sequence[Run], values: Iterable[Any], cells: Sequence[tupl
     notes = []
     devices = list(dict.fromkeys(str(r["device"]) for r in runs if r.get("device")))
     if devices:
-        notes.append(f"Measured on {'; '.join(devices)}.")
+        predicted = all(run.get("measured") is False for run in runs)
+        notes.append(f"{'Computed from' if predicted else 'Measured on'} {'; '.join(devices)}.")
     versions: dict[str, list[str]] = {}
     for run in runs:
         for package in _SHOWN_VERSIONS:

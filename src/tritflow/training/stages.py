@@ -192,7 +192,10 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         box,
         renew=lambda: supply.refill(latents, autoencoder, args.size),
     )
-    flow.train_flow(model, latents, seconds=args.flow_seconds, peak=args.peak, log=report, box=box, **common)
+    words = reading.InventedWords(*run.tokenizers).to(run.device)
+    flow.train_flow(
+        model, latents, seconds=args.flow_seconds, peak=args.peak, words=words, log=report, box=box, **common
+    )
     supply.close()
     run.log(f"flow: {supply.total} examples beyond the first {len(latents.latents)}")
     run.save("flow.safetensors", model.state_dict())
@@ -204,6 +207,8 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
 
 def finish(run: Run, model: flow.SmallFlux, autoencoder: Any) -> None:
     """Draw a sheet of progress prompts and write the pipeline."""
+    # Read again: `python -m tritflow.training.decoder` may have bettered the decoder meanwhile.
+    autoencoder.load_state_dict(load_file(run.args.out / "vae.safetensors"))
     size, guidance = run.args.size, run.args.guidance_scale
     texts = [p.text for i, p in enumerate(run.prompts) if i % 32 < 8]
     pixels = draw(model, autoencoder, run.tokenizers, texts, size=size, guidance=guidance).numpy()

@@ -38,9 +38,13 @@ def train_vae(
     batch: int = 128,
     peak: float = 1.5e-3,
     compile: bool = True,
+    decoder_only: bool = False,
     log: Any = print,
 ) -> None:
-    """Train in place for `seconds`, then set `scaling_factor` and `shift_factor` from the data's latents."""
+    """Train in place for `seconds`, then set `scaling_factor` and `shift_factor` from the data's latents.
+
+    `decoder_only`: latents stay what they are, so that a flow trained on them still fits.
+    """
     pictures = render_all(scenes, size, device)
     vae.to(device)
     if device.type == "cuda":
@@ -54,13 +58,15 @@ def train_vae(
         if device.type == "cuda":
             image = image.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            mean, logvar = encoder(image).chunk(2, dim=1)
+            with torch.set_grad_enabled(not decoder_only):
+                mean, logvar = encoder(image).chunk(2, dim=1)
             mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
             output = decoder(mean + torch.randn_like(mean) * (0.5 * logvar).exp())
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return reconstruction_loss(image, output.float()) + KL_WEIGHT * kl
 
-    trainer = Trainer(loss, list(vae.parameters()), peak=peak, ema=0.998, clip=1.0, graph=False)
+    trained = vae.decoder if decoder_only else vae
+    trainer = Trainer(loss, list(trained.parameters()), peak=peak, ema=0.998, clip=1.0, graph=False)
     steps = trainer.run(
         seconds,
         warmup=100,
@@ -69,7 +75,8 @@ def train_vae(
     )
     trainer.load_average()
     log(f"vae: {steps} steps of {batch}")
-    set_latent_statistics(vae, pictures[:4096])
+    if not decoder_only:
+        set_latent_statistics(vae, pictures[:4096])
 
 
 @torch.no_grad()

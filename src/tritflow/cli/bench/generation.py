@@ -76,6 +76,10 @@ def transformer(
     seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 350.0,
     contender: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     attention: Annotated[str, typer.Option(help="cudnn, flash, default, or the fastest of them.")] = "fastest",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is found here; a next call on the same GPU measures only what is missing."),
+    ] = None,
     note: Note = "",
     results: Results = None,
     json: Json = False,
@@ -92,12 +96,13 @@ def transformer(
     pick_device("cuda")
     with tempfile.TemporaryDirectory(prefix="tritflow-transformer-") as folder:
         run = bench.bench(
-            Path(folder),
+            out or Path(folder),
             seconds=seconds,
             size=size,
             batch=batch_size,
             contenders=contender or (),
             attention=attention,
+            resume=out is not None,
             say=say,
         )
     run["note"] = note
@@ -112,13 +117,25 @@ def transformer(
 def roofline(
     size: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 1,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Results of `bench transformer`; the newest run's shares of its GPU are assumed of all."),
+    ] = None,
     results: Results = None,
     json: Json = False,
 ) -> None:
     """Predict one step of FLUX.1-dev's transformer on GPUs that were not measured, from their datasheets."""
     from tritflow.profiling import roofline as bench
 
-    run = bench.run(size, batch_size)
+    known = None
+    if measured is not None:
+        from tritflow.results import read
+
+        runs = [r for r in read(measured, "transformer") if r["settings"]["size"] == size]
+        if not runs:
+            raise typer.BadParameter(f"{measured} has no run at {size}x{size}; measure one, or give another --size")
+        known = runs[-1]
+    run = bench.run(size, batch_size, known)
     store(results, "roofline", [run])
     if json:
         print_json(run)

@@ -62,19 +62,13 @@ def kernels(
 def _gpu_kernels(device: str, seconds: float, quick: bool, note: str) -> dict[str, Any]:
     """The probe, whose running account goes to stderr."""
     import contextlib
-    import json
     import sys
     import tempfile
 
-    from tritflow.profiling.kernels import probe
-    from tritflow.results import provenance
+    from tritflow.profiling.kernels import bench_gpu
 
-    with tempfile.TemporaryDirectory(prefix="tritflow-kernels-") as folder:
-        with contextlib.redirect_stdout(sys.stderr):
-            probe(Path(folder), seconds, quick)
-        # Results hold no NaN; a ratio that could not be formed is absent.
-        tasks = json.loads((Path(folder) / "kernels.json").read_text(), parse_constant=lambda _: None)
-    return {**provenance(device), "quick": quick, "note": note, "tasks": tasks}
+    with tempfile.TemporaryDirectory(prefix="tritflow-kernels-") as folder, contextlib.redirect_stdout(sys.stderr):
+        return bench_gpu(device, seconds, quick, note, Path(folder))
 
 
 _TUNE = """Examples:
@@ -87,7 +81,7 @@ _TUNE = """Examples:
 
 @app.command(epilog=_TUNE)
 def tune(
-    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (the first two).")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (all).")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations (4608, 4096, 512).")] = None,
     out: Annotated[Path | None, typer.Option(help="File of choices (default: in the cache folder).")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 240.0,

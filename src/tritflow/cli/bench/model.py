@@ -1,4 +1,4 @@
-"""`tritflow bench storage|sensitivity|scorers`: bytes on disk, sensitivity of layers, scorers."""
+"""`tritflow bench storage|full-size|sensitivity|scorers`: bytes on disk, real size, sensitivity of layers, scorers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,40 @@ def storage(
         print_json(rows)
     else:
         print(bench.table(rows))
+
+
+_FULL_SIZE = """Examples:
+
+\b
+  tritflow bench full-size --workdir /scratch/full         # 30 GB of disk, some minutes; cut short, it goes on
+  tritflow bench full-size --workdir /scratch/full --results benchmarks/results
+"""
+
+
+@app.command("full-size", epilog=_FULL_SIZE)
+def full_size(
+    workdir: Annotated[Path, typer.Option("--workdir", help="Where the files lie; kept, so that a next call goes on.")],
+    stage: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 900.0,
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Quantize and load FLUX.1-dev's config at its real size on a GPU: seconds, peak memory, bytes.
+
+    Random weights stand in for the checkpoint. Files are dropped from the page cache first, so reading is cold.
+    """
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import full_size as bench
+
+    pick_device("cuda")
+    run = bench.bench(workdir, stages=stage or bench.STAGES, seconds=seconds, say=say)
+    run["note"] = note
+    store(results, "full-size", [run])
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
 
 
 _SENSITIVITY = """Examples:

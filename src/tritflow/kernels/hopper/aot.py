@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from tritflow.kernels.hopper.attention import attention_kernel
+from tritflow.kernels.hopper.attention_launch import KEYS, AttentionConfig, constants
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.launch import Config
 
@@ -88,21 +90,18 @@ def _instructions(listing: str) -> str:
     return "\n".join(line for line in lines if line.endswith(";"))
 
 
-def compile_w2a8(
-    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, cuts: bool = True
-) -> Compiled:
-    """The W2A8 product of a configuration; ``activation_dtype`` is "int8" or "fp8"."""
-    fp8 = activation_dtype == "fp8"
-    element = gl.float8e4nv if fp8 else gl.int8
+def compile_w2a8(config: Config, *, activation_dtype: str = "int8", has_bias: bool = True) -> Compiled:
+    """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
+    name, element = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}[
+        activation_dtype
+    ]
     signature = {
-        "x_desc": _descriptor("fp8e4nv" if fp8 else "i8", element, [config.block_m, 128]),
+        "x_desc": _descriptor(name, element, [config.block_m, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
         "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
-        "workspace": "*fp32" if fp8 else "*i32",
-        "counters": "*i32",
         "table": "*i32",
         "starts": "*i32",
         "M": "i32",
@@ -113,9 +112,27 @@ def compile_w2a8(
         "SPLIT": config.split,
         "LAG": config.lag,
         "HAS_BIAS": has_bias,
-        "CUTS": cuts,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
+
+
+def compile_attention(
+    config: AttentionConfig, *, dtype: str = "int8", tokens: int = 4608, features: int = 128, x_dtype: str = "bf16"
+) -> Compiled:
+    """8-bit attention of a configuration; ``dtype`` of queries and keys, ``x_dtype`` of inputs and output."""
+    kind, element = ("i8", gl.int8) if dtype == "int8" else ("fp8e4nv", gl.float8e4nv)
+    signature = {
+        "q_ptr": f"*{x_dtype}",
+        "k_desc": _descriptor(kind, element, [KEYS, features]),
+        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, KEYS]),
+        "k_scale": "*fp32",
+        "v_exponent": "*fp32",
+        "out_ptr": f"*{x_dtype}",
+        "factor": "fp32",
+        "H": "i32",
+    }
+    signature |= {f"{name}_stride_{axis}": "i32" for name in ("q", "out") for axis in "bsh"}
+    return compile_gluon(attention_kernel, signature, constants(tokens, dtype, config), num_warps=4)
 
 
 _MMA = re.compile(r"\b[IQH]GMMA\S* R(\d+), R(\d+), gdesc")

@@ -81,11 +81,15 @@ def w2a16_linear(
     bias: Tensor | None = None,
     input_scale: Tensor | None = None,
 ) -> Tensor:
-    """See `tritflow.kernels.w2a16_linear`; a few rows of bf16, as modulation has."""
+    """See `tritflow.kernels.w2a16_linear`; a few rows of bf16, as modulation has, or many."""
+    from tritflow.kernels.hopper.launch import w2a16_gemm
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
     rows = x.reshape(-1, x.shape[-1])
-    return w2a16_skinny(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
+    if input_scale is not None:
+        rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
+    product = w2a16_skinny if rows.shape[0] <= _SKINNY_TOKENS else w2a16_gemm
+    return product(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _supports_w2a16(
@@ -95,8 +99,21 @@ def _supports_w2a16(
     bias: Tensor | None = None,
     input_scale: Tensor | None = None,
 ) -> bool:
-    m, _, k = _shape(x, weight)
-    return x.dtype == torch.bfloat16 and 0 < m <= _SKINNY_TOKENS and k % 256 == 0 and input_scale is None
+    m, n, k = _shape(x, weight)
+    if m <= _SKINNY_TOKENS:
+        return x.dtype == torch.bfloat16 and m > 0 and k % 256 == 0
+    return x.dtype in (torch.bfloat16, torch.float16) and m >= _FROM_TOKENS and supports(m, n, k)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
+    """See `tritflow.kernels.attention`."""
+    from tritflow.kernels.hopper.attention_launch import attention as run
+
+    return run(q, k, v, dtype, scale)
+
+
+def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
+    return q.shape[-1] in (64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 BACKEND = Backend(
@@ -107,5 +124,7 @@ BACKEND = Backend(
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+        # Its present form has not run on a GPU: by name only.
+        "attention": Kernel(attention, _supports_attention, automatic=False),
     },
 )

@@ -1,4 +1,4 @@
-"""The W2A8 matrix product for Hopper, in Gluon: out[m, n] = x_scale[m] * weight_scale[n] * sum_k q[m, k] T[n, k].
+"""The matrix product for Hopper, in Gluon: out[m, n] = x_scale[m] * weight_scale[n] * sum_k q[m, k] T[n, k].
 
 One block is three partitions: a warp that brings tiles in with the copy engine (TMA), and two consumers of one
 warpgroup each. Both consumers read the same 128 tokens; each owns half of the weight rows. The weight is operand A of
@@ -8,9 +8,7 @@ A consumer waits for its own products before it decodes again, because the produ
 the registers that hold the weight; the *other* consumer's products fill that gap. So the tensor cores are busy
 as long as the consumers stay out of step, also while one of them writes its tile (the grid is persistent).
 
-What each block does is read from a table that the host makes: see ``schedule``. Tiles of the last, incomplete
-wave are cut along K; the consumer that finishes a tile's last part sums all parts in their order, so the result
-does not depend on who was last.
+What each block does is read from a table that the host makes: see ``schedule``.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from tritflow.kernels.assembly import HALVES
 
 # Four fields of a byte lie 32 apart in K, so field f of 32 bytes is the f-th K slice of 32 that wgmma takes.
 _DECODE = gl.constexpr(
@@ -40,28 +40,38 @@ _DECODE = gl.constexpr(
     }
     """
 )
+_HALVES = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _packed_layout(rows):
+def _packed_layout(rows, bits):
     """Registers and lanes of [rows, 32] packed bytes such that decoding moves nothing between threads."""
-    registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+    if bits == 16:
+        registers = [[0, 1], [0, 8], [8, 0], [0, 16]]
+        lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    else:
+        registers = [[0, 1], [0, 2], [8, 0], [0, 16]]
+        lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     if rows == 128:
         registers = [*registers, [64, 0]]
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
     warps = [[16, 0], [32, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, 32])
 
 
+@gluon.constexpr_function
+def _four(dtype):
+    return (dtype, dtype, dtype, dtype)
+
+
 @gluon.jit
-def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
-    """uint8 [ROWS, 32] -> int8 [ROWS, 128] of {0, +-64}, or e4m3 of {0, +-2.0}, as wgmma's operand A."""
-    if FP8:
+def _decode(packed, dtype: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr):
+    """uint8 [ROWS, 32] -> [ROWS, 128] of {0, +-64} (int8) or {0, +-2.0} (e4m3, bf16, fp16), as wgmma's operand A."""
+    if dtype.primitive_bitwidth == 16:
         f0, f1, f2, f3 = gl.inline_asm_elementwise(
-            _DECODE,
-            "=r,=r,=r,=r,r",
+            _HALVES,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.float8e4nv, gl.float8e4nv, gl.float8e4nv, gl.float8e4nv),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -70,7 +80,7 @@ def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr)
             _DECODE,
             "=r,=r,=r,=r,r",
             [packed],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            dtype=_four(dtype),
             is_pure=True,
             pack=4,
         )
@@ -81,7 +91,7 @@ def _decode(packed, FP8: gl.constexpr, layout: gl.constexpr, ROWS: gl.constexpr)
 
 @gluon.jit
 def _unit(table, u):
-    row = table + u * 8
+    row = table + u * 4
     return gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
 
 
@@ -92,62 +102,21 @@ def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl
     BN: gl.constexpr = w_desc.block_type.shape[0]
     first = gl.load(starts + gl.program_id(0))
     last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, step, steps = _unit(table, first)
     stage = 0
     phase = 1
     for u in range(first, last):
-        # The next unit's entry is on its way while this one is copied.
-        next_token, next_row, next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
+        # Not carried over from the unit before: Triton 3.6 takes a carried bound of the inner loop for constant.
+        token, row, step, steps = _unit(table, u)
         for k in range(step, step + steps):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, BM * 128 + BN * 32)
+            mbarrier.expect(bar, BM * 16 * x_desc.dtype.primitive_bitwidth + BN * 32)
             tma.async_copy_global_to_shared(w_desc, [row, k * 32], bar, w_bufs.index(stage))
             tma.async_copy_global_to_shared(x_desc, [token, k * 128], bar, x_bufs.index(stage))
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        token, row, step, steps = next_token, next_row, next_step, next_steps
-
-
-@gluon.jit
-def _flat(acc):
-    """[ROWS, BM] accumulators -> [registers / 2, 256]: thread-major rows, so that global access is coalesced."""
-    ROWS: gl.constexpr = acc.shape[0]
-    BM: gl.constexpr = acc.shape[1]
-    split = gl.reshape(acc, (ROWS // 64, 4, 2, 8, BM // 8, 4, 2))  # (m64, warp, +8, lane row, n8, lane column, pair)
-    return gl.reshape(gl.permute(split, (0, 2, 4, 1, 3, 5, 6)), (ROWS * BM // 256, 256))
-
-
-@gluon.jit
-def _unflat(flat, ROWS: gl.constexpr, BM: gl.constexpr, mma: gl.constexpr):
-    split = gl.permute(gl.reshape(flat, (ROWS // 64, 2, BM // 8, 4, 8, 4, 2)), (0, 3, 1, 4, 2, 5, 6))
-    return gl.convert_layout(gl.reshape(split, (ROWS, BM)), mma, assert_trivial=True)
-
-
-@gluon.jit
-def _flat_offsets(flat):
-    layout: gl.constexpr = flat.type.layout
-    rows = gl.arange(0, flat.shape[0], gl.SliceLayout(1, layout)) * 256
-    return gl.expand_dims(rows, 1) + gl.expand_dims(gl.arange(0, 256, gl.SliceLayout(0, layout)), 0)
-
-
-@gluon.jit
-def _store_part(acc, at):
-    flat = _flat(acc)
-    gl.store(at + _flat_offsets(flat), flat)
-
-
-@gluon.jit
-def _sum_parts(acc, first, parts, stride, mma: gl.constexpr):
-    """Sum of ``parts`` partial accumulators, in their order."""
-    total = _flat(gl.zeros((acc.shape[0], acc.shape[1]), acc.dtype, mma))
-    offsets = _flat_offsets(total)
-    for p in range(parts):
-        # Past the first-level cache: other multiprocessors wrote these.
-        total += gl.load(first + p * stride + offsets, cache_modifier=".cg")
-    return _unflat(total, acc.shape[0], acc.shape[1], mma)
 
 
 @gluon.jit
@@ -161,24 +130,25 @@ def _multiply(
     SPLIT: gl.constexpr,
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    CUTS: gl.constexpr,
 ):
     """A consumer: its half of the weight rows of every unit of this block."""
-    out_desc, x_scale, weight_scale, bias, workspace, counters, table, starts = operands
+    out_desc, x_scale, weight_scale, bias, table, starts = operands
     x_bufs, w_bufs, out_bufs, full, empty, lag = buffers
     BM: gl.constexpr = x_bufs.shape[1]
     R: gl.constexpr = w_bufs.shape[1] // 2
     H: gl.constexpr = R // SPLIT
-    FP8: gl.constexpr = x_bufs.dtype != gl.int8
-    acc_type: gl.constexpr = gl.float32 if FP8 else gl.int32
-    unit: gl.constexpr = 0.5 if FP8 else 0.015625  # what a weight of +1 reads as is 1 / unit
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 32])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    packed_layout: gl.constexpr = _packed_layout(H)
+    dtype: gl.constexpr = x_bufs.dtype
+    bits: gl.constexpr = dtype.primitive_bitwidth
+    acc_type: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
+    unit: gl.constexpr = 0.015625 if dtype == gl.int8 else 0.5  # what a weight of +1 reads as is 1 / unit
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 256 // bits]
+    )
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 32 // bits)
+    packed_layout: gl.constexpr = _packed_layout(H, bits)
 
     first = gl.load(starts + gl.program_id(0))
     last = gl.load(starts + gl.program_id(0) + 1)
-    token, row, _step, steps = _unit(table, first)
     stage = 0
     phase = 0
     count = 0
@@ -186,11 +156,12 @@ def _multiply(
         # Start LAG steps behind the other consumer, so that the two do not write their tiles at the same time.
         mbarrier.wait(lag.index(0), 0)
     for u in range(first, last):
-        next_token, next_row, _next_step, next_steps = _unit(table, gl.minimum(u + 1, last - 1))
+        token, row, _step, steps = _unit(table, u)
         rows = row + PART * R + gl.arange(0, H, gl.SliceLayout(1, mma))
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
         # The scales are asked for before the products and used after them.
-        ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
+        if bits == 8:
+            ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
         ws0 = gl.load(weight_scale + rows, mask=rows < N, other=0.0)
         if SPLIT == 2:
             ws1 = gl.load(weight_scale + rows + H, mask=rows + H < N, other=0.0)
@@ -207,10 +178,10 @@ def _multiply(
             packed0 = w_bufs.index(stage).slice(PART * R, H, dim=0).load(packed_layout)
             if SPLIT == 2:
                 packed1 = w_bufs.index(stage).slice(PART * R + H, H, dim=0).load(packed_layout)
-            a0 = _decode(packed0, FP8, a_layout, H)
+            a0 = _decode(packed0, dtype, a_layout, H)
             acc0 = warpgroup_mma(a0, b, acc0, use_acc=k > 0, is_async=True)
             if SPLIT == 2:
-                a1 = _decode(packed1, FP8, a_layout, H)
+                a1 = _decode(packed1, dtype, a_layout, H)
                 acc1 = warpgroup_mma(a1, b, acc1, use_acc=k > 0, is_async=True)
                 acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
             else:
@@ -225,50 +196,33 @@ def _multiply(
                 if count == LAG:
                     mbarrier.arrive(lag.index(0), count=1)
 
-        ready = True
-        if CUTS:
-            parts = gl.load(table + u * 8 + 4)
-            if parts > 1:
-                # Hand in this part; whoever hands in a tile's last part sums them all and writes the tile.
-                stride: gl.constexpr = 2 * R * BM
-                own = workspace + gl.load(table + u * 8 + 6) * stride + PART * R * BM
-                _store_part(acc0, own)
-                if SPLIT == 2:
-                    _store_part(acc1, own + H * BM)
-                counter = counters + gl.load(table + u * 8 + 7) * 2 + PART
-                gl.thread_barrier()
-                ready = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
-                if ready:
-                    part = workspace + gl.load(table + u * 8 + 5) * stride + PART * R * BM
-                    acc0 = _sum_parts(acc0, part, parts, stride, mma)
-                    if SPLIT == 2:
-                        acc1 = _sum_parts(acc1, part + H * BM, parts, stride, mma)
-                    gl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")  # ready for the next launch
-        if ready:
-            tma.store_wait(0)
-            gl.thread_barrier()
-            out = out_bufs.index(PART)
-            y = acc0.to(gl.float32) * gl.expand_dims(ts, 0)
-            w = gl.expand_dims(ws0.to(gl.float32) * unit, 1)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        out = out_bufs.index(PART)
+        y = acc0.to(gl.float32)
+        if bits == 8:
+            y = y * gl.expand_dims(ts, 0)
+        w = gl.expand_dims(ws0.to(gl.float32) * unit, 1)
+        if HAS_BIAS:
+            y = gl.fma(y, w, gl.expand_dims(bias0.to(gl.float32), 1))
+        else:
+            y = y * w
+        if SPLIT == 2:
+            out.slice(0, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
+            y = acc1.to(gl.float32)
+            if bits == 8:
+                y = y * gl.expand_dims(ts, 0)
+            w = gl.expand_dims(ws1.to(gl.float32) * unit, 1)
             if HAS_BIAS:
-                y = gl.fma(y, w, gl.expand_dims(bias0.to(gl.float32), 1))
+                y = gl.fma(y, w, gl.expand_dims(bias1.to(gl.float32), 1))
             else:
                 y = y * w
-            if SPLIT == 2:
-                out.slice(0, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-                y = acc1.to(gl.float32) * gl.expand_dims(ts, 0)
-                w = gl.expand_dims(ws1.to(gl.float32) * unit, 1)
-                if HAS_BIAS:
-                    y = gl.fma(y, w, gl.expand_dims(bias1.to(gl.float32), 1))
-                else:
-                    y = y * w
-                out.slice(H, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-            else:
-                out.permute((1, 0)).store(y.to(out_desc.dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(out_desc, [token, row + PART * R], out)
-        token, row, steps = next_token, next_row, next_steps
+            out.slice(H, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
+        else:
+            out.permute((1, 0)).store(y.to(out_desc.dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [token, row + PART * R], out)
     if LAG > 0 and PART == 0:  # noqa: SIM102 - one is known to the compiler, the other is not
         if count < LAG:
             mbarrier.arrive(lag.index(0), count=1)
@@ -283,8 +237,6 @@ def w2a8_kernel(
     x_scale,
     weight_scale,
     bias,
-    workspace,
-    counters,
     table,
     starts,
     M,
@@ -293,13 +245,12 @@ def w2a8_kernel(
     SPLIT: gl.constexpr,
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    CUTS: gl.constexpr,
 ):
     """Launch with 4 warps (the first consumer); the grid is the schedule's.
 
-    x_desc [M, K] int8 or e4m3, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN, 32]; out_desc [M, N] bf16,
-    blocks [BM, BN / 2]; x_scale fp32 [M]; weight_scale and bias [N]; workspace int32 (fp32 for e4m3); counters
-    int32, zeros; table int32 [units, 8]; starts int32 [blocks + 1].
+    x_desc [M, K] int8, e4m3, bf16 or fp16, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN, 32]; out_desc
+    [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2]; x_scale fp32 [M], unused for 16 bits; weight_scale and bias [N];
+    table int32 [units, 4]; starts int32 [blocks + 1].
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
@@ -315,12 +266,12 @@ def w2a8_kernel(
     mbarrier.init(lag.index(0), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    operands = (out_desc, x_scale, weight_scale, bias, workspace, counters, table, starts)
+    operands = (out_desc, x_scale, weight_scale, bias, table, starts)
     buffers = (x_bufs, w_bufs, out_bufs, full, empty, lag)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS)),
-            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS, CUTS)),
+            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS)),
             (_load, (x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES)),
         ],
         [4, 1],

@@ -11,9 +11,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritflow.kernels import tuning
 from tritflow.kernels.hopper.gemm import w2a8_kernel
-from tritflow.kernels.hopper.schedule import Schedule, make_schedule
+from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
 
-_DTYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv}
+_DTYPES = {
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,15 @@ class Config:
 
     ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
-    start; ``group`` token tiles share a band; ``cut`` tiles of the incomplete last wave along K.
+    start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
     """
 
     block_m: int = 128
     block_n: int = 256
     stages: int = 6
-    split: int = 1
+    split: int = 2
     lag: int = 3
     group: int = 8
-    cut: bool = True
     persistent: bool = True
 
     def __post_init__(self) -> None:
@@ -44,23 +48,28 @@ class Config:
 
     @property
     def name(self) -> str:
-        text = f"{self.block_m}x{self.block_n}x{self.stages}"
-        text += f" s{self.split} l{self.lag} g{self.group}"
-        return text + (" cut" if self.cut else "") + ("" if self.persistent else " one-tile")
+        text = f"{self.block_m}x{self.block_n}x{self.stages} s{self.split} l{self.lag} g{self.group}"
+        return text + ("" if self.persistent else " one-tile")
 
     def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
 
 
-def _swizzled(block: list[int], dtype: object) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+@lru_cache(maxsize=64)
+def _swizzled(rows: int, columns: int, dtype: object) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=256)
 def _tables(
     m: int, n: int, k: int, config: Config, device: torch.device
 ) -> tuple[Schedule, torch.Tensor, torch.Tensor]:
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = _multiprocessors(device)
     if not config.persistent:
         blocks = -(-m // config.block_m) * -(-n // config.block_n)
     schedule = make_schedule(
@@ -71,46 +80,32 @@ def _tables(
         block_n=config.block_n,
         blocks=blocks,
         group=config.group,
-        split=config.cut,
     )
     units = torch.tensor(schedule.units, dtype=torch.int32).to(device)
     return schedule, units, torch.tensor(schedule.starts, dtype=torch.int32).to(device)
 
 
-_COUNTERS = 512  # at least two for each tile that can be cut: fewer tiles than multiprocessors
+def choose(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration used where none is given: the one tuned for GPU and size, or that of the shortest schedule."""
+    name = tuning.W2A16 if dtype.itemsize == 2 else tuning.w2a8(dtype)
+    choice = tuning.lookup(device, name, m, n, k)
+    if choice is not None and choice.backend == "hopper":
+        return Config(**choice.config)
+    return shortest(m, n, k, 8 * dtype.itemsize, _multiprocessors(device))
 
 
-class _Counters:
-    """Zeroed counters for cut tiles. A launch leaves them at zero, so a stream reuses one set for ever.
+@lru_cache(maxsize=1024)
+def shortest(m: int, n: int, k: int, bits: int, blocks: int) -> Config:
+    """Whichever of the wide and the narrow tiles has the shorter schedule, by a rule that measures nothing."""
+    wide = Config(stages=4, lag=1) if bits == 16 else Config()
+    narrow = Config(split=1, block_n=128, stages=5 if bits == 16 else 8, lag=1 if bits == 16 else 2, group=4)
 
-    A captured launch gets a set of its own, since graphs may be replayed side by side; sets for capture are
-    zeroed ahead, because zeroing within a capture would become a kernel of the graph.
-    """
+    def cost(config: Config) -> float:
+        size = {"block_m": config.block_m, "block_n": config.block_n, "blocks": blocks}
+        schedule = make_schedule(m, n, k, **size, group=config.group)
+        return schedule.critical_steps() * config.block_n * (NARROW if config is narrow else 1)
 
-    def __init__(self, device: torch.device) -> None:
-        self._per_stream: dict[int, torch.Tensor] = {}
-        self._spare = list(torch.zeros(4096, _COUNTERS, dtype=torch.int32, device=device).unbind())
-
-    def take(self, device: torch.device) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            if self._spare:
-                return self._spare.pop()
-            return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if stream not in self._per_stream:
-            self._per_stream[stream] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        return self._per_stream[stream]
-
-
-@lru_cache(maxsize=16)
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
-
-
-def choose(m: int, n: int, k: int, dtype: torch.dtype = torch.int8, device: torch.device | None = None) -> Config:
-    """The configuration used where none is given: the tuned one of this GPU and size, if there is one."""
-    choice = None if device is None else tuning.lookup(device, tuning.w2a8(dtype), m, n, k)
-    return Config(**choice.config) if choice is not None and choice.backend == "hopper" else Config()
+    return min((narrow, wide), key=cost)
 
 
 def w2a8_gemm(
@@ -129,36 +124,68 @@ def w2a8_gemm(
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
     accumulation. Raises ValueError for tensors that do not fit together.
     """
-    m, k = q.shape
-    n = weight.shape[0]
-    if q.dtype not in _DTYPES:
+    if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
+
+
+def w2a16_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]), in x's type.
+
+    x [M, K] bfloat16 or float16, the rest as for ``w2a8_gemm``; float32 sums. Raises ValueError for tensors that do
+    not fit together.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
+    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """Contiguous and beginning at a multiple of 16 bytes, as the copy engine wants it."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    config: Config | None,
+) -> torch.Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    bits = 8 * x.itemsize
     if weight.shape[1] != 32 * -(-k // 128):
         raise ValueError(f"packed rows of {weight.shape[1]} bytes do not hold K={k}: {32 * -(-k // 128)} expected")
-    if n % 8 or k % 16:
-        raise ValueError(f"the Hopper kernel takes N divisible by 8 and K by 16, got N={n}, K={k}")
-    out = torch.empty((m, n), dtype=torch.bfloat16, device=q.device) if out is None else out
+    if n % 8 or k * bits % 128:
+        raise ValueError(f"the Hopper kernel takes N divisible by 8 and K by {128 // bits}, got N={n}, K={k}")
+    out = torch.empty((m, n), dtype=torch.bfloat16 if bits == 8 else x.dtype, device=x.device) if out is None else out
     if m == 0:
         return out
-    q, weight, x_scale, weight_scale = (t.contiguous() for t in (q, weight, x_scale, weight_scale))
-    config = config or choose(m, n, k, q.dtype, q.device)
-    schedule, table, starts = _tables(m, n, k, config, q.device)
+    x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
+    config = config or choose(m, n, k, x.dtype, x.device)
+    schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
-    accumulator = torch.int32 if q.dtype == torch.int8 else torch.float32
-    workspace = torch.empty(max(1, schedule.slots * bm * bn), dtype=accumulator, device=q.device)
-    counters = _counters(q.device).take(q.device) if schedule.counters else table
 
-    dtype = _DTYPES[q.dtype]
+    dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
     x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
     w2a8_kernel[(schedule.grid,)](
-        TensorDescriptor(q, [m, k], [k, 1], x_block, _swizzled(x_block, dtype)),
-        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(out_block, gl.bfloat16)),
+        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
+        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
+        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
-        workspace,
-        counters,
         table,
         starts,
         m,
@@ -167,7 +194,6 @@ def w2a8_gemm(
         SPLIT=config.split,
         LAG=config.lag,
         HAS_BIAS=bias is not None,
-        CUTS=schedule.counters > 0,
         num_warps=4,
     )
     return out

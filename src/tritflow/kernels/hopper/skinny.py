@@ -122,7 +122,7 @@ def w2a16_skinny(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    chunk: int = 64,
+    chunk: int = 256,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 

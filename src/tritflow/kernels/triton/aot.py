@@ -13,8 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import block, expand, gemm, quantize, rope
+from tritflow.kernels.triton import attention, block, expand, gemm, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -75,9 +76,8 @@ def _quantizing(fp8: bool, columns: bool = True) -> dict[str, Any]:
     return {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "HAS_COLUMNS": columns, "FP8": fp8}
 
 
-def _row(features: int) -> dict[str, Any]:
-    width = triton.next_power_of_2(features)
-    return {"num_warps": min(16, max(1, width // 1024)), "enable_fp_fusion": False}
+def _row(features: int, each: int = 2048) -> dict[str, Any]:
+    return {"num_warps": min(16, max(1, triton.next_power_of_2(features) // each))}
 
 
 def _quantize_cases(fp8: bool) -> list[Case]:
@@ -92,7 +92,7 @@ def _quantize_cases(fp8: bool) -> list[Case]:
             quantize.quantize_kernel,
             {"x_ptr": "*bf16", **vectors, **_numbers("stride_m")},
             {"K": 3072, "BLOCK_K": 4096, **_quantizing(fp8)},
-            _row(3072),
+            {**_row(3072, 1024), "enable_fp_fusion": False},
             fp8,
         ),
         Case(
@@ -105,9 +105,9 @@ def _quantize_cases(fp8: bool) -> list[Case]:
         ),
         Case(
             f"gelu + quantize {kind}",
-            block.gelu_quantize_kernel,
+            block.gelu_kernel,
             {"x_ptr": "*bf16", "prefix_ptr": "*bf16", **vectors, **_numbers("x_stride", "prefix_stride")},
-            {"P": 3072, "K": 15360, "BLOCK_K": 16384, **_quantizing(fp8)},
+            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **_quantizing(fp8)},
             _row(15360),
             fp8,
         ),
@@ -169,7 +169,7 @@ def _other_cases() -> list[Case]:
     for context in (False, True):
         constants = {"D": 128, "EPS": 1e-6, "HAS_CONTEXT": context, "HEADS": 8, "BLOCK_D": 128}
         name = "norm + rotation, two streams" if context else "norm + rotation"
-        cases.append(Case(name, rope.qk_norm_rope_kernel, turned, constants, {"num_warps": 4}))
+        cases.append(Case(name, rope.qk_norm_rope_kernel, turned, constants, {"num_warps": 2}))
     for kind, out in enumerate(("*i8", "*u8", "*bf16")):
         types = {"weight_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": out, **_numbers("N")}
         constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 256}
@@ -178,6 +178,10 @@ def _other_cases() -> list[Case]:
                 f"expand to {('int8', 'e4m3', 'bf16')[kind]}", expand.expand_kernel, types, constants, {"num_warps": 4}
             )
         )
+    for kind, name in enumerate(("int8", "e4m3")):
+        types = {"weight_ptr": "*u8", "out_ptr": "*i32", **_numbers("N")}
+        constants = {"K": 3072, "KIND": kind, "BLOCK_N": 8, "BYTES": 128}
+        cases.append(Case(f"expand to {name} by words", expand.expand_words_kernel, types, constants, {"num_warps": 4}))
     sums = {"sums_ptr": "*i32", "x_scale_ptr": "*fp32"} | {
         f"{name}_ptr": "*bf16" for name in ("weight_scale", "bias", "residual", "gate", "out")
     }
@@ -186,12 +190,38 @@ def _other_cases() -> list[Case]:
     return [*cases, Case("scale sums", block.scale_sums_kernel, sums, constants, {"num_warps": 4})]
 
 
+def _attention_cases() -> list[Case]:
+    """Head dimension 128; queries and keys in int8 with values in 16 bits or e4m3, and all of it in e4m3."""
+    found = []
+    for kind, e4m3 in (("int8", False), ("int8", True), ("float8_e4m3fn", True)):
+        element = "i8" if kind == "int8" else "fp8e4nv"
+        values = "fp8e4nv" if e4m3 else element  # not followed where values stay in 16 bits
+        blocks = attention.launch_blocks(128, e4m3)
+        options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+        rows, keys = blocks["BLOCK_M"], blocks["BLOCK_N"]
+        scales = dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_exponent_ptr"), "*fp32")
+        types = {"q_desc": f"tensordesc<{element}[{rows},128]>", "k_desc": f"tensordesc<{element}[{keys},128]>"}
+        types |= {"v": f"tensordesc<fp8e4nv[128,{keys}]>" if e4m3 else "*bf16", "out_ptr": "*bf16"}
+        types |= scales | _numbers(*(f"{name}_stride_{axis}" for name in ("v", "out") for axis in "bsh"), "H")
+        constants: dict[str, Any] = {"S": 4608, "PADDED": 4608, "V8": e4m3, "D": 128, "BLOCK": BLOCK}
+        name = f"attention {kind}" + ("" if e4m3 else ", 16-bit values")
+        found.append(Case(name, attention.attention_kernel, types, constants | blocks, options, e4m3))
+        types = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "factor": "fp32"} | scales
+        types |= {"q8_ptr": f"*{element}", "k8_ptr": f"*{element}", "v8_ptr": f"*{values}"}
+        types |= _numbers(*(f"{name}_stride_{axis}" for name in "qkv" for axis in "bsh"), "H", "S", "PADDED")
+        constants = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "D": 128}
+        constants |= {"INT8": kind == "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK}
+        name = f"quantize for attention {kind}" + ("" if e4m3 else ", 16-bit values")
+        found.append(Case(name, attention.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
+    return found
+
+
 def cases() -> list[Case]:
     """Every kernel, in the variants that FLUX.1-dev launches."""
     found = []
     for fp8 in (False, True):
         found += [*_quantize_cases(fp8), *_product_cases(fp8)]
-    return [*found, *_other_cases()]
+    return [*found, *_other_cases(), *_attention_cases()]
 
 
 def why_not(case: Case, target: str) -> str | None:

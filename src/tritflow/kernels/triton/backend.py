@@ -126,6 +126,11 @@ def _supports_adaln_quantize(
     return _supports_quantize(x, input_scale, dtype)
 
 
+def _supports_gelu(x: Tensor, prefix: Tensor | None) -> bool:
+    width = 0 if prefix is None else prefix.shape[-1]
+    return x.dtype in _FLOATS and x.shape[-1] + width <= MAX_FEATURES
+
+
 def _supports_gelu_quantize(x: Tensor, prefix: Tensor | None, input_scale: Tensor | None, dtype: str) -> bool:
     width = 0 if prefix is None else prefix.shape[-1]
     return _supports_quantize(x, input_scale, dtype) and x.shape[-1] + width <= MAX_FEATURES
@@ -139,6 +144,21 @@ def _supports_residual(residual: Tensor, gate: Tensor, y: Tensor) -> bool:
     return residual.dtype in _FLOATS and y.dtype in _FLOATS
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
+    """See `tritflow.kernels.attention`; values and weights in 16 bits where there is no e4m3."""
+    from tritflow.kernels.triton.attention import attention as run
+
+    return run(q, k, v, dtype, scale, e4m3=_has_fp8(q.device))
+
+
+def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
+    features, e4m3 = q.shape[-1], _has_fp8(q.device)
+    # 8-bit products take 32 features at a time; values that stay in float32 fill the shared memory of small GPUs.
+    most = 128 if q.dtype == torch.float32 and not e4m3 else 256
+    fits = 32 <= features <= most and features & (features - 1) == 0
+    return q.dtype in _FLOATS and fits and (dtype == "int8" or e4m3)
+
+
 BACKEND = Backend(
     name="triton",
     device_types=("cuda",),
@@ -150,8 +170,10 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "adaln": Kernel(block.adaln, _supports_adaln),
         "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
+        "gelu": Kernel(block.gelu, _supports_gelu),
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
         "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),
+        "attention": Kernel(attention, _supports_attention),
         "gated_residual": Kernel(block.gated_residual, _supports_residual),
     },
 )

@@ -27,9 +27,10 @@ def store_quantized(
     FP8: tl.constexpr,
 ):
     """Write one row x[k] (float32, zeros where not inside): scale = max|x| / QMAX, q = round(x * (QMAX / max|x|))."""
-    # A NaN must reach the scale, or the row would look sound; max alone may drop it.
-    amax = tl.maximum(tl.max(tl.abs(x), axis=0), FLOOR)
-    amax = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), amax)
+    # A NaN must reach the scale, or the row would look sound. Compared as integers, magnitudes keep their order and
+    # NaN is the largest of all.
+    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    amax = tl.where(amax < FLOOR, FLOOR, amax)
     scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
     if FP8:
         q = scaled.to(tl.float8e4nv)

@@ -138,6 +138,6 @@ def qk_norm_rope(
             HAS_CONTEXT=before > 0,
             HEADS=_HEADS,
             BLOCK_D=triton.next_power_of_2(features),
-            num_warps=4,
+            num_warps=2,
         )
     return q_out, k_out

@@ -1,0 +1,95 @@
+"""Host side of 8-bit attention on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tritflow.kernels.attention_reference import BLOCK
+from tritflow.kernels.hopper.attention import attention_kernel
+from tritflow.kernels.reference import AMAX_FLOOR, QMAX
+from tritflow.kernels.triton.attention import Quantized, logit_factor, quantize
+from tritflow.kernels.triton.block import contiguous_features
+
+KEYS = 128
+"""Of a tile."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One way to run the kernel.
+
+    Attributes:
+        overlap: which of the two orders of work (see `hopper.attention`).
+        codes: write weights in e4m3's bits at once instead of by exp2; faster, and a little less accurate.
+        ones: sum weights by a product with ones, after they are rounded.
+        stages: of 128 keys and values in shared memory.
+    """
+
+    overlap: bool = False
+    codes: bool = True
+    ones: bool = True
+    stages: int = 3
+
+    @property
+    def name(self) -> str:
+        words = ["overlapping" if self.overlap else "in turn", "codes" if self.codes else "exp2"]
+        return ", ".join([*words, *(["ones"] if self.ones else []), f"{self.stages} stages"])
+
+
+def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
+    """The kernel's constants for inputs of [B, tokens, H, D] and a `dtype` of queries and keys."""
+    return {
+        "S": tokens,
+        "PADDED": triton.cdiv(tokens, BLOCK) * BLOCK,
+        "STAGES": config.stages,
+        "BLOCK": BLOCK,
+        "QMAX": QMAX[dtype],
+        "FLOOR": AMAX_FLOOR,
+        "OVERLAP": config.overlap,
+        "CODES": config.codes,
+        "ONES": config.ones,
+    }
+
+
+def attend(
+    q: Tensor, quantized: Quantized, scale: float | None = None, config: AttentionConfig | None = None
+) -> Tensor:
+    """Attention of q [B, S, H, D], D contiguous, 64 or 128, on keys and values that `quantize` gave."""
+    batch, tokens, heads, features = q.shape
+    k8, v8 = quantized.k8, quantized.v8
+    if v8 is None or quantized.v_exponent is None:
+        raise ValueError("Hopper's attention takes values in e4m3")
+    dtype, element = ("int8", gl.int8) if k8.dtype == torch.int8 else ("float8_e4m3fn", gl.float8e4nv)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_block, v_block = [KEYS, features], [features, KEYS]
+    swizzled = gl.NVMMASharedLayout.get_default_for
+    attention_kernel[(triton.cdiv(tokens, 128), batch * heads)](
+        q,
+        TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, element)),
+        TensorDescriptor(v8, list(v8.shape), [v8.shape[1], 1], v_block, swizzled(v_block, gl.float8e4nv)),
+        quantized.k_scale,
+        quantized.v_exponent,
+        out,
+        logit_factor(features, scale),
+        *q.stride()[:3],
+        *out.stride()[:3],
+        heads,
+        **constants(tokens, dtype, config or AttentionConfig()),
+        num_warps=4,
+    )
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str = "int8", scale: float | None = None) -> Tensor:
+    """See `tritflow.kernels.attention`."""
+    if not q.numel():
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = (contiguous_features(t) for t in (q, k, v))
+    return attend(q, quantize(None, k, v, dtype), scale)

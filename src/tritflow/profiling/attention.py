@@ -1,0 +1,249 @@
+"""Benchmark of 8-bit attention against PyTorch's in bf16 on the same GPU, in one run: times and errors.
+
+Times are of CUDA graph replays over rotating inputs, rounds interleaved; attention on inputs that are quantized
+already, and with the pass that quantizes them ("in all"). Errors are relative, `|y - x| / |x|`, against float32.
+Every configuration of the Hopper kernel is first tried in a process of its own, which may hang or crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.kernels import Candidate, graph_times
+from tritflow.results import provenance
+
+Say = Callable[[str], None]
+Inputs = tuple[Tensor, Tensor, Tensor]
+Shape = tuple[int, int, int]
+"""Tokens, heads, features of a head."""
+DTYPES = ("int8", "float8_e4m3fn")
+RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
+KINDS = ("normal", "biased keys", "peaked", "outlier values")
+HOPPER: list[dict[str, Any]] = [
+    {"overlap": overlap, "codes": codes, "ones": ones}
+    for overlap in (False, True)
+    for codes, ones in ((True, True), (True, False), (False, True), (False, False))
+]
+"""Configurations of the Hopper kernel that are tried."""
+_SETS = 3
+_WRONG = 0.1  # relative error on Gaussian inputs that no rounding explains
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's attention on [B, S, H, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in float32, head by head."""
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    with _full_precision():
+        for h in range(q.shape[2]):
+            a, b, c = (t[:, :, h].float() for t in (q, k, v))
+            out[:, :, h] = torch.softmax(a @ b.transpose(1, 2) * q.shape[-1] ** -0.5, -1) @ c
+    return out
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def inputs(shape: Shape, kind: str, seed: int = 0, device: str = "cuda") -> Inputs:
+    """bf16 queries, keys and values [1, tokens, heads, features].
+
+    `normal`: Gaussian. `biased keys`: every 16th key channel is off by 8 standard deviations times a Gaussian, the
+    same for all tokens of a head. `peaked`: queries four times as large, so that few keys count. `outlier values`:
+    every 16th value channel ten times as large.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of inputs '{kind}': use one of {', '.join(KINDS)}")
+    tokens, heads, features = shape
+    g = torch.Generator(device).manual_seed(seed)
+    q, k, v = (torch.randn((1, tokens, heads, features), generator=g, device=device) for _ in range(3))
+    some = torch.zeros(features, device=device)
+    some[::16] = 1
+    if kind == "biased keys":
+        k += 8 * some * torch.randn((heads, features), generator=g, device=device)
+    elif kind == "peaked":
+        q *= 4
+    elif kind == "outlier values":
+        v *= 1 + 9 * some
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, Euclidean."""
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+class Contender:
+    """One way to compute attention: `prepare` inputs (nothing, in 16 bits), then `run` on what that gave."""
+
+    def __init__(self, name: str, prepare: Callable[..., Any], run: Callable[..., Tensor]) -> None:
+        self.name, self.prepare, self.run = name, prepare, run
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.run((q, k, v), self.prepare(q, k, v))
+
+
+def rivals() -> list[Contender]:
+    """PyTorch's attentions in bf16."""
+
+    def pinned(backend: SDPBackend) -> Callable[[Inputs, None], Tensor]:
+        def run(given: Inputs, prepared: None) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(*given)
+
+        return run
+
+    return [Contender(name, lambda q, k, v: None, pinned(backend)) for name, backend in RIVALS.items()]
+
+
+def plain(dtype: str) -> Contender:
+    """Plain Triton's kernel."""
+    from tritflow.kernels.triton.attention import attend, quantize
+
+    return Contender(
+        f"triton {dtype}",
+        lambda q, k, v: quantize(q, k, v, dtype),
+        lambda given, prepared: attend(prepared, given[2]),
+    )
+
+
+def hopper(dtype: str, settings: dict[str, Any]) -> Contender:
+    """The Hopper kernel in one configuration; it quantizes its queries itself."""
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend
+    from tritflow.kernels.triton.attention import quantize
+
+    config = AttentionConfig(**settings)
+    return Contender(
+        f"hopper {dtype}, {config.name}",
+        lambda q, k, v: quantize(None, k, v, dtype),
+        lambda given, prepared: attend(given[0], prepared, config=config),
+    )
+
+
+def handle(task: Task) -> dict[str, Any]:
+    """A worker's task: is a configuration of the Hopper kernel right, and the same 100 times?"""
+    given = inputs(tuple(task["shape"]), "normal")
+    contender = hopper(task["dtype"], task["settings"])
+    first = contender(*given)
+    error = relative_error(first, exact(*given))
+    if not error < _WRONG:
+        return {"error": f"wrong: relative error {error:.3g}"}
+    if not all(torch.equal(first, contender(*given)) for _ in range(100)):
+        return {"error": "wrong: results change from call to call"}
+    return {"relative_error": error}
+
+
+def _sound(shape: Shape, say: Say, seconds: float) -> list[Contender]:
+    """The Hopper kernel's configurations that are right here."""
+    from tritflow.kernels.hopper import why_not
+
+    reason = why_not(torch.cuda.current_device())
+    if reason is not None:
+        say(f"hopper: {reason}")
+        return []
+    tasks: list[Task] = [{"shape": [shape[0], 2, shape[2]], "dtype": d, "settings": s} for s in HOPPER for d in DTYPES]
+    found = []
+
+    def note(task: Task, result: dict[str, Any]) -> None:
+        contender = hopper(task["dtype"], task["settings"])
+        say(f"{contender.name}: {result}")
+        if "error" not in result:
+            found.append(contender)
+
+    deadline = time.monotonic() + seconds
+    run_isolated("tritflow.profiling.attention", tasks, silence=25.0, deadline=deadline, on_result=note)
+    return found
+
+
+def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: Say = print) -> dict[str, Any]:
+    """Times and errors at one shape.
+
+    Returns {"shape": [1, tokens, heads, features], "microseconds": {name: {"p20", "p50", "p80"}} (8-bit contenders also
+    as "NAME, in all"), "tflops", "speedup" over cuDNN, "errors": {kind of inputs: {name: relative error}}}; a contender
+    that fails has {"error": ...} for its time.
+    """
+    sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
+    candidates = []
+    for contender in contenders:
+        try:
+            prepared = [contender.prepare(*given) for given in sets]
+        except Exception as error:
+            say(f"{contender.name}: {str(error).splitlines()[0][:200]}")
+            continue
+
+        def alone(i: int, contender: Contender = contender, prepared: list[Any] = prepared) -> Tensor:
+            return contender.run(sets[i], prepared[i])
+
+        def in_all(i: int, contender: Contender = contender) -> Tensor:
+            return contender(*sets[i])
+
+        candidates.append(Candidate(contender.name, alone, _SETS))
+        if contender.name not in RIVALS:
+            candidates.append(Candidate(f"{contender.name}, in all", in_all, _SETS))
+    times = graph_times(candidates, rounds=rounds)
+    medians = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    errors: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        given = inputs(shape, kind, 7)
+        truth = exact(*given)
+        errors[kind] = {c.name: relative_error(c(*given), truth) for c in contenders if c.name in medians}
+    work = 4e-6 * shape[0] ** 2 * shape[1] * shape[2]
+    base = medians.get("cudnn bf16")
+    for name, us in medians.items():
+        ratio = "" if base is None else f" {base / us:.3f}x"
+        rest = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
+        say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {rest}")
+    return {
+        "shape": [1, *shape],
+        "microseconds": times,
+        "tflops": {name: round(work / us, 1) for name, us in medians.items()},
+        "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
+        "errors": errors,
+    }
+
+
+def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:
+    """`measure` at every shape, with where it was measured: one run of the results.
+
+    Args:
+        shapes: tokens, heads, features; the Hopper kernel is checked at the first, for at most `seconds`.
+        note: kept with the result.
+        seconds: for the checks.
+        say: told each result in a line.
+    """
+    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *_sound(shapes[0], say, seconds)]
+    return {**provenance("cuda"), "note": note, "attention": [measure(shape, contenders, say=say) for shape in shapes]}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tritflow.profiling.attention", description="see `tritflow bench attention`")
+    parser.add_argument("--worker", required=True, help=argparse.SUPPRESS)
+    serve(parser.parse_args(arguments).worker, handle)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,51 @@
+"""The Hopper attention kernel compiles without a GPU, and its machine code keeps what the design rests on."""
+
+import pytest
+
+from tritflow.kernels.hopper import why_not_compile
+
+reason = why_not_compile()
+compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+CONFIGS = [
+    {"overlap": overlap, "codes": codes, "ones": ones}
+    for overlap in (False, True)
+    for codes, ones in ((True, True), (False, False))
+]
+
+
+def _check(compiled):
+    assert compiled.spills == 0
+    assert compiled.stack == 0
+    assert not [note for note in compiled.notes if "serialized" in note]
+    assert compiled.shared <= 227 * 1024
+
+
+@compiles
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_products_are_asynchronous_and_nothing_spills(config, kind):
+    from tritflow.kernels.hopper.aot import compile_attention, in_flight_overwrites
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig
+
+    compiled = compile_attention(AttentionConfig(**config), dtype=kind)
+    _check(compiled)
+    # In turn, products in flight read weights from registers.
+    assert in_flight_overwrites(compiled.sass) == []
+    # Two consumers; queries with keys in front of the loop and in it, and once more between the two if overlapping.
+    products = 2 * 4 * (3 if config["overlap"] else 2)
+    sums = products if config["ones"] else 0
+    if kind == "int8":
+        assert (compiled.count("IGMMA"), compiled.count("QGMMA")) == (products, products + sums)
+    else:
+        assert compiled.count("QGMMA") == 2 * products + sums
+
+
+@compiles
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [1, 129, 300])
+def test_any_number_of_tokens_compiles(tokens, overlap):
+    from tritflow.kernels.hopper.aot import compile_attention
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig
+
+    _check(compile_attention(AttentionConfig(overlap=overlap), tokens=tokens, features=64, x_dtype="fp32"))

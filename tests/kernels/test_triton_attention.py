@@ -1,0 +1,179 @@
+"""Plain Triton's 8-bit attention through the interpreter, against the reference; tests/gpu has it on a GPU.
+
+The interpreter of Triton 3.6 loses the carry when it rounds a number up into the next power of two as e4m3, so what
+passes e4m3 there is compared loosely, or with numbers that e4m3 holds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+_INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(_INSIDE, reason="this is the run inside")
+def test_through_the_interpreter():
+    """Triton reads its switch while kernels are defined, hence a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
+
+
+inside = pytest.mark.skipif(not _INSIDE, reason="runs inside the interpreter")
+SHAPES = [(1, 1, 1, 32), (2, 150, 2, 32), (1, 128, 1, 64), (1, 257, 1, 128)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Outputs start as NaN or nonsense, so that an element nobody wrote is seen."""
+    import torch
+
+    from tritflow.kernels.triton import attention
+
+    def empty(*args, **kwargs):
+        out = real(*args, **kwargs)
+        if out.dtype == torch.float8_e4m3fn:
+            out.view(torch.uint8).fill_(0x7F)
+            return out
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(77)
+
+    real = torch.empty
+    monkeypatch.setattr(attention.torch, "empty", empty)
+
+
+def _inputs(shape, seed=0):
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
+    return q, k + 3 * torch.randn(shape[-1], generator=g), v
+
+
+def _exact(q, k, v):
+    import torch.nn.functional as F
+
+    return F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+@inside
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_values_in_16_bits(shape):
+    from tritflow.kernels.triton.attention import attention
+    from tritflow.testing import relative_error
+
+    args = _inputs(shape)
+    assert relative_error(attention(*args, e4m3=False), _exact(*args)) < 0.015
+
+
+@inside
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_values_in_e4m3(shape, kind):
+    from tritflow.kernels.triton.attention import attention
+    from tritflow.testing import relative_error
+
+    args = _inputs(shape)
+    assert relative_error(attention(*args, kind), _exact(*args)) < 0.2
+
+
+@inside
+def test_keys_are_the_references():
+    import torch
+
+    from tritflow.kernels import attention_reference as reference
+    from tritflow.kernels.triton.attention import quantize
+
+    _, k, v = _inputs((2, 150, 3, 32))
+    _, k8, _, _, scale, _ = quantize(None, k, v, "int8")
+    found = (k8.view(2, 3, 256, 32).float() * scale.view(2, 3, 2).repeat_interleave(128, 2)[..., None]).transpose(1, 2)
+    assert not found[:, 150:].any()
+    step = scale.max()
+    wrong = (found[:, :150] - reference.quantize_keys(k, "int8")).abs()
+    assert wrong.max() < 1.01 * step
+    assert (wrong > step / 2).float().mean() < 0.001
+    assert torch.equal(scale, scale.abs())
+
+
+@inside
+def test_values_are_the_references_in_another_order():
+    import torch
+
+    from tritflow.kernels import attention_reference as reference
+    from tritflow.kernels.triton.attention import quantize
+
+    g = torch.Generator().manual_seed(0)
+    k = torch.randn(2, 150, 3, 32, generator=g)
+    v = torch.randint(-8, 9, k.shape, generator=g).float()  # exact in e4m3
+    _, _, v8, _, _, exponent = quantize(None, k, v, "int8")
+    expected, exponents = reference.quantize_values(v)
+    assert torch.equal(exponent.view(2, 3, 2).repeat_interleave(128, 2)[..., :150], exponents)
+    places = torch.arange(256).view(16, 2, 4, 2).permute(0, 2, 1, 3).reshape(256)
+    found = torch.empty(2, 3, 32, 256)
+    found[..., places] = v8.view(2, 3, 32, 256).float()
+    assert not found[..., 150:].any()
+    assert torch.equal(found[..., :150].permute(0, 3, 1, 2), expected)
+
+
+@inside
+@pytest.mark.parametrize("e4m3", [True, False])
+def test_one_key_that_counts_alone_gives_its_value(e4m3):
+    """Were keys and values in different orders, another key's value would come out."""
+    import torch
+
+    from tritflow.kernels.triton.attention import attention
+    from tritflow.testing import relative_error
+
+    tokens = 140
+    k = torch.randn(1, tokens, 1, 128, generator=torch.Generator().manual_seed(0))
+    q = 20 * k
+    v = torch.randint(-8, 9, k.shape, generator=torch.Generator().manual_seed(1)).float()
+    assert relative_error(attention(q, k, v, e4m3=e4m3), v) < (0.1 if e4m3 else 1e-3)
+
+
+@inside
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_nan_is_seen(which):
+    from tritflow.kernels.triton.attention import attention
+
+    args = _inputs((1, 140, 2, 32))
+    args[which][0, 100, 0, 3] = float("nan")
+    found = attention(*args)
+    assert found[0, 100, 0].isnan().any()
+    assert not found[0, :, 1].isnan().any()
+
+
+@inside
+def test_strided_inputs():
+    import torch
+
+    from tritflow.kernels.triton.attention import attention
+
+    q, k, v = torch.randn(2, 40, 3, 2, 32).unbind(2)
+    assert torch.equal(attention(q, k, v), attention(*(t.contiguous() for t in (q, k, v))))
+
+
+def test_sizes_that_the_kernel_takes():
+    import torch
+
+    from tritflow.kernels.triton.backend import BACKEND
+
+    def takes(features, dtype=torch.bfloat16, kind="int8"):
+        x = torch.empty(1, 2, 1, features, dtype=dtype)
+        return BACKEND.kernels["attention"].supports(x, x, x, kind, None)
+
+    assert [d for d in range(1, 513) if takes(d)] == [32, 64, 128, 256]
+    assert takes(64, torch.float32, "float8_e4m3fn")
+    assert not takes(64, torch.float64)

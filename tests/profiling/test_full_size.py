@@ -1,0 +1,74 @@
+"""Quantizing and loading at real size, on a config that is none: every stage runs, resumes, and tells what it did."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tritflow.formats.architecture import flux1_shapes
+from tritflow.formats.source import open_source
+from tritflow.profiling import full_size
+
+CONFIG = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "axes_dims_rope": [8, 12, 12],
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "in_channels": 16,
+    "guidance_embeds": True,
+}
+
+
+def test_a_dense_folder_is_the_config_in_shards(tmp_path):
+    size = full_size.write_dense(tmp_path / "dense", CONFIG, "cpu", shard_bytes=200_000)
+    shards = list((tmp_path / "dense").glob("*.safetensors"))
+    assert len(shards) > 1
+    source = open_source(tmp_path / "dense")
+    shapes = flux1_shapes(CONFIG)
+    assert {n: tuple(s) for n, s in source.shapes().items()} == {n: tuple(s) for n, s in shapes.items()}
+    assert sum(2 * torch.Size(s).numel() for s in shapes.values()) < size < 1.2 * sum(p.stat().st_size for p in shards)
+    weight = source.tensor("single_transformer_blocks.0.proj_mlp.weight").float()
+    assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+
+
+def test_stages_run_apart_and_are_not_run_twice(tmp_path):
+    said: list[str] = []
+    stages = ["write bf16", "quantize base3", "load base3, to the GPU"]
+    run = full_size.bench(tmp_path, config=CONFIG, device="cpu", stages=stages, say=said.append)
+    assert list(run["stages"]) == stages
+    found = run["stages"]["quantize base3"]
+    assert found["linears"] == 20
+    assert found["ratio"] == pytest.approx(run["stages"]["write bf16"]["bytes"] / found["bytes"])
+    assert all(result["seconds"] > 0 and result["peak_rss_bytes"] > 1e7 for result in run["stages"].values())
+    assert len(said) == 3
+    again = full_size.bench(tmp_path, config=CONFIG, device="cpu", stages=stages, say=said.append)
+    assert again["stages"] == run["stages"]
+    assert len(said) == 3
+    assert "load base3, to the GPU" in full_size.table(run)
+
+
+def test_a_stage_that_failed_is_run_again(tmp_path):
+    stage = "load 2bit, to the GPU"
+    run = full_size.bench(tmp_path, config=CONFIG, device="cpu", stages=[stage], say=lambda _: None)
+    assert "error" in run["stages"][stage]
+    assert stage in full_size.table(run)
+    stages = ["write bf16", "quantize 2bit", stage]
+    run = full_size.bench(tmp_path, config=CONFIG, device="cpu", stages=stages, say=lambda _: None)
+    assert run["stages"][stage]["seconds"] > 0
+    assert "error" not in json.loads((tmp_path / "stages.json").read_text())[stage]
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown stage 'fly'"):
+        full_size.bench(tmp_path, stages=["fly"])
+    usage = full_size.shutil.disk_usage(tmp_path)._replace(free=1_000_000_000)
+    monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(full_size.DiskFullError, match="the files need 35"):
+        full_size.bench(tmp_path)
+    assert not list(tmp_path.iterdir())
