@@ -16,12 +16,12 @@ from tritflow.testing import tiny_flux_transformer, transformer_inputs
 
 SCRIPT = """
 import json, os, sys
-import torch, torch.distributed as dist
+import torch
 from safetensors.torch import save_file
 from tritflow.calibration.trajectories import Trajectories
 from tritflow.config import DistillationConfig, TernaryConfig
 from tritflow.distillation.parameters import parameter_groups
-from tritflow.distillation.sharded import Ranks, gathered, shard_
+from tritflow.distillation.sharded import gathered, processes, shard_
 from tritflow.distillation.velocity import distill_
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.quantization.convert import prepare_
@@ -29,37 +29,41 @@ from tritflow.testing import tiny_flux_transformer
 
 data, out, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    dist.init_process_group("gloo")
-model = tiny_flux_transformer(double=1, single=1, seed=3).requires_grad_(False)
-prepare_(model, TernaryConfig())
 names = ["transformer_blocks.0", "single_transformer_blocks.0"]
-total = sum(p.numel() for p in model.parameters())
-shard_(model, names, "cpu")
 config = DistillationConfig(
     steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, ema_decay=0.5, checkpoint_every=3
 )
-groups = parameter_groups(model, config)
-held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
 
 def progress(step, steps, loss):
     if step == stop:
         os._exit(3)
 
-result = distill_(lambda **kwargs: model(**kwargs, return_dict=False)[0], groups, Trajectories(data, holdout=0.25),
-                  config, out, on_progress=progress)
-tensors = {}
-for name in names:
-    with gathered(model.get_submodule(name)) as block:
-        for leaf, twin in block.named_modules():
-            if isinstance(twin, FakeTernaryLinear):
-                tensors[f"{name}.{leaf}.weight"] = twin.weight.detach().clone()
-                tensors[f"{name}.{leaf}.trits"] = twin.trits()
-ranks = Ranks.here()
-if ranks.first:
-    save_file(tensors, out + "/student.safetensors")
-    note = {"held": held, "total": total, "world": ranks.world}
-    json.dump({"loss": result.loss, "validation": result.validation, **note}, open(out + "/note.json", "w"))
+with processes("cpu") as ranks:
+    model = tiny_flux_transformer(double=1, single=1, seed=3).requires_grad_(False)
+    prepare_(model, TernaryConfig())
+    total = sum(p.numel() for p in model.parameters())
+    shard_(model, names, "cpu")
+    groups = parameter_groups(model, config)
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
+    result = distill_(
+        lambda **kwargs: model(**kwargs, return_dict=False)[0], groups, Trajectories(data, holdout=0.25), config, out,
+        on_progress=progress,
+    )
+    tensors = {}
+    for name in names:
+        with gathered(model.get_submodule(name)) as block:
+            for leaf, twin in block.named_modules():
+                if isinstance(twin, FakeTernaryLinear):
+                    tensors[f"{name}.{leaf}.weight"] = twin.weight.detach().clone()
+                    tensors[f"{name}.{leaf}.trits"] = twin.trits()
+    if ranks.first:
+        save_file(tensors, out + "/student.safetensors")
+        note = {"held": held, "total": total, "world": ranks.world}
+        with open(out + "/note.json", "w") as stream:
+            json.dump({"loss": result.loss, "validation": result.validation, **note}, stream)
+    ranks.wait()
+    # The model at this level holds gloo's threads, which torch may abort on at exit, when all is done.
+    os._exit(0)
 """
 
 
@@ -86,7 +90,7 @@ def distil(data, out, processes, stop=-1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), str(script), str(data), str(out), str(stop)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

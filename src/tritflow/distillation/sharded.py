@@ -5,6 +5,7 @@ Started by `torchrun`. Without a process group everything here does nothing, so 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ def processes(device: torch.device | str) -> Iterator[Ranks]:
     try:
         yield Ranks.here()
     finally:
+        # Sharded modules are in cycles and hold the group, whose threads abort a process that ends with them running.
+        gc.collect()
         dist.destroy_process_group()
 
 
