@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_origin
 
@@ -22,8 +23,29 @@ ActivationDtype = Literal["int8", "float8_e4m3fn"]
 Ternarizer = Literal["absmean", "mse"]
 
 
+ActivationStore = Literal["auto", "ram", "disk"]
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
 class ConfigError(ValueError):
     """A setting is unknown, out of range or from a newer version. The message names it and what is allowed."""
+
+
+class MemorySizeError(ConfigError):
+    """A text is no amount of memory."""
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "6GiB", "6 GB", "800MiB", "1.5G" (10^9) or a plain number.
+
+    Raises:
+        MemorySizeError: not a positive size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?B?\s*", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise MemorySizeError(f"'{text}' is no amount of memory; write for example 6GiB, 800MiB or 6GB")
+    return size
 
 
 def nearest(word: str, choices: list[str]) -> str:
@@ -220,6 +242,41 @@ class ReconstructionConfig(_Config):
 
 
 @dataclass(frozen=True)
+class StreamingConfig(_Config):
+    """What compensation and block reconstruction may take: blocks are read one at a time, activations are kept.
+
+    Sizes are texts such as "32GiB" or "800MiB".
+
+    Attributes:
+        activation_budget: bytes that the streams of teacher and student may take together. Where a stage's samples
+            would take more, it uses a spread of fewer and writes which (`calibration_records.jsonl`).
+        activation_store: where streams lie: `ram`, `disk` (in the job's work folder), or `auto`: on the GPU where they
+            take less than 40 % of what is free there, else in memory.
+        block_cache: bytes of dense blocks that stay on the device between two uses ("0": none).
+    """
+
+    version: int = FORMAT_VERSION
+    activation_budget: str = "32GiB"
+    activation_store: ActivationStore = "auto"
+    block_cache: str = "1GiB"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("activation_budget", "block_cache"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is a text such as '32GiB', not {getattr(self, name)!r}")
+        _ = self.budget_bytes, self.cache_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        return parse_bytes(self.activation_budget)
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self.block_cache.strip() == "0" else parse_bytes(self.block_cache)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A named experiment: everything `tritflow quantize` needs beside the source and the output.
 
@@ -233,6 +290,7 @@ class Recipe:
             channels out of 8-bit activations; None: column scales, if any, come from the weights.
         ternary: storage and targets.
         calibration: which trajectories (used by compensation, reconstruction and distillation).
+        streaming: what may be kept while blocks are streamed.
         reconstruction: block reconstruction (steps = 0 switches it off).
         distillation: velocity distillation (steps = 0 switches it off).
     """
@@ -245,5 +303,6 @@ class Recipe:
     smoothing: float | None = None
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -1,11 +1,16 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from tritflow.calibration.trajectories import Trajectories, TrajectoryWriter
+from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.importance import stream_importance
 from tritflow.models import FLUX1
 from tritflow.models.family import BlockCalls
+from tritflow.modules.streamed import StreamedBlocks
 from tritflow.testing import assert_close, tiny_flux_transformer, transformer_inputs
 
 CALLS = BlockCalls(streams=("text", "x"), per_sample=(), final=("x",))
@@ -43,7 +48,10 @@ def test_it_is_the_diagonal_of_the_jacobian_squared(tmp_path):
     writer.finish(1, {}, {})
     model = Model()
     found = stream_importance(
-        model, model, ["blocks.0", "blocks.1"], CALLS, Trajectories(tmp_path, holdout=0), samples=500, batch_size=64
+        Blocks(StreamedBlocks.in_memory(model, ["blocks.0", "blocks.1"]), model, [], CALLS),
+        Trajectories(tmp_path, holdout=0),
+        samples=500,
+        batch_size=64,
     )
     diagonal = model.head.square().sum(dim=1)
     assert_close(found[1]["x"], 8 * diagonal, 0.1)
@@ -71,9 +79,15 @@ def test_on_flux_a_small_error_costs_what_it_says(tmp_path, batch_size):
     def run(**kwargs):
         return model(**kwargs, return_dict=False)
 
-    found = stream_importance(
-        model, run, order, FLUX1.block_calls, trajectories, samples=12, batch_size=batch_size, seed=3
-    )
+    blocks = Blocks(StreamedBlocks.in_memory(model, order), run, [], FLUX1.block_calls)
+    found = stream_importance(blocks, trajectories, samples=12, batch_size=batch_size, seed=3)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    streamed = Blocks(StreamedBlocks(copy.deepcopy(model), order, state.__getitem__), None, [], FLUX1.block_calls)
+    streamed = dataclasses.replace(streamed, run=lambda **kwargs: streamed.model(**kwargs, return_dict=False))
+    again = stream_importance(streamed, trajectories, samples=12, batch_size=batch_size, seed=3)
+    for one, other in zip(found, again, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert streamed.dense.peak == max(streamed.dense.parameters_of(name) for name in order)
     assert len(found) == 3
     assert not found[2]["encoder_hidden_states"].any()
     kwargs = trajectories.pairs(torch.arange(12), "all").kwargs

@@ -190,6 +190,10 @@ class Trajectories:
         dtypes = self.meta["dtypes"]
         return Batch({n: t.to(getattr(torch, dtypes[n])) if n in dtypes else t for n, t in kwargs.items()}, velocity)
 
+    def place(self, index: int, split: Split = "train") -> tuple[int, int]:
+        """(trajectory, step) of pair number `index` of a split; trajectories are numbered as they were recorded."""
+        return int(self._members[split][index // self.steps]), index % self.steps
+
     def batches(
         self,
         batch_size: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ _EXAMPLES = """Examples:
   tritflow quantize finetune-fp8.safetensors OUT       # one file with Black Forest Labs' names
   tritflow quantize small OUT --recipe demo            # compensate and distil the built-in model
   tritflow quantize FLUX_DIR OUT --recipe balanced --prompts my_prompts.txt --device cuda
+  torchrun --nproc-per-node 2 -m tritflow.cli.main quantize FLUX_DIR OUT --recipe best   # distils on two GPUs
   tritflow quantize --list                             # the recipes
 """
 
@@ -89,7 +91,8 @@ def quantize(
     from tritflow.pipelines.loading import quiet
     from tritflow.pipelines.quantize import quantize as run
 
-    with quiet(), _bars(not json) as update:
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), the first
+    with quiet(), _bars(speaks and not json) as update:
         report = run(
             source,
             out,
@@ -106,6 +109,8 @@ def quantize(
             keep_work=keep_work,
             on_progress=update,
         )
+    if not speaks:
+        return
     size = sum(p.stat().st_size for p in report.transformer.glob("*.safetensors"))
     if json:
         print_json(

@@ -7,7 +7,8 @@ others are shared.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.trajectories import Split, Trajectories
+from tritflow.distillation.blocks import Blocks
+from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.step import autocast
 from tritflow.models.family import BlockCalls
 
@@ -25,7 +28,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Streams:
-    """Inputs of one block for S samples. Tensors lie on `store`, batches come out on `device`; nothing is written to.
+    """Inputs of one block for S samples. Batches come out on `device`, whatever the tensors lie on.
 
     Attributes:
         calls: how blocks are called.
@@ -34,6 +37,8 @@ class Streams:
         shared: everything else, on `device`.
         device: where blocks run.
         batch_size: samples run at once when a block is passed.
+        shelf: gives room for new streams.
+        mixed: blocks run under `autocast`.
     """
 
     calls: BlockCalls
@@ -42,6 +47,8 @@ class Streams:
     shared: dict[str, Any]
     device: torch.device
     batch_size: int
+    shelf: Shelf
+    mixed: bool = True
 
     @property
     def samples(self) -> int:
@@ -57,18 +64,25 @@ class Streams:
         return {n: take(t, indices, self.device) for n, t in {**self.streams, **self.per_sample}.items()}
 
     @torch.no_grad()
-    def through(self, block: nn.Module) -> Streams:
-        """The inputs of the next block: every sample passes `block`, which is on `device`."""
-        new: dict[str, Tensor] = {}
+    def outputs(self, block: nn.Module) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """What `block`, which is on `device`, makes of the samples, batch by batch: (which samples, streams)."""
         for rows in torch.arange(self.samples).split(self.batch_size):
             inputs = self.batch(rows.to(self._store))
-            with autocast(self.device):
+            with autocast(self.device) if self.mixed else nullcontext():
                 out = call(block, self.calls, inputs, self.shared)
+            yield slice(int(rows[0]), int(rows[-1]) + 1), out
+
+    def through(self, block: nn.Module, in_place: bool = False) -> Streams:
+        """The inputs of the next block: every sample passes `block`. In place, these streams are overwritten."""
+        new: dict[str, Tensor] = {}
+        for rows, out in self.outputs(block):
             for name, value in out.items():
                 old = self.streams[name]
                 if name not in new:
-                    new[name] = torch.empty((self.samples, *value.shape[1:]), dtype=old.dtype, device=old.device)
-                new[name][rows[0] : rows[-1] + 1] = value.to(old)
+                    shape = (self.samples, *value.shape[1:])
+                    same = in_place and shape == tuple(old.shape)
+                    new[name] = old if same else self.shelf.empty(shape, old.dtype, old.device)
+                new[name][rows] = value.to(old)
         return replace(self, streams=new)
 
     @property
@@ -88,72 +102,82 @@ def call(
 def take(tensor: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     """Rows of a kept tensor on `device`, without waiting for the GPU."""
     rows = tensor[indices]
-    if rows.device == device:
-        return rows
-    # Pinned memory is copied beside the computation, and kept by torch until the copy is done.
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    if rows.device.type == "cpu" and device.type == "cuda":
+        # Pinned memory is copied beside the computation, and kept by torch until the copy is done.
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)  # nothing to do where it is there; "cuda" and "cuda:0" are the same, though not equal
 
 
-@torch.no_grad()
 def first_inputs(
-    model: nn.Module,
-    run: Callable[..., Any],
-    block: str,
-    calls: BlockCalls,
+    blocks: Blocks,
     trajectories: Trajectories,
+    indices: Tensor,
     *,
-    samples: int,
     batch_size: int,
     split: Split = "train",
-    device: torch.device | str = "cpu",
-    store: torch.device | str | None = None,
+    shelf: Shelf | None = None,
+    store: torch.device | None = None,
+    mixed: bool = True,
 ) -> Streams:
     """Run the model up to its first block and keep what that block is given.
 
     Args:
-        model, run: `run(**kwargs)` runs `model` on a batch's kwargs.
-        block: name of the first block.
-        calls: how blocks are called.
-        trajectories: `samples` pairs are drawn evenly from `split`.
-        store: where tensors are kept; None: on `device`.
+        blocks: the dense model; none of its blocks is read.
+        trajectories: where the pairs `indices` ([S]) of `split` are taken from.
+        batch_size: samples run at once, here and through blocks.
+        shelf: for this and all streams that follow from it.
+        store: the device on which they are kept; None: where blocks run.
+        mixed: see `Streams`.
 
     Raises:
         ValueError: the block never ran, or was not given what `calls` names.
     """
-    device = torch.device(device)
-    kept: dict[str, list[Tensor]] = {name: [] for name in (*calls.streams, *calls.per_sample)}
+    shelf = shelf or Shelf()
+    device, names = blocks.dense.device, (*blocks.calls.streams, *blocks.calls.per_sample)
+    kept: dict[str, Tensor] = {}
     shared: dict[str, Any] = {}
+    for rows in torch.arange(len(indices)).split(batch_size):
+        given, shared = _inputs(blocks, trajectories.pairs(indices[rows], split, device).kwargs)
+        for name in names:
+            if name not in kept:
+                shape = (len(indices), *given[name].shape[1:])
+                kept[name] = shelf.empty(shape, given[name].dtype, device if store is None else store)
+            kept[name][int(rows[0]) : int(rows[-1]) + 1] = given[name].to(kept[name])
+    streams = {name: kept[name] for name in blocks.calls.streams}
+    per_sample = {name: kept[name] for name in blocks.calls.per_sample}
+    return Streams(blocks.calls, streams, per_sample, shared, device, batch_size, shelf, mixed)
+
+
+def sample_bytes(blocks: Blocks, trajectories: Trajectories) -> int:
+    """Bytes of one sample's streams. Raises as `first_inputs`."""
+    one = trajectories.pairs(torch.zeros(1, dtype=torch.long), "all", blocks.dense.device)
+    given, _ = _inputs(blocks, one.kwargs)
+    return sum(given[name].nbytes for name in blocks.calls.streams)
+
+
+@torch.no_grad()
+def _inputs(blocks: Blocks, kwargs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the first block is given for one batch: (streams and per-sample arguments, all others)."""
+    first, names = blocks.order[0], (*blocks.calls.streams, *blocks.calls.per_sample)
+    found: dict[str, Any] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        missing = [name for name in kept if not isinstance(given.get(name), Tensor)]
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        given.pop(next(iter(given)))  # self
+        missing = [name for name in names if not isinstance(given.get(name), Tensor)]
         if missing:
-            raise ValueError(f"'{block}' is not called with a tensor '{missing[0]}'; it takes {', '.join(given)}")
-        for name, tensors in kept.items():
-            tensors.append(given[name].to(device if store is None else store))
-        shared.update({name: value for name, value in given.items() if name not in kept})
+            raise ValueError(f"'{first}' is not called with a tensor '{missing[0]}'; it takes {', '.join(given)}")
+        found.update(given)
         raise _Stop
 
-    handle = model.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
-    size = trajectories.size(split)
+    handle = blocks.model.get_submodule(first).register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for indices in torch.linspace(0, size - 1, min(samples, size)).round().long().split(batch_size):
-            try:
-                run(**trajectories.pairs(indices, split, device).kwargs)
-            except _Stop:
-                continue
-            raise ValueError(f"the model finished without running '{block}': check the block order")
+        blocks.run(**kwargs)
+    except _Stop:
+        return {n: found[n] for n in names}, {n: value for n, value in found.items() if n not in names}
     finally:
         handle.remove()
-    whole = {name: torch.cat(tensors) for name, tensors in kept.items()}
-    return Streams(
-        calls,
-        {name: whole[name] for name in calls.streams},
-        {name: whole[name] for name in calls.per_sample},
-        shared,
-        device,
-        batch_size,
-    )
+    raise ValueError(f"the model finished without running '{first}': check the block order")
 
 
 def relative_errors(
@@ -166,8 +190,7 @@ def relative_errors(
     out = inputs
     for block in blocks:
         out = out.through(block)
-    size = inputs.batch_size
-    errors = [(_square_error(out.streams[n], t, size) * weights[n].to(t.device)).mean() for n, t in targets.items()]
+    errors = [(_square_error(out.streams[n], t, inputs) * weights[n]).mean() for n, t in targets.items()]
     return dict(zip(targets, torch.stack(errors).tolist(), strict=True))
 
 
@@ -179,18 +202,17 @@ def loss_weights(
     Errors are measured by what the teacher's window adds to the streams: an output that is none gives 1 in all, with
     `importance` (channels and streams weighed by it), and 1 for each stream without.
     """
-    changes = {n: _square_error(outputs.streams[n], inputs.streams[n], inputs.batch_size) for n in names}
+    changes = {n: _square_error(outputs.streams[n], inputs.streams[n], inputs) for n in names}
     if importance is None:
-        found = {n: torch.ones_like(c) / c.mean().clamp_min(1e-20) for n, c in changes.items()}
-    else:
-        weights = {n: importance[n].to(changes[n].device) for n in names}
-        total = sum(((weights[n] * changes[n]).mean() for n in names), torch.zeros((), device=changes[names[0]].device))
-        found = {n: weights[n] / total.clamp_min(1e-30) for n in names}
-    return {n: w.to(inputs.device) for n, w in found.items()}
+        return {n: torch.ones_like(c) / c.mean().clamp_min(1e-20) for n, c in changes.items()}
+    weights = {n: importance[n].to(inputs.device) for n in names}
+    total = sum(((weights[n] * changes[n]).mean() for n in names), torch.zeros((), device=inputs.device))
+    return {n: weights[n] / total.clamp_min(1e-30) for n in names}
 
 
-def _square_error(a: Tensor, b: Tensor, batch_size: int) -> Tensor:
-    """Mean over samples and tokens, [C]; in chunks: no second fp32 copy of what may be most of the memory."""
-    parts = zip(a.split(batch_size), b.split(batch_size), strict=True)
-    sums = [(x.float() - y.float()).square().flatten(0, -2).sum(dim=0) for x, y in parts]
+def _square_error(a: Tensor, b: Tensor, streams: Streams) -> Tensor:
+    """Mean over samples and tokens, [C], computed where blocks run; in chunks: these may be most of the memory."""
+    parts = zip(a.split(streams.batch_size), b.split(streams.batch_size), strict=True)
+    on = streams.device
+    sums = [(x.to(on).float() - y.to(on).float()).square().flatten(0, -2).sum(dim=0) for x, y in parts]
     return torch.stack(sums).sum(dim=0) / (a.numel() // a.shape[-1])

@@ -1,22 +1,21 @@
 """Error compensation block after block, each on the inputs that the blocks rounded before it really give.
 
-Knows no model family: it is told the blocks' names in the order in which they run, and how to run the model. In
-the pass for a block, the block before it runs with its new weights and its outputs are kept; those still earlier
-hand out placeholders, since nobody looks at theirs any more. So every block runs twice a sample, whatever the
-model's depth, and only one block's statistics and outputs are in memory.
+Knows no model family. The inputs of the current block are kept for all samples; a block runs twice: dense, watched, and
+rounded, to give the next block its inputs. One dense block, its statistics and one set of streams are in memory,
+whatever the model's depth.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.distillation.block_streams import first_inputs, sample_bytes
+from tritflow.distillation.blocks import Blocks
+from tritflow.distillation.shelf import Room, Shelf, spread
 from tritflow.quantization.compensate import InputStatistics, bias_correction, compensate
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.quantization.store import RoundedStore
@@ -25,118 +24,87 @@ from tritflow.quantization.ternarize import dequantize
 DAMPING = 0.01
 
 
-class _Stop(Exception):
-    """Raised behind the block of interest: the rest of the model need not run."""
-
-
-def compensate_blocks_(
-    model: nn.Module,
-    run: Callable[..., Any],
-    blocks: Sequence[str],
-    linears: Sequence[str],
+def compensate_blocks(
+    blocks: Blocks,
     trajectories: Trajectories,
     store: RoundedStore,
     *,
     weight_of: Callable[[str], Tensor],
     samples: int,
     batch_size: int,
-    device: torch.device | str = "cpu",
     column_scale: bool = False,
     column_of: Callable[[str, Tensor], Tensor] | None = None,
+    shelf: Shelf | None = None,
+    on_samples: Callable[[Room, Tensor], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Round `linears` with error compensation; the model's weights become the rounded ones, in place.
+    """Round the linears of all blocks with error compensation.
 
     Args:
-        model: dense; its named linears are overwritten.
-        run: called with a batch's kwargs; runs `model`.
-        blocks: module names in running order.
-        linears: names of the linears to round, each inside a block.
-        trajectories: inputs are drawn evenly from the training split.
+        blocks: the dense model; it is not changed.
+        trajectories: inputs are drawn from the training split.
         store: receives a group a block; groups it has already are taken over, so a killed job goes on.
         weight_of: the original weight [N, K] of a linear, any dtype.
-        samples: recorded pairs that the statistics come from.
+        samples: recorded pairs that the statistics come from, at most.
         batch_size: pairs run at once.
-        device: of the model.
         column_scale: also fit a scale per input column, from the weights.
         column_of: gives the column scales [K] of a linear by name and weight instead.
+        shelf: where inputs are kept, within which budget.
+        on_samples: called once with how many samples there was room for, and which pairs of the split they are.
         on_progress: called as (blocks done, of how many).
+
+    Raises:
+        ValueError: a linear or block never ran.
+        BudgetError: no sample fits the budget.
+        DiskFullError: no space left; the same call resumes.
     """
+    shelf = shelf or Shelf()
+    dense, order = blocks.dense, blocks.order
     size = trajectories.size("train")
-    indices = torch.linspace(0, size - 1, min(samples, size)).round().long().split(batch_size)
-    replay = _Replay(model, blocks)
-    try:
-        for number, block in enumerate(blocks):
-            inside = [name for name in linears if name.startswith(f"{block}.")]
+    each = sample_bytes(blocks, trajectories)
+    room = shelf.room(min(samples, size), 0, each, 1)
+    indices = spread(size // trajectories.steps, trajectories.steps, room.samples, room.limited)
+    if on_samples is not None:
+        on_samples(room, indices)
+    todo = [i for i, name in enumerate(order) if blocks.inside(name) and not store.has_group(name)]
+    if todo:
+        # Where there is room on the GPU, streams lie beside the model, not under mixed precision: as it runs itself.
+        place = shelf.device(each * len(indices), dense.device)
+        streams = first_inputs(
+            blocks, trajectories, indices, batch_size=batch_size, shelf=shelf, store=place, mixed=False
+        )
+    for number, block in enumerate(order):
+        inside = blocks.inside(block)
+        if number in todo:
             found: dict[str, InputStatistics] = {}
-            watched = [] if store.has_group(block) else inside
-            replay.enter(number)
-            for i, chosen in enumerate(indices):
-                kwargs = trajectories.pairs(chosen, "train", device).kwargs
-                replay.run(i, functools.partial(run, **kwargs), watched, found)
-            if watched:
-                rounded = {}
-                for name in inside:
-                    weight = weight_of(name).to(device)
-                    column = None if column_of is None else column_of(name, weight)
-                    rounded[name] = _round(model.get_submodule(name), weight, found.pop(name), column_scale, column)
-                store.write(block, rounded)
-            for name in inside:
-                overwrite_(model.get_submodule(name), store[name])
-            if on_progress is not None:
-                on_progress(number + 1, len(blocks))
-    finally:
-        replay.close()
+            with dense.loaded(block) as module:
+                leaves = {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in inside}
+                hooks = [leaf.register_forward_pre_hook(_watch(name, found)) for name, leaf in leaves.items()]
+                try:
+                    for _ in streams.outputs(module):
+                        pass
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+                missing = [name for name in inside if name not in found]
+                if missing:
+                    raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
+                rounded = {
+                    name: _round(name, leaf, weight_of(name).to(dense.device), found.pop(name), column_scale, column_of)
+                    for name, leaf in leaves.items()
+                }
+            store.write(block, rounded)
+        if todo and number < todo[-1]:
+            streams = streams.through(_rounded_copy(blocks, block, store), in_place=True)
+        if on_progress is not None:
+            on_progress(number + 1, len(order))
 
 
-class _Replay:
-    """Runs a model up to one block, with the blocks before it taken from memory."""
-
-    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
-        self.model, self.names = model, blocks
-        self.blocks = [model.get_submodule(name) for name in blocks]
-        self._kept: list[Any] = []  # outputs of block `number - 2`, one a batch
-        self._next: list[Any] = []
-        self.number = -1
-        self._batch = 0
-
-    def enter(self, number: int) -> None:
-        """Prepare the pass for block `number`."""
-        self.number = number
-        self._kept, self._next = self._next, []
-        if number >= 2:
-            self.blocks[number - 2].forward = lambda *a, **k: self._kept[self._batch]
-        if number >= 3:
-            shape_of = tree_map(_placeholder, self._kept[0])
-            self.blocks[number - 3].forward = lambda *a, _out=shape_of, **k: _out
-
-    @torch.no_grad()
-    def run(
-        self, batch: int, call: Callable[[], Any], watched: Sequence[str], found: dict[str, InputStatistics]
-    ) -> None:
-        """Run one batch up to and including the current block; adds the inputs of `watched` to `found`."""
-        self._batch = batch
-        hooks = [self.model.get_submodule(name).register_forward_pre_hook(_watch(name, found)) for name in watched]
-        if self.number >= 1:
-            hooks.append(self.blocks[self.number - 1].register_forward_hook(lambda m, a, out: self._next.append(out)))
-        hooks.append(self.blocks[self.number].register_forward_hook(_stop))
-        try:
-            call()
-        except _Stop:
-            missing = [name for name in watched if name not in found]
-            if missing:
-                raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated") from None
-            return
-        finally:
-            for handle in hooks:
-                handle.remove()
-        raise ValueError(f"the model finished without running '{self.names[self.number]}': check the block order")
-
-    def close(self) -> None:
-        """Give every block its own forward back."""
-        for block in self.blocks:
-            block.__dict__.pop("forward", None)
-        self._kept, self._next = [], []
+def _rounded_copy(blocks: Blocks, block: str, store: RoundedStore) -> nn.Module:
+    new = blocks.dense.copy(block)
+    for name in blocks.inside(block):
+        overwrite_(new.get_submodule(name.removeprefix(f"{block}.")), store[name])
+    return new
 
 
 def _watch(name: str, found: dict[str, InputStatistics]) -> Callable[..., None]:
@@ -149,21 +117,18 @@ def _watch(name: str, found: dict[str, InputStatistics]) -> Callable[..., None]:
     return hook
 
 
-def _stop(*_: Any) -> None:
-    raise _Stop
-
-
-def _placeholder(value: Any) -> Any:
-    """Zeros of the same shape that take no memory: what runs between blocks may look at shapes."""
-    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value
-
-
 def _round(
-    linear: nn.Module, weight: Tensor, statistics: InputStatistics, column_scale: bool, column: Tensor | None
+    name: str,
+    linear: nn.Module,
+    weight: Tensor,
+    statistics: InputStatistics,
+    column_scale: bool,
+    column_of: Callable[[str, Tensor], Tensor] | None,
 ) -> Rounded:
     bias = linear.bias
     # With a bias to take up the mean error, only the covariance of the inputs matters.
     hessian = statistics.hessian(centered=bias is not None)
+    column = None if column_of is None else column_of(name, weight)
     if column is None and column_scale:
         start = round_weight(weight, column_scale=True, input_importance=hessian.diagonal())
         column = start.input_scale

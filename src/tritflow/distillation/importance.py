@@ -6,73 +6,73 @@ so one backward pass a batch, from a random projection of the velocity, weighs e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.models.family import BlockCalls
+from tritflow.distillation.blocks import Blocks
 
 
 def stream_importance(
-    model: nn.Module,
-    run: Callable[..., Any],
-    order: Sequence[str],
-    calls: BlockCalls,
+    blocks: Blocks,
     trajectories: Trajectories,
     *,
     samples: int,
     batch_size: int,
-    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Run the dense model forward and backward over recorded inputs.
 
     Args:
-        model, run: `run(**kwargs)` runs `model` and returns the velocity, alone or first in a tuple.
-        order: names of the blocks.
-        calls: how blocks call each other.
+        blocks: the dense model; its `run` returns the velocity, alone or first in a tuple.
         trajectories: `samples` pairs are drawn evenly from the training split.
-        batch_size: pairs run at once; the activations of all blocks are alive, so this is what takes memory.
+        batch_size: pairs run at once; the streams behind all blocks are alive, so this is what takes memory.
         seed: of the projections.
 
     Returns:
         For each block, stream -> fp32 [C]: mean square of the gradient, summed over tokens; zero where nothing that
         follows reads the stream.
     """
-    blocks = [model.get_submodule(name) for name in order]
-    seen: list[dict[str, Tensor]] = []
-    sums: list[dict[str, Tensor]] = [{} for _ in blocks]
+    modules = [blocks.model.get_submodule(name) for name in blocks.order]
+    names, device = blocks.calls.streams, blocks.dense.device
+    sums: list[dict[str, Tensor]] = [{} for _ in modules]
+    place = 0
+
+    def adder(total: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            total[name] += gradient.float().square().flatten(0, -2).sum(dim=0)
+
+        return add
 
     def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        nonlocal place
         given = out if isinstance(out, tuple) else (out,)
         # What the first block returns begins the graph: no parameter asks for gradients. Later ones are views, so
         # that a stream which a block hands on untouched has a gradient of its own behind it.
         given = tuple(t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in given)
-        for tensor in given:
-            tensor.retain_grad()
-        seen.append(dict(zip(calls.streams, given, strict=True)))
+        for name, tensor in zip(names, given, strict=True):
+            total = sums[place]
+            if name not in total:
+                total[name] = torch.zeros(tensor.shape[-1], device=tensor.device)
+            tensor.register_hook(adder(total, name))
+        place += 1
         return given if isinstance(out, tuple) else given[0]
 
-    handles = [block.register_forward_hook(hook) for block in blocks]
+    handles = [module.register_forward_hook(hook) for module in modules]
     generator = torch.Generator().manual_seed(seed)
     size = trajectories.size("train")
     chosen = torch.linspace(0, size - 1, min(samples, size)).round().long()
     try:
         for indices in chosen.split(batch_size):
-            seen.clear()
+            place = 0
             with torch.enable_grad():
-                out = run(**trajectories.pairs(indices, "train", device).kwargs)
+                out = blocks.run(**trajectories.pairs(indices, "train", device).kwargs)
                 velocity = out[0] if isinstance(out, tuple) else out
                 signs = torch.randint(0, 2, velocity.shape, generator=generator).to(velocity) * 2 - 1
                 (velocity * signs).sum().backward()
-            for total, streams in zip(sums, seen, strict=True):
-                for name, tensor in streams.items():
-                    g = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                    part = g.float().square().flatten(0, -2).sum(dim=0)
-                    total[name] = total[name] + part if name in total else part
     finally:
         for handle in handles:
             handle.remove()

@@ -6,14 +6,14 @@ before. Latent weights (straight-through), row and column scales and biases are 
 activations in the loop if the student will have them. The loss is the square error of all streams (image, text),
 each channel weighed by how much the teacher's velocity depends on it, over the same of what the teacher's window adds.
 
-Knows no model family. Only one window has gradients and optimiser state, so a model that fits once in inference can
-be reconstructed; the streams of teacher and student lie on the GPU if they fit, else in memory, and come in batches.
+Knows no model family. Dense blocks are read when they run, and only one window has gradients and optimiser state, so
+memory does not grow with the model's depth; the streams of teacher and student lie where the shelf says, within its
+budget, and come in batches.
 Every finished block is written at once, and a killed run goes on with the same result.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import provenance, read_json, write_json
-from tritflow.calibration.trajectories import Trajectories
+from tritflow.calibration.trajectories import Split, Trajectories
 from tritflow.config import DistillationConfig, ReconstructionConfig
-from tritflow.distillation.block_streams import Streams, call, first_inputs, loss_weights, relative_errors, take
-from tritflow.distillation.compensation import overwrite_
+from tritflow.distillation.block_streams import (
+    Streams,
+    call,
+    first_inputs,
+    loss_weights,
+    relative_errors,
+    sample_bytes,
+    take,
+)
+from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.importance import stream_importance
 from tritflow.distillation.overlap import Overlap
+from tritflow.distillation.shelf import Room, Shelf, spread
 from tritflow.distillation.state import ParameterGroup, TrainingState
 from tritflow.distillation.step import Step
-from tritflow.models.family import BlockCalls
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.modules.swap import swap_linears_
 from tritflow.quantization.convert import twin_of, twin_rounding
@@ -48,30 +56,7 @@ class ReconstructionError(ValueError):
     """Training diverged."""
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The model as reconstruction sees it.
-
-    Attributes:
-        model: dense and with its original weights, on the device.
-        run: called with a batch's kwargs; runs `model`.
-        order: names of the blocks in running order.
-        linears: names of the linears that become ternary, each inside a block.
-        calls: how blocks call each other.
-    """
-
-    model: nn.Module
-    run: Callable[..., Any]
-    order: Sequence[str]
-    linears: Sequence[str]
-    calls: BlockCalls
-
-    def inside(self, block: str) -> list[str]:
-        """Ternary linears of a block."""
-        return [name for name in self.linears if name.startswith(f"{block}.")]
-
-
-def reconstruct_blocks_(
+def reconstruct_blocks(
     blocks: Blocks,
     trajectories: Trajectories,
     start: Mapping[str, Rounded],
@@ -79,22 +64,25 @@ def reconstruct_blocks_(
     config: ReconstructionConfig,
     *,
     activation_dtype: str = "int8",
-    device: torch.device | str = "cpu",
     cuda_graph: bool = True,
+    shelf: Shelf | None = None,
+    on_samples: Callable[[Room, Tensor, Tensor], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Learn the roundings of all blocks; the model's linears become the rounded ones, in place.
+    """Learn the roundings of all blocks.
 
     Args:
-        blocks: the dense model.
+        blocks: the dense model; it is not changed. Blocks run under bf16 autocast on CUDA.
         trajectories: samples come from the training split, those that judge a window from the holdout.
         start: a rounding of every linear (error-compensated), from which trits and scales move.
         store: receives a group a block; blocks it has already are taken over, so a killed job goes on. Its folder
             also keeps `curve.json`, and the latent weights of overlapping windows while it runs.
         config: steps, window, rates.
         activation_dtype: of 8-bit activations.
-        device: where blocks run; bf16 autocast on CUDA.
         cuda_graph: capture the step on CUDA.
+        shelf: where streams are kept, within which budget.
+        on_samples: called once with how many samples there was room for, and which pairs of the training and of the
+            holdout split they are.
         on_progress: called as (blocks done, of how many).
 
     Returns:
@@ -103,20 +91,24 @@ def reconstruct_blocks_(
 
     Raises:
         ReconstructionError: the loss is not finite.
+        BudgetError: no sample fits the budget.
         DiskFullError: no space left; the same call resumes.
     """
-    work = _Work(blocks, start, store, config, activation_dtype, torch.device(device), cuda_graph)
+    work = _Work(blocks, start, store, config, activation_dtype, cuda_graph, shelf or Shelf())
     plan = windows(len(blocks.order), config.window, config.stride)
-    teacher, held_teacher = work.inputs(trajectories)
-    student, held = teacher, held_teacher
+    chosen = work.choose(trajectories, on_samples)
     done = work.finished(plan)
     curve = work.read_curve(done)
+    if done == len(blocks.order):
+        return curve
+    teacher, held_teacher = work.inputs(trajectories, *chosen)
+    student, held = teacher, held_teacher
     for window in plan:
         behind = {window.first: (teacher, held_teacher)}
         for number in range(window.first, window.stop if window.first >= done else window.finish):
-            dense = blocks.model.get_submodule(blocks.order[number])
             streams, held_streams = behind[number]
-            behind[number + 1] = streams.through(dense), held_streams and held_streams.through(dense)
+            with blocks.dense.loaded(blocks.order[number]) as dense:
+                behind[number + 1] = streams.through(dense), held_streams and held_streams.through(dense)
             if number not in (window.first, window.finish):
                 del behind[number]
         if window.first >= done:
@@ -126,13 +118,13 @@ def reconstruct_blocks_(
             curve = [*curve, entry]
             work.write(students, window, curve)
         teacher, held_teacher = behind[window.finish]
-        del behind
+        del behind, streams, held_streams
         for number in range(window.first, window.finish):
             name = blocks.order[number]
-            twin = work.rebuilt(name)
-            student, held = student.through(twin), held and held.through(twin)
-            for linear in blocks.inside(name):
-                overwrite_(blocks.model.get_submodule(linear), store[linear])
+            if window.stop < len(blocks.order):  # nobody looks behind the last one
+                twin = work.rebuilt(name)
+                student, held = student.through(twin), held and held.through(twin)
+                del twin
             if on_progress is not None:
                 on_progress(number + 1, len(blocks.order))
     return curve
@@ -167,10 +159,11 @@ class _Work:
         store: RoundedStore,
         config: ReconstructionConfig,
         activation_dtype: str,
-        device: torch.device,
         cuda_graph: bool,
+        shelf: Shelf,
     ) -> None:
-        self.blocks, self.start, self.store, self.config, self.device = blocks, start, store, config, device
+        self.blocks, self.start, self.store, self.config, self.shelf = blocks, start, store, config, shelf
+        self.device = device = blocks.dense.device
         self.settings: dict[str, Any] = {
             "activation_bits": config.activation_bits,
             "activation_dtype": activation_dtype,
@@ -180,35 +173,36 @@ class _Work:
         self.carried: dict[str, nn.Module] = {}
         self.importance: list[dict[str, Tensor]] = []
 
-    def inputs(self, trajectories: Trajectories) -> tuple[Streams, Streams | None]:
+    def choose(
+        self, trajectories: Trajectories, on_samples: Callable[[Room, Tensor, Tensor], None] | None
+    ) -> tuple[Tensor, Tensor, torch.device]:
+        """Which pairs of the training and of the holdout split are used, and where their streams lie."""
+        each, steps = sample_bytes(self.blocks, trajectories), trajectories.steps
+        sizes = trajectories.size("train"), trajectories.size("holdout")
+        copies = streams_alive(self.config.window)
+        room = self.shelf.room(min(self.config.samples, sizes[0]), min(HOLDOUT_SAMPLES, sizes[1]), each, copies)
+        train = spread(sizes[0] // steps, steps, room.samples, room.limited)
+        held = spread(sizes[1] // steps, steps, room.held, room.limited) if sizes[1] else torch.arange(0)
+        if on_samples is not None:
+            on_samples(room, train, held)
+        return train, held, self.shelf.device(copies * each * (len(train) + len(held)), self.device)
+
+    def inputs(
+        self, trajectories: Trajectories, train: Tensor, held: Tensor, store: torch.device
+    ) -> tuple[Streams, Streams | None]:
         """What the first block is given: training samples and held-out ones. Also weighs the streams' channels."""
         b, config = self.blocks, self.config
         if config.importance_samples:
             self.importance = stream_importance(
-                b.model, b.run, b.order, b.calls, trajectories,
-                samples=config.importance_samples, batch_size=config.importance_batch, device=self.device,
+                b, trajectories, samples=config.importance_samples, batch_size=config.importance_batch,
                 seed=config.seed,
             )  # fmt: skip
 
-        def first(split: Any, samples: int, store: torch.device) -> Streams:
-            size = min(config.batch_size, samples)
-            return first_inputs(
-                b.model, b.run, b.order[0], b.calls, trajectories,
-                samples=samples, batch_size=size, split=split, device=self.device, store=store,
-            )  # fmt: skip
+        def first(split: Split, chosen: Tensor) -> Streams:
+            size = min(config.batch_size, len(chosen))
+            return first_inputs(b, trajectories, chosen, batch_size=size, split=split, shelf=self.shelf, store=store)
 
-        held = None
-        if trajectories.size("holdout"):
-            held = first("holdout", HOLDOUT_SAMPLES, self.device)
-        return first("train", config.samples, self._store(held)), held
-
-    def _store(self, probe: Streams | None) -> torch.device:
-        """Where streams are kept: teacher's and student's inputs and outputs of a window are alive at once."""
-        if self.device.type == "cuda" and probe is not None:
-            free, _ = torch.cuda.mem_get_info(self.device)
-            needed = 5 * probe.nbytes // probe.samples * self.config.samples
-            return self.device if needed < 0.4 * free else torch.device("cpu")
-        return torch.device("cpu")
+        return first("train", train), first("holdout", held) if len(held) else None
 
     def finished(self, plan: Sequence[Window]) -> int:
         """How many leading blocks are done, by whole windows."""
@@ -237,7 +231,7 @@ class _Work:
         return self._student(name, self.store)
 
     def _student(self, name: str, rounded: Mapping[str, Rounded]) -> nn.Module:
-        block = copy.deepcopy(self.blocks.model.get_submodule(name))
+        block = self.blocks.dense.copy(name)
         inside = set(self.blocks.inside(name))
         swap_linears_(
             block,
@@ -353,6 +347,11 @@ def _parameter_groups(window: Mapping[str, nn.Module], config: ReconstructionCon
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
     return groups
+
+
+def streams_alive(window: int) -> int:
+    """Sets of streams alive at once: in front of a window, behind its blocks where wanted, and the student's."""
+    return min(5, window + 2)
 
 
 def _training(config: ReconstructionConfig) -> DistillationConfig:

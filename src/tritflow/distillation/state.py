@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import write_tensors
 from tritflow.config import DistillationConfig
+from tritflow.distillation.sharded import Ranks, put_, whole
 
 CHECKPOINT = "checkpoint.safetensors"
 BETAS = (0.9, 0.99)
@@ -68,7 +69,8 @@ class TrainingState:
         if not self.named:
             raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(self.named.values())
-        on_gpu = device.type == "cuda"
+        # A captured step needs its rates and counters on the GPU; sharded parameters mix with no such tensors.
+        self._on_gpu = on_gpu = device.type == "cuda" and Ranks.here().world == 1
         self._rates = [torch.zeros((), device=device) for _ in self.groups]
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in self.groups],
@@ -99,7 +101,7 @@ class TrainingState:
         """Set every group's rate for step number `step`."""
         factor = learning_rate_factor(step, self.config)
         for group, rate, settings in zip(self.groups, self._rates, self.optimizer.param_groups, strict=True):
-            if self.device.type == "cuda":
+            if self._on_gpu:
                 rate.fill_(group.learning_rate * factor)  # in place: a captured graph reads this very tensor
             else:
                 settings["lr"] = group.learning_rate * factor
@@ -117,16 +119,25 @@ class TrainingState:
             parameter.copy_(average)
 
     def save(self, folder: Path, run: dict[str, Any], step: int, validation: dict[int, float]) -> None:
-        """Write `folder/checkpoint.safetensors` atomically."""
+        """Write `folder/checkpoint.safetensors` atomically, whole tensors; all processes call, the first one writes."""
+        ranks = Ranks.here()
         tensors = {"losses": self.losses}
+
+        def keep(name: str, tensor: Tensor) -> None:
+            full = whole(tensor)
+            if ranks.first:
+                tensors[name] = full.detach().cpu() if ranks.world > 1 else full
+
         for i, (name, parameter) in enumerate(self.named.items()):
-            tensors[f"parameter/{name}"] = parameter
+            keep(f"parameter/{name}", parameter)
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
+                keep(f"{key}/{name}", value)
             if self.average:
-                tensors[f"average/{name}"] = self.average[i]
-        note = {"run": run, "step": step, "validation": {str(k): v for k, v in validation.items()}}
-        write_tensors(folder / CHECKPOINT, tensors, note)
+                keep(f"average/{name}", self.average[i])
+        if ranks.first:
+            note = {"run": run, "step": step, "validation": {str(k): v for k, v in validation.items()}}
+            write_tensors(folder / CHECKPOINT, tensors, note)
+        ranks.wait()
 
     @torch.no_grad()
     def load(self, folder: Path, run: dict[str, Any]) -> Saved | None:
@@ -145,11 +156,11 @@ class TrainingState:
                     return None
                 self.losses.copy_(stream.get_tensor("losses"))
                 for i, (name, parameter) in enumerate(self.named.items()):
-                    parameter.copy_(stream.get_tensor(f"parameter/{name}"))
+                    put_(parameter, stream.get_tensor(f"parameter/{name}"))
                     for key, value in self.optimizer.state[parameter].items():
-                        value.copy_(stream.get_tensor(f"{key}/{name}"))
+                        put_(value, stream.get_tensor(f"{key}/{name}"))
                     if self.average:
-                        self.average[i].copy_(stream.get_tensor(f"average/{name}"))
+                        put_(self.average[i], stream.get_tensor(f"average/{name}"))
         except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to train again") from None
         return Saved(note["step"], {int(k): v for k, v in note["validation"].items()})

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 from tritflow.calibration.artifacts import provenance, write_json
 from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
+from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
 from tritflow.distillation.step import Step, autocast
 
@@ -60,6 +61,9 @@ def distill_(
 ) -> DistillationResult:
     """Train `groups` in place so that `student(**kwargs)` gives the recorded velocity.
 
+    In a process group, every process calls this with its part of the student (`sharded.shard_`) and the same arguments;
+    each takes its share of every batch, and a checkpoint is the same whoever goes on from it.
+
     Args:
         student: called with a batch's kwargs; returns the velocity [B, tokens, channels].
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
@@ -73,6 +77,7 @@ def distill_(
         on_progress: called as (step, steps, loss) now and then.
 
     Raises:
+        ValueError: a batch cannot be shared out evenly among the processes.
         DistillationError: the loss is not finite, or the checkpoint is of another run.
         DiskFullError: no space left for a checkpoint; the same call resumes.
     """
@@ -97,13 +102,18 @@ def distill_(
     if not start:
         validation[0] = validate()
     run_step: Callable[[Mapping[str, Tensor]], Tensor] = step.eager
-    batches = trajectories.batches(config.batch_size, config.seed, device, start=start)
-    if cuda_graph and device.type == "cuda" and start < config.steps:
+    ranks = Ranks.here()
+
+    def batch(number: int) -> dict[str, Tensor]:
+        rows = ranks.part(trajectories.order(number, config.batch_size, config.seed))
+        return _inputs(trajectories.pairs(rows, "train", device))
+
+    if cuda_graph and ranks.world == 1 and device.type == "cuda" and start < config.steps:
         run_step = step.capture(_inputs(trajectories.pairs(torch.arange(config.batch_size), "train", device)))
     report_every = max(1, min(20, config.steps // 50))
     for number in range(start, config.steps):
         state.set_learning_rates(number)
-        state.losses[number] = run_step(_inputs(next(batches)))
+        state.losses[number] = ranks.mean(run_step(batch(number)))
         done = number + 1
         if done % report_every == 0 or done == config.steps:
             loss = float(state.losses[number])
@@ -121,7 +131,8 @@ def distill_(
         validation[config.steps] = validate()
         state.save(out_dir, run, config.steps, validation)
     result = DistillationResult(config.steps, state.losses.tolist(), validation)
-    write_json(out_dir / "curve.json", _curve(result, run, device))
+    if ranks.first:
+        write_json(out_dir / "curve.json", _curve(result, run, device))
     return result
 
 

@@ -8,11 +8,12 @@ by some percent; `offloading.keep_plan` then holds PyTorch to the budget, so tha
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from tritflow.config import MemorySizeError as MemorySizeError
+from tritflow.config import parse_bytes as parse_bytes
 from tritflow.pipelines.component_sizes import Size
 
 GIB = 1 << 30
@@ -21,11 +22,6 @@ CONTEXT = 640 << 20
 SLACK = 1.06
 """Allocated blocks are larger than their tensors, and leave gaps."""
 _SMALL = 512 << 20
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-
-
-class MemorySizeError(ValueError):
-    """A text that is no amount of memory."""
 
 
 class MemoryPlanError(ValueError):
@@ -117,19 +113,6 @@ class MemoryPlan:
             "vae_tile": self.tile,
             "estimated_peaks": dict(self.peaks),
         }
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "6GiB", "6 GB", "800MiB", "1.5G" (10^9) or a plain number.
-
-    Raises:
-        MemorySizeError: not a positive size.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?B?\s*", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
-        raise MemorySizeError(f"'{text}' is no amount of memory; write for example 6GiB, 800MiB or 6GB")
-    return size
 
 
 def gib(size: int) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import filecmp
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,17 @@ import torch
 from torch import Tensor
 
 from tritflow.assets import ASSETS, asset_path
-from tritflow.calibration.artifacts import provenance, read_json, write_json
+from tritflow.calibration.artifacts import provenance, read_json, write_bytes, write_json
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
 from tritflow.config import Packing, Recipe, TernaryConfig
+from tritflow.distillation.sharded import Ranks, processes
 from tritflow.formats.atomic import atomic_file
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
 from tritflow.formats.writer import TransformerWriter
 from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
+from tritflow.pipelines.records import RECORDS
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
 
@@ -123,9 +126,12 @@ def quantize(
 ) -> QuantizeReport:
     """Turn a dense FLUX checkpoint into a ternary model folder.
 
+    Started by `torchrun`, every process calls this alike: distillation is spread over them, the first does all else.
+
     Args:
         src: a pipeline folder, a transformer folder, a single safetensors file, a hub id, or `small`.
-        out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued.
+        out: `out/transformer` is written, and `out/meta.json`; an unfinished job there is continued. Recipes that
+            compensate or reconstruct also write `out/calibration_records.jsonl`: which recorded pairs they used.
         recipe: a name, a path to a .toml, or a `Recipe`.
         mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into the training loops.
         skip: patterns of block linears that stay dense, beside the recipe's own.
@@ -147,16 +153,32 @@ def quantize(
         src, recipe, mode=mode, packing=packing, skip=skip, column_scale=column_scale, prompts=prompts, base=base,
         device=device,
     )  # fmt: skip
+    progress = on_progress or (lambda stage, done, total: None)
+    with processes(job.device) as ranks:
+        if ranks.first:
+            return _quantize(job, out, full, overwrite, keep_work, progress, ranks)
+        if ranks.agree(0):
+            from tritflow.pipelines.student import learn
+
+            learn(job, out / WORK, lambda stage, done, total: None)
+        ranks.wait()
+    return _report(out, job, read_json(out / "meta.json"))
+
+
+def _quantize(
+    job: Job, out: Path, full: bool, overwrite: bool, keep_work: bool, progress: Progress, ranks: Ranks
+) -> QuantizeReport:
     _check_out(out, job, overwrite)
     meta = _meta(job)
     previous = read_json(out / "meta.json") if (out / "meta.json").is_file() else None
     if previous and previous["complete"]:
+        ranks.agree(0)
+        ranks.wait()
         return _report(out, job, previous, resumed=True)
     write_json(out / "meta.json", meta)
-    progress = on_progress or (lambda stage, done, total: None)
     work = out / WORK
     validation: dict[int, float] = {}
-    if needs_teacher(job.recipe):
+    if ranks.agree(needs_teacher(job.recipe)):
         from tritflow.pipelines.student import learn
 
         learned = learn(job, work, progress)
@@ -173,9 +195,12 @@ def quantize(
     }
     if left_out is not None:
         meta["base"] = left_out
+    if (work / RECORDS).is_file():
+        write_bytes(out / RECORDS, (work / RECORDS).read_bytes())
     write_json(out / "meta.json", meta)
     if not keep_work:
         shutil.rmtree(work, ignore_errors=True)
+    ranks.wait()
     return _report(out, job, meta)
 
 
@@ -223,6 +248,8 @@ def plan(
             f"recipe '{chosen.name}' runs the model, which tritflow does for FLUX.1 only, and {src} is {family.name}; "
             "take --recipe fast or absmean"
         )
+    on = pick_device(device)
+    _check_memory(chosen, sum(n * k for n, k in linears.values()), on)
     found = _calibration_prompts(location, prompts) if needs_teacher(chosen) else None
     return Job(
         location=location,
@@ -233,7 +260,7 @@ def plan(
         skipped=len(inside) - len(linears),
         prompts=found,
         base=None if base is None else str(base),
-        device=pick_device(device),
+        device=on,
     )
 
 
@@ -241,6 +268,30 @@ def needs_teacher(recipe: Recipe) -> bool:
     """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
     trained = recipe.reconstruction.steps > 0 or recipe.distillation.steps > 0
     return recipe.compensation or recipe.smoothing is not None or trained
+
+
+def training_bytes(recipe: Recipe, weights: int) -> int:
+    """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
+
+    fp32 latent weights, gradients, two moments, and the moving average if the recipe has one.
+    """
+    copies = 5 if recipe.distillation.ema_decay else 4
+    return 4 * copies * weights if recipe.distillation.steps else 0
+
+
+def _check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
+    """Say before hours of calibration that distillation will not fit."""
+    needed = training_bytes(recipe, weights)
+    if not needed or device.type != "cuda":
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    there = torch.cuda.get_device_properties(device).total_memory
+    if needed > world * there:
+        raise QuantizeError(
+            f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
+            f"GB, and {world} x {device} has {world * there / 1e9:.0f} GB; take --recipe large (block reconstruction), "
+            "a copy of the recipe with distillation.steps = 0, or more GPUs by torchrun"
+        )
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

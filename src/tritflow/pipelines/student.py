@@ -1,12 +1,15 @@
 """From a dense source to a learned ternary student: record the teacher, compensate, reconstruct, distil. Each stage
 resumes.
 
+Up to distillation the dense transformer is never whole in memory: its blocks are read from the source when they run.
+
 .work/trajectories/   what the teacher did
 .work/ranges.safetensors   how large its activations are, for smoothing
 .work/compensated/    roundings, a file a block
 .work/reconstructed/  the same after block reconstruction, with what each window gained in curve.json
 .work/distilled/      checkpoint and loss curve
 .work/student/        roundings as distilled
+.work/calibration_records.jsonl   which recorded pairs compensation and reconstruction used
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.distillation.compensation import compensate_blocks_, restore_
+from tritflow.distillation.blocks import Blocks
+from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.parameters import parameter_groups
-from tritflow.distillation.reconstruction import Blocks, reconstruct_blocks_
+from tritflow.distillation.reconstruction import reconstruct_blocks
+from tritflow.distillation.sharded import Ranks, gathered, shard_
+from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
-from tritflow.pipelines.loading import ModelError, resolve_model
+from tritflow.pipelines.dense import streamed_teacher, whole_transformer
+from tritflow.pipelines.records import RECORDS, Records
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
 from tritflow.quantization.rounding import Rounded, round_weight
@@ -54,47 +61,61 @@ class Learned:
 
 
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
-    """Run the stages of a recipe that needs the teacher. `work` keeps what is finished."""
+    """Run the stages of a recipe that needs the teacher. `work` keeps what is finished.
+
+    Of several processes the first runs all stages but distillation; all call this.
+    """
     summary = work / "learned.json"
-    final = RoundedStore(work / _last_stage(job), job.id)
+    ranks = Ranks.here()
     done = read_json(summary) if summary.is_file() else {}
-    if done.get("job") != job.id:
-        validation = _learn(job, work, progress)
-        final = RoundedStore(final.folder, job.id)
-        write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
+    if ranks.agree(done.get("job") != job.id):
+        validation = _learn(job, work, progress, ranks)
+        if ranks.first:
+            write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
+    final = RoundedStore(work / _last_stage(job), job.id)
+    ranks.wait()  # the first goes on, and clears up in the end
     return Learned(lambda name, _: final[name], validation)
 
 
-def _learn(job: Job, work: Path, progress: Progress) -> dict[int, float]:
-    pipe = teacher_pipeline(job)
-    assert job.prompts is not None
-    trajectories = record_trajectories(
-        pipe,
-        job.prompts,
-        work / "trajectories",
-        job.recipe.calibration,
-        parents={"source": job.source.fingerprint()},
-        on_progress=lambda done, total: progress("record", done, total),
-    )
-    model = pipe.transformer
-    del pipe  # text encoders and VAE are not needed any more
-    compensated = RoundedStore(work / "compensated", job.id)
-    ranges = None
-    if job.recipe.smoothing is not None:
-        ranges = _ranges(job, model, trajectories, work / "ranges.safetensors", progress)
-    if job.recipe.compensation:
-        _compensate(job, model, trajectories, compensated, ranges, progress)
-    elif ranges is not None:
-        _round_smoothed(job, compensated, ranges)
-    start = compensated
-    if job.recipe.reconstruction.steps:
-        start = RoundedStore(work / "reconstructed", job.id)
-        _reconstruct(job, model, trajectories, compensated, start, progress)
+def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> dict[int, float]:
+    dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
+    if ranks.first:
+        _calibrate(job, work, dtype, progress)
+    ranks.wait()
     if not job.recipe.distillation.steps:
         return {}
-    return _distill(job, model, trajectories, start, work, progress)
+    start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
+    return _distill(job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), start, work, progress)
+
+
+def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> None:
+    """All that needs one dense block at a time."""
+    with streamed_teacher(job, dtype) as (blocks, pipe):
+        assert job.prompts is not None
+        trajectories = record_trajectories(
+            pipe,
+            job.prompts,
+            work / "trajectories",
+            job.recipe.calibration,
+            parents={"source": job.source.fingerprint()},
+            on_progress=lambda done, total: progress("record", done, total),
+        )
+        del pipe  # text encoders and VAE are not needed any more
+        records = Records(job, trajectories, work / RECORDS)
+        shelf = Shelf.of(job.recipe.streaming, work / "streams")
+        compensated = RoundedStore(work / "compensated", job.id)
+        ranges = None
+        if job.recipe.smoothing is not None:
+            ranges = _ranges(job, blocks, trajectories, work / "ranges.safetensors", progress)
+        if job.recipe.compensation:
+            _compensate(job, blocks, trajectories, compensated, ranges, shelf, records, progress)
+        elif ranges is not None:
+            _round_smoothed(job, compensated, ranges)
+        if job.recipe.reconstruction.steps:
+            store = RoundedStore(work / "reconstructed", job.id)
+            _reconstruct(job, blocks, trajectories, compensated, store, shelf, records, progress)
 
 
 def _last_stage(job: Job) -> str:
@@ -104,44 +125,14 @@ def _last_stage(job: Job) -> str:
     return "reconstructed" if job.recipe.reconstruction.steps else "compensated"
 
 
-def teacher_pipeline(job: Job) -> Any:
-    """The teacher as a stock pipeline, its transformer read from the job's own source."""
-    from diffusers import FluxPipeline
-
-    folder: str | Path | None = job.location.pipeline
-    if folder is None:
-        if job.base is None:
-            raise ModelError(
-                f"recipe '{job.recipe.name}' runs the teacher, and {job.source.path} is a bare transformer: name the "
-                "pipeline with its text encoders by --base FLUX_DIR, or take --recipe fast, which needs none"
-            )
-        folder = resolve_model(job.base).pipeline
-    dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
-    pipe: Any = FluxPipeline.from_pretrained(
-        folder, transformer=_transformer(job, dtype), torch_dtype=dtype, use_safetensors=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(job.device)
-
-
-def _transformer(job: Job, dtype: torch.dtype) -> Any:
-    """A stock model filled tensor by tensor, whatever the source looks like on disk."""
-    import diffusers
-
-    cls: Any = getattr(diffusers, job.family.transformer_class)
-    with torch.device("meta"):
-        model = cls.from_config({k: v for k, v in job.source.config.items() if not k.startswith("_")})
-    state = {name: job.source.tensor(name).to(job.device, dtype) for name in job.source.names()}
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def _ranges(job: Job, model: Any, trajectories: Trajectories, path: Path, progress: Progress) -> dict[str, InputRange]:
+def _ranges(
+    job: Job, blocks: Blocks, trajectories: Trajectories, path: Path, progress: Progress
+) -> dict[str, InputRange]:
     found = read_ranges(path, job.id)
     if found is None:
         found = input_ranges(
-            model,
-            lambda **kwargs: model(**kwargs, return_dict=False),
+            blocks.model,
+            blocks.run,
             list(job.linears),
             trajectories,
             samples=job.recipe.compensation_samples,
@@ -176,61 +167,50 @@ def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]
 
 def _compensate(
     job: Job,
-    model: Any,
+    blocks: Blocks,
     trajectories: Trajectories,
     store: RoundedStore,
     ranges: dict[str, InputRange] | None,
+    shelf: Shelf,
+    records: Records,
     progress: Progress,
 ) -> None:
-    compensate_blocks_(
-        model,
-        lambda **kwargs: model(**kwargs, return_dict=False),
-        job.family.block_order(job.source.config),
-        list(job.linears),
+    compensate_blocks(
+        blocks,
         trajectories,
         store,
         weight_of=_weight_of(job),
         samples=job.recipe.compensation_samples,
         batch_size=job.recipe.calibration.batch_size,
-        device=job.device,
         column_scale=job.ternary.column_scale,
         column_of=None if ranges is None else _column_of(job, ranges),
+        shelf=shelf,
+        on_samples=lambda room, train: records.add("compensate", job.recipe.compensation_samples, room, train=train),
         on_progress=lambda done, total: progress("compensate", done, total),
     )
 
 
 def _reconstruct(
     job: Job,
-    model: Any,
+    blocks: Blocks,
     trajectories: Trajectories,
     compensated: RoundedStore,
     store: RoundedStore,
+    shelf: Shelf,
+    records: Records,
     progress: Progress,
 ) -> None:
-    calls = job.family.block_calls
-    if calls is None:
-        raise ModelError(
-            f"block reconstruction cannot run {job.family.name}: its blocks do not call each other alike; set "
-            "reconstruction.steps = 0"
-        )
-    if len(compensated):
-        # Compensation left the rounded model behind; here the teacher is wanted, biases included.
-        restore_(model, list(job.linears), _weight_of(job), _bias_of(job))
     start: Mapping[str, Rounded] = compensated if len(compensated) else _Rounding(job)
-    reconstruct_blocks_(
-        Blocks(
-            model,
-            lambda **kwargs: model(**kwargs, return_dict=False),
-            job.family.block_order(job.source.config),
-            list(job.linears),
-            calls,
-        ),
+    samples = job.recipe.reconstruction.samples
+    reconstruct_blocks(
+        blocks,
         trajectories,
         start,
         store,
         job.recipe.reconstruction,
         activation_dtype=job.ternary.activation_dtype,
-        device=job.device,
+        shelf=shelf,
+        on_samples=lambda room, train, held: records.add("reconstruct", samples, room, train=train, holdout=held),
         on_progress=lambda done, total: progress("reconstruct", done, total),
     )
 
@@ -271,6 +251,8 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
+    ranks, order = Ranks.here(), job.family.block_order(job.source.config)
+    shard_(model, order, job.device)
     train = functools.partial(
         distill_,
         lambda **kwargs: model(**kwargs, return_dict=False)[0],
@@ -282,16 +264,16 @@ def _distill(
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
-    if config.compile_blocks and job.device.type == "cuda":
+    if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
         result = _compiled(model, train)
     else:
         result = train()
     store = RoundedStore(work / "student", job.id)
-    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
-    for block in job.family.block_order(job.source.config):
-        inside = {n: twin_rounding(m) for n, m in twins.items() if n.startswith(f"{block}.")}
-        if inside:
-            store.write(block, inside)
+    for block in order:
+        with gathered(model.get_submodule(block)) as module:
+            twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
+            if twins and ranks.first:
+                store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
     return result.validation
 
 
@@ -320,8 +302,3 @@ def _uncompile(model: Any) -> None:
 
 def _weight_of(job: Job) -> Callable[[str], Tensor]:
     return lambda name: job.source.tensor(f"{name}.weight")
-
-
-def _bias_of(job: Job) -> Callable[[str], Tensor | None]:
-    there = set(job.source.names())
-    return lambda name: job.source.tensor(f"{name}.bias") if f"{name}.bias" in there else None

@@ -20,6 +20,7 @@ from tritflow.config import (
     DistillationConfig,
     Recipe,
     ReconstructionConfig,
+    StreamingConfig,
     TernaryConfig,
     nearest,
 )
@@ -27,6 +28,7 @@ from tritflow.config import (
 _TABLES: dict[str, Any] = {
     "ternary": TernaryConfig,
     "calibration": CalibrationConfig,
+    "streaming": StreamingConfig,
     "reconstruction": ReconstructionConfig,
     "distillation": DistillationConfig,
 }
@@ -78,8 +80,11 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """16 hex digits over everything that changes the result: all but name and summary."""
-    data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary")}
+    """16 hex digits over everything that changes the result: all but name, summary and where things lie meanwhile."""
+    data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary", "streaming")}
+    budget = recipe.streaming.budget_bytes
+    if budget != StreamingConfig().budget_bytes:  # left out at its default: jobs from before there was one go on
+        data["activation_budget"] = budget
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from tritflow.calibration.artifacts import file_sha256, provenance, read_json, write_json, write_tensors
 from tritflow.distillation.state import ParameterGroup
 from tritflow.distillation.velocity import distill_
+from tritflow.pipelines.dense import whole_teacher
 from tritflow.pipelines.quantize import Job, plan
 from tritflow.pipelines.rivals.registry import RivalError
-from tritflow.pipelines.student import teacher_pipeline
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.ternarize import absmean
 
@@ -114,7 +114,7 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
     if (out / "meta.json").is_file() and read_json(out / "meta.json").get("job") == job.id:
         found: dict[str, Any] = read_json(out / "meta.json")
         return found
-    pipe = teacher_pipeline(job)
+    pipe = whole_teacher(job)
     trajectories = record_trajectories(
         pipe, job.prompts, out / "trajectories", job.recipe.calibration,
         parents={"source": job.source.fingerprint()}, on_progress=lambda d, n: progress("record", d, n),

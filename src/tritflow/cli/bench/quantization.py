@@ -1,0 +1,75 @@
+"""`tritflow bench quantization`: what quantizing a large model costs, from blocks of its size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tritflow.cli.bench.app import app
+from tritflow.cli.bench.options import Device, Json, Note, Results, store
+from tritflow.cli.console import print_json, progress
+
+_QUANTIZATION = """Examples:
+
+\b
+  tritflow bench quantization --device cuda --results benchmarks/results   # FLUX.1-dev's blocks: 2 GB of disk
+  tritflow bench quantization --like small --pixels 128 --text-tokens 64   # the small FLUX's, on this CPU
+"""
+
+
+@app.command(epilog=_QUANTIZATION)
+def quantization(
+    device: Device = "cpu",
+    blocks: Annotated[str, typer.Option(help="Double + single blocks that are run.")] = "1+1",
+    like: Annotated[
+        str | None, typer.Option(help="A dense FLUX.1 folder or `small`, whose widths are taken (default: FLUX.1-dev).")
+    ] = None,
+    pixels: Annotated[int, typer.Option(min=16, help="Height and width of the pictures.")] = 1024,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, help="Of each prompt.")] = 512,
+    samples: Annotated[int, typer.Option(min=2, help="Recorded pairs that pass the blocks.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pairs at once.")] = 2,
+    steps: Annotated[int, typer.Option(min=2, help="Optimiser steps by which a window is timed.")] = 8,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="Project this one; may be repeated (default: all).")
+    ] = None,
+    workdir: Annotated[Path | None, typer.Option("--workdir", help="Where the random files lie meanwhile.")] = None,
+    note: Note = "",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Time and peak memory of every stage on blocks of random weights, and the hours that recipes take from them."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import projection
+    from tritflow.profiling import quantization as bench
+    from tritflow.recipes import load_recipe, recipe_names
+
+    counts = blocks.split("+")
+    if len(counts) != 2 or not all(c.isdigit() and int(c) for c in counts):
+        raise typer.BadParameter(f"--blocks {blocks}: write double+single, such as 1+1")
+    if samples < 2 * batch_size:
+        raise typer.BadParameter(f"--samples {samples}: at least two batches of {batch_size}")
+    config, name = bench.config_like(like)
+    on = pick_device(device)
+    recipes = [load_recipe(r) for r in recipe or recipe_names()]
+    with progress("measuring", shown=not json) as update:
+        run = bench.measure(
+            config,
+            model=name,
+            blocks=(int(counts[0]), int(counts[1])),
+            device=str(on),
+            pixels=pixels,
+            text_tokens=text_tokens,
+            samples=samples,
+            batch_size=batch_size,
+            steps=steps,
+            workdir=workdir,
+            progress=update,
+        )
+    run |= {"note": note, "projected": [projection.project(run, r) for r in recipes]}
+    store(results, f"quantization-{on.type}", [run])
+    if json:
+        print_json(run)
+    else:
+        print(projection.table(run, run["projected"]))

@@ -1,0 +1,65 @@
+"""`torchrun ... tritflow quantize`: the first process does all but distillation, which is spread over all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tritflow.formats.checkpoint import verify_folder
+from tritflow.pipelines.quantize import quantize
+
+RECIPE = """
+compensation = true
+compensation_samples = 16
+
+[calibration]
+num_inference_steps = 4
+batch_size = 4
+
+[distillation]
+steps = 8
+batch_size = 4
+learning_rate = 3e-4
+warmup_steps = 2
+checkpoint_every = 4
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_student(tiny_flux, tmp_path):
+    recipe, prompts = tmp_path / "spread.toml", tmp_path / "prompts.txt"
+    recipe.write_text(RECIPE)
+    prompts.write_text(
+        "\n".join(f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("cube", "star"))
+    )
+
+    def run():
+        command = [
+            "quantize",
+            str(tiny_flux),
+            str(tmp_path / "two"),
+            "--recipe",
+            str(recipe),
+            "--prompts",
+            str(prompts),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             "-m", "tritflow.cli.main", *command, "--device", "cpu", "--json"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)  # one process speaks
+
+    two = run()
+    one = quantize(tiny_flux, tmp_path / "one", str(recipe), prompts=prompts, device="cpu")
+    verify_folder(tmp_path / "two" / "transformer")
+    assert json.loads((tmp_path / "two" / "meta.json").read_text())["complete"]
+    assert not (tmp_path / "two" / ".work").exists()
+    assert {int(k) for k in two["validation_mse"]} == set(one.validation) == {0, 4, 8}
+    assert two["validation_mse"]["0"] == pytest.approx(one.validation[0], rel=1e-5)
+    assert two["validation_mse"]["8"] == pytest.approx(one.validation[8], rel=1e-2)
+    assert two["validation_mse"]["8"] < two["validation_mse"]["0"]
+    assert run()["digest"] == two["digest"]  # finished already

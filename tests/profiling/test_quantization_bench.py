@@ -1,0 +1,154 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tritflow.cli.main import app
+from tritflow.config import DistillationConfig, Recipe
+from tritflow.pipelines.quantize import quantize
+from tritflow.profiling.projection import DOUBLE, KINDS, SINGLE, project, scaled, table
+from tritflow.profiling.quantization import config_like, measure
+from tritflow.recipes import load_recipe
+from tritflow.results import read
+from tritflow.testing import tiny_flux2_folder
+
+PARTS = {"read", "pass", "round", "compensate_sample", "compensate_block", "importance", "train_sample"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_flux):
+    config, _ = config_like(str(tiny_flux))
+    deep = {**config, "num_layers": 19, "num_single_layers": 38}
+    return measure(deep, device="cpu", pixels=64, text_tokens=8, samples=4, batch_size=2, steps=2)
+
+
+def test_every_stage_runs_on_blocks_of_the_width(run, tiny_flux):
+    config, _ = config_like(str(tiny_flux))
+    hidden = config["attention_head_dim"] * config["num_attention_heads"]
+    for kind in KINDS:
+        assert set(run["seconds"][kind]) == PARTS
+        assert all(run["seconds"][kind][part] > 0 for part in ("read", "pass", "round", "importance"))
+    assert set(run["peak_bytes"]) == {"pass", "round", "compensate", "importance", "reconstruct"}
+    assert all(peak > 0 for peak in run["peak_bytes"].values())
+    assert run["depth"] == {DOUBLE: 19, SINGLE: 38}
+    assert run["blocks"] == {DOUBLE: 1, SINGLE: 1}
+    assert run["bytes"]["streams"] == (16 + 8) * hidden * 4
+    double = sum(n for n in (12 * hidden * hidden + 8 * hidden * hidden, 16 * hidden * hidden))
+    assert double < run["parameters"][DOUBLE] < 1.2 * double
+
+
+# Seconds that make sums easy: reading 1, passing 2 and so on, singles half of it.
+MADE = {
+    "device": "NVIDIA H200",
+    "model": "made",
+    "pixels": 1024,
+    "dtype": "bfloat16",
+    "depth": {DOUBLE: 2, SINGLE: 2},
+    "parameters": {DOUBLE: 1000, SINGLE: 500},
+    "peak_of": "GPU",
+    "peak_bytes": {"pass": 1 << 30},
+    "bytes": {"pair": 10, "streams": 1 << 20, "rounded_double": 100, "rounded_single": 50},
+    "seconds": {
+        kind: {
+            "read": 1 * f,
+            "pass": 2 * f,
+            "round": 3 * f,
+            "compensate_block": 5 * f,
+            "compensate_sample": 4 * f,
+            "train_sample": 6 * f,
+            "importance": 7 * f,
+        }
+        for kind, f in ((DOUBLE, 1.0), (SINGLE, 0.5))
+    },
+}
+
+
+def test_a_projection_is_the_sum_of_its_parts():
+    from tritflow.config import CalibrationConfig, ReconstructionConfig
+
+    recipe = Recipe(
+        "r",
+        compensation=True,
+        compensation_samples=8,
+        calibration=CalibrationConfig(num_prompts=5, num_inference_steps=4, batch_size=2),
+        reconstruction=ReconstructionConfig(
+            steps=10, window=2, stride=1, samples=16, batch_size=4, importance_samples=6, importance_batch=3
+        ),
+        distillation=DistillationConfig(steps=7, batch_size=3, ema_decay=0.9),
+    )
+    found = project(MADE, recipe)
+    hours = {stage: value * 3600 for stage, value in found["hours"].items()}
+    # 20 pairs pass 3 blocks' worth of 2 s; 3 batches of 4 steps read them at 1 s.
+    assert hours["record"] == pytest.approx(20 * 6 + 12 * 3)
+    assert hours["compensate"] == pytest.approx(3 * 5 + 8 * 3 * 4)
+    # Windows (0, 1), (1, 2), (2, 3): 1 + 1, 1 + .5, .5 + .5 blocks' worth are trained; half of the blocks twice.
+    trained = 10 * 4 * 6 * (2 + 1.5 + 1)
+    assert hours["reconstruct"] == pytest.approx(trained + (16 + 32) * 6 * 2.5 + 6 * 3 * 7 + (2 * 2 + 3 * 1.5) * 3)
+    assert hours["distill"] == pytest.approx(7 * 3 * 3 * 6)
+    assert hours["write"] == pytest.approx(3 * 3)
+    assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
+    assert found["disk_bytes"] == 20 * 10 + 3 * 300
+    assert found["distillation_bytes"] == 3000 * 20
+    limited = project(MADE | {"bytes": MADE["bytes"] | {"streams": 1 << 30}}, recipe)
+    assert limited["samples"] == {"compensate": 8, "reconstruct": 1}
+    fast = project(MADE, load_recipe("fast"))
+    assert set(fast["hours"]) == {"round"}
+    assert (fast["pairs"], fast["distillation_bytes"]) == (0, 0)
+
+
+def test_the_table_says_what_is_projected():
+    text = table(MADE, [project(MADE, load_recipe(name)) for name in ("fast", "balanced", "large")])
+    assert "a sum of the parts above" in text
+    assert "by bf16 peak, not measured" in text
+    assert "end-to-end training needs" in text.split("balanced")[1].split("large")[0]
+    assert "end-to-end training" not in text.split("large")[1]
+    assert scaled("NVIDIA H200", 1.0)["A100"] == pytest.approx(989 / 312)
+    assert scaled("some CPU", 1.0) == {}
+
+
+def test_the_command_keeps_its_result(tiny_flux, tmp_path):
+    done = CliRunner().invoke(
+        app,
+        ["bench", "quantization", "--like", str(tiny_flux), "--pixels", "32", "--text-tokens", "4", "--samples", "2",
+         "--batch-size", "1", "--steps", "2", "--recipe", "fast", "--recipe", "large", "--results", str(tmp_path),
+         "--json"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (path,) = tmp_path.glob("quantization-cpu-*.json")
+    (kept,) = read(path, "quantization-cpu")
+    assert [p["recipe"] for p in kept["projected"]] == ["fast", "large"]
+    assert kept["random"]
+    assert json.loads(done.stdout)["seconds"] == kept["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--blocks", "3"], "write double+single"), (["--samples", "3"], "two batches"), (["--blocks", "0+1"], "1+1")],
+)
+def test_impossible_options_are_one_line(options, message):
+    done = CliRunner().invoke(app, ["bench", "quantization", *options])
+    assert done.exit_code == 2
+    assert message in done.output
+
+
+def test_only_families_that_run_block_by_block(tmp_path):
+    with pytest.raises(ValueError, match=r"no FLUX\.1"):
+        config_like(str(tiny_flux2_folder(tmp_path / "klein")))
+    with pytest.raises(ValueError, match="a block of each kind"):
+        measure(blocks=(0, 1))
+
+
+def test_distillation_that_cannot_fit_is_refused_before_any_work(tiny_flux, tmp_path, monkeypatch):
+    import torch
+
+    from tritflow.pipelines import quantize as module
+    from tritflow.pipelines.quantize import QuantizeError
+
+    class Card:
+        total_memory = 1000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setattr(module, "pick_device", lambda device: torch.device("cuda"))
+    with pytest.raises(QuantizeError, match="--recipe large"):
+        quantize(tiny_flux, tmp_path / "out", "balanced", prompts=["a cube"])
+    assert not (tmp_path / "out").exists()
