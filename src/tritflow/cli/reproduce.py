@@ -43,7 +43,7 @@ def reproduce(
         Path | None, typer.Option("--out", "-o", help="The run's folder (default: runs/reproduce/NAME); resumes there.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="As of `quantize` (default: balanced; demo for small).")
+        str | None, typer.Option("--recipe", "-r", help="As of `quantize` (default: large; demo for small).")
     ] = None,
     suite: Annotated[
         list[str] | None, typer.Option(help="Repeatable (default: geneval and t2i-compbench; scenes for small).")
@@ -89,7 +89,7 @@ def reproduce(
     request = Request(
         model,
         out or Path("runs/reproduce") / name,
-        recipe or ("demo" if model == "small" else "balanced"),
+        recipe or ("demo" if model == "small" else "large"),
         suites,
         limit,
         samples,

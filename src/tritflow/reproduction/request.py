@@ -43,7 +43,7 @@ class Request:
 
     model: str
     out: Path
-    recipe: str = "balanced"
+    recipe: str = "large"
     suites: tuple[str, ...] = ()
     limit: int | None = None
     samples: int | None = None
