@@ -276,17 +276,7 @@ def tiny_flux_folder(
         tokenizer_2=t5_tokenizer,
         transformer=transformer,
     )
-    folder = Path(path)
-    pipe.save_pretrained(folder, safe_serialization=True)
-    defaults = {
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 2,
-        "guidance_scale": 3.5,
-        "max_sequence_length": 32,
-    }
-    (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
-    return folder
+    return _saved(pipe, Path(path), guidance_scale=3.5, max_sequence_length=32)
 
 
 def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -338,15 +328,13 @@ def tiny_flux2_folder(path: str | Path, *, seed: int = 0, dtype: torch.dtype = t
         transformer=transformer,
         is_distilled=True,
     )
-    folder = Path(path)
+    return _saved(pipe, Path(path), guidance_scale=1.0, max_sequence_length=64)
+
+
+def _saved(pipe: Any, folder: Path, **defaults: float) -> Path:
+    """Save a tiny pipeline with the generation defaults of a tiny picture."""
     pipe.save_pretrained(folder, safe_serialization=True)
-    defaults = {
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 2,
-        "guidance_scale": 1.0,
-        "max_sequence_length": 64,
-    }
+    defaults = {"height": 32, "width": 32, "num_inference_steps": 2, **defaults}
     (folder / "generation.json").write_text(json.dumps(defaults, indent=2) + "\n")
     return folder
 

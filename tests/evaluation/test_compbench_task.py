@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_scorers
-from suite_fakes import COMPBENCH_LINES, CompBenchTask, ScriptedDetector, draw_suite, options, small_suites
+from suite_fakes import COMPBENCH_LINES, CompBenchTask, ScriptedDetector, draw_suite, options
 
 from tritflow.evaluation.api import EvaluationError, TaskOptions, get_task
 from tritflow.evaluation.images import ImageSet, ImageSetError
@@ -20,11 +20,6 @@ from tritflow.evaluation.scorers.detection import Detection
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="the suites' own files are not at hand")
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return small_suites(tmp_path / "prompts", monkeypatch)
 
 
 @needs_files

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_scorers
-from suite_fakes import GENEVAL_ROWS, GenEvalTask, ScriptedColors, ScriptedDetector, draw_suite, options, small_suites
+from suite_fakes import GENEVAL_ROWS, GenEvalTask, ScriptedColors, ScriptedDetector, draw_suite, options
 
 from tritflow.calibration.prompt_sources import PromptsError
 from tritflow.evaluation.api import EvaluationError, TaskOptions, get_task, limited
@@ -18,11 +18,6 @@ from tritflow.evaluation.scorers.detection import Detection
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="the suites' own files are not at hand")
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return small_suites(tmp_path / "prompts", monkeypatch)
 
 
 @needs_files

@@ -18,7 +18,6 @@ from suite_fakes import (
     ScriptedDetector,
     draw_suite,
     options,
-    small_suites,
 )
 from test_compbench_task import ScriptedDepth, ScriptedJudge, ScriptedVqa, pets
 from test_geneval_task import everything
@@ -32,11 +31,6 @@ HERE = str(Path(__file__).parent)
 
 class Killed(Exception):
     """Stands in for a kill after so many batches."""
-
-
-@pytest.fixture
-def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return small_suites(tmp_path / "prompts", monkeypatch)
 
 
 def geneval(prompts: Path, detector: Any = None) -> GenEvalTask:

@@ -29,6 +29,8 @@ def _run(args, kind, backend):
     try:
         return attention(*args, kind, backend=backend)
     except BackendError as error:
+        if backend == "triton":  # takes every one of these shapes on every GPU
+            raise
         pytest.skip(str(error))
 
 

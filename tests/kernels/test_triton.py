@@ -6,33 +6,17 @@ fp32 and fp16 and on 8-bit values that the reference quantized; tests/gpu covers
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from interpreter import inside, outside, run_inside
 
 pytest.importorskip("triton")
 
-_INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-@pytest.mark.skipif(_INSIDE, reason="this is the run inside")
+@outside
 def test_through_the_interpreter():
-    """Triton reads its switch while kernels are defined, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(Path(__file__))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout
+    run_inside(__file__)
 
 
-inside = pytest.mark.skipif(not _INSIDE, reason="runs inside the interpreter")
 SHAPES = [(1, 1, 1), (5, 24, 70), (3, 7, 128), (17, 65, 257), (70, 130, 384)]
 
 

@@ -6,23 +6,11 @@ import json
 
 import pytest
 import torch
+from tiny_config import CONFIG
 
 from tritflow.formats.architecture import flux1_shapes
 from tritflow.formats.source import open_source
 from tritflow.profiling import full_size
-
-CONFIG = {
-    "_class_name": "FluxTransformer2DModel",
-    "attention_head_dim": 32,
-    "num_attention_heads": 2,
-    "axes_dims_rope": [8, 12, 12],
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "in_channels": 16,
-    "guidance_embeds": True,
-}
 
 
 def test_a_dense_folder_is_the_config_in_shards(tmp_path):

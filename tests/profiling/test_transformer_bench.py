@@ -6,23 +6,11 @@ import json
 
 import pytest
 import torch
+from tiny_config import CONFIG
 
 from tritflow.pipelines.optimize import is_optimized
 from tritflow.profiling import transformer as bench
 from tritflow.profiling.dense_fp8 import DenseFp8Linear
-
-CONFIG = {
-    "_class_name": "FluxTransformer2DModel",
-    "attention_head_dim": 32,
-    "num_attention_heads": 2,
-    "axes_dims_rope": [8, 12, 12],
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 16,
-    "in_channels": 16,
-    "guidance_embeds": True,
-}
 
 
 @pytest.mark.parametrize("name", ["bf16 eager", "W2A8 int8 stock", "W2A16 optimized, triton", "fp8 compiled"])

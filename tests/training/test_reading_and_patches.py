@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tritflow.scenes import COLORS, SHAPES, TEXTURES, Object, Scene, SceneBatch
+from tritflow.scenes.grammar import PLURAL
 from tritflow.scenes.held_out import evaluation_prompts
 from tritflow.training import models
 from tritflow.training.data import Examples, LatentSet, make_examples, tokenize, word_tokenizers
@@ -20,10 +21,10 @@ from tritflow.training.reading import (
     learn_to_read,
     moved,
     named_objects,
-    noun_table,
     reads,
     reads_unseen,
     told_before,
+    word_table,
 )
 from tritflow.training.supply import Supply
 
@@ -45,7 +46,7 @@ def latent_set(examples: Examples) -> LatentSet:
 
 
 def test_nouns_find_their_objects(tokenizers: tuple[Any, Any]) -> None:
-    table = noun_table(tokenizers[1])
+    table = word_table(tokenizers[1], [(shape, PLURAL[shape]) for shape in SHAPES])
     for text, shapes in (("two red stars above a ring", ["star", "ring"]), ("crosses, a heart", ["cross", "heart"])):
         nouns = table[tokenizers[1](text, return_tensors="pt").input_ids]
         assert [SHAPES[i] for i in nouns[nouns >= 0]] == shapes

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tritflow.formats.architecture import FLUX1 as CLASS_NAME
-from tritflow.formats.architecture import check_shapes, flux1_shapes
-from tritflow.formats.errors import CheckpointError
-from tritflow.models.family import BlockCalls, ChannelGroup, Family, FamilyError
+from tritflow.formats.architecture import Shape, flux1_shapes
+from tritflow.models.family import BlockCalls, ChannelGroup
+from tritflow.models.shaped import ShapedFamily
 
 
-class Flux1(Family):
+class Flux1(ShapedFamily):
     """`FluxTransformer2DModel`. 14 linears a double block, 6 a single block: 494 in FLUX.1-dev."""
 
     name: ClassVar[str] = "flux1"
@@ -21,34 +21,9 @@ class Flux1(Family):
         streams=("encoder_hidden_states", "hidden_states"), per_sample=("temb",), final=("hidden_states",)
     )
 
-    def check_config(self, config: Mapping[str, Any]) -> None:
-        """See `Family.check_config`."""
-        if config.get("_class_name") != self.transformer_class:
-            raise FamilyError(f"'{config.get('_class_name')}' is not {self.transformer_class}")
-        try:
-            flux1_shapes(config)
-        except CheckpointError as error:
-            raise FamilyError(str(error)) from None
-
-    def check_tensors(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """See `Family.check_tensors`."""
-        try:
-            check_shapes(config, shapes, self.transformer_class)
-        except CheckpointError as error:
-            raise FamilyError(str(error)) from None
-
-    def block_order(self, config: Mapping[str, Any]) -> list[str]:
-        """See `Family.block_order`."""
-        return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in self.block_linears(config)))
-
-    def block_linears(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """See `Family.block_linears`."""
-        roots = tuple(target.removesuffix("*") for target in self.targets)
-        return {
-            name.removesuffix(".weight"): (shape[0], shape[1])
-            for name, shape in flux1_shapes(config).items()
-            if name.startswith(roots) and name.endswith(".weight") and len(shape) == 2
-        }
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, Shape]:
+        """See `ShapedFamily.shapes`."""
+        return flux1_shapes(config)
 
     def stream_of(self, linear: str) -> str:
         """See `Family.stream_of`: modulation sees one row a picture, single blocks text and image together."""

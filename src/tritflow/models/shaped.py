@@ -12,7 +12,7 @@ from tritflow.models.family import Family, FamilyError
 
 
 class ShapedFamily(Family):
-    """A family that states `shapes` and nothing else; register them with `formats.architecture.register_shapes`."""
+    """A family whose linears follow from its `shapes`, which `formats.architecture` has to know (`register_shapes`)."""
 
     @abstractmethod
     def shapes(self, config: Mapping[str, Any]) -> dict[str, Shape]:

@@ -43,6 +43,17 @@ _AT_NOUN = (_KINDS, _HUES + 1, _GRAINS + 1, MAX_OBJECTS, 3)
 _POOLED = (MAX_OBJECTS + 1, 1)
 
 
+def word_table(tokenizer: Any, words: Sequence[Sequence[str]], form: str = "▁{}") -> Tensor:
+    """Index among `words`, each with its forms, of every token id of a word-level tokenizer; -1 for other tokens."""
+    table = torch.full((len(tokenizer),), -1)
+    for index, forms in enumerate(words):
+        for word in forms:
+            token = tokenizer.convert_tokens_to_ids(form.format(word))
+            if token != tokenizer.unk_token_id:
+                table[token] = index
+    return table
+
+
 class InventedWords(nn.Module):
     """Puts invented words in the place of a caption's nouns, colours and textures, the same wherever one stands.
 
@@ -58,14 +69,8 @@ class InventedWords(nn.Module):
             ("t5", t5_tokenizer, "▁{}", "{}"),
             ("clip", clip_tokenizer, "{}</w>", "{}</w>"),
         ):
-            table = torch.full((len(tokenizer),), -1)
-            for index, forms in enumerate(words):
-                for word in forms:
-                    token = tokenizer.convert_tokens_to_ids(form.format(word))
-                    if token != tokenizer.unk_token_id:
-                        table[token] = index
             invented = [tokenizer.convert_tokens_to_ids(character.format(c)) for c in characters]
-            self.register_buffer(f"{name}_table", table)
+            self.register_buffer(f"{name}_table", word_table(tokenizer, words, form))
             self.register_buffer(f"{name}_invented", torch.tensor(invented))
 
     def choose(self, batch: int, captions: float = 0.5, words: float = 2 / 3) -> Tensor:
@@ -111,27 +116,6 @@ def told_before(nouns: Tensor, words: Tensor) -> Tensor:
     return torch.where((nouns >= 0) & (last > before), words.gather(1, last.clamp(min=0)), -1)
 
 
-def word_table(tokenizer: Any, words: Sequence[str]) -> Tensor:
-    """Index among `words` of every token id of T5's word-level tokenizer, -1 for all other tokens."""
-    table = torch.full((len(tokenizer),), -1)
-    for index, word in enumerate(words):
-        token = tokenizer.convert_tokens_to_ids(f"▁{word}")
-        if token != tokenizer.unk_token_id:
-            table[token] = index
-    return table
-
-
-def noun_table(t5_tokenizer: Any) -> Tensor:
-    """Shape index of every token id of a word-level tokenizer, -1 where the token names no shape."""
-    table = torch.full((len(t5_tokenizer),), -1)
-    for index, shape in enumerate(SHAPES):
-        for word in (shape, PLURAL[shape]):
-            token = t5_tokenizer.convert_tokens_to_ids(f"▁{word}")
-            if token != t5_tokenizer.unk_token_id:
-                table[token] = index
-    return table
-
-
 def named_objects(nouns: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """Which object a noun means: the n-th noun the n-th object if its shape fits, else the first of that shape.
 
@@ -157,9 +141,8 @@ class Reader(nn.Module):
         self.colors: Tensor
         self.textures: Tensor
         self.invented = InventedWords(*tokenizers)
-        self.register_buffer("nouns", noun_table(tokenizers[1]))
-        self.register_buffer("colors", word_table(tokenizers[1], COLORS))
-        self.register_buffer("textures", word_table(tokenizers[1], TEXTURES))
+        for name, (words, _) in zip(("nouns", "colors", "textures"), _CLASSES, strict=True):
+            self.register_buffer(name, word_table(tokenizers[1], words))
         self.at_noun = nn.Linear(text_width, sum(_AT_NOUN))
         self.at_end = nn.Linear(pooled_width, sum(_POOLED))
 
