@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tritflow.kernels import attention as attention_8bit
+from tritflow.models.flux1_blocks import attend
 from tritflow.profiling import attention as bench
 
 SHAPE = (160, 2, 32)
@@ -28,7 +29,7 @@ def _eight_bit(name="eight"):
 
 
 def test_measure_states_times_ratios_and_errors(on_cpu):
-    base = bench.Contender("cudnn bf16", lambda q, k, v: None, lambda given, prepared: bench.sdpa(*given))
+    base = bench.Contender("cudnn bf16", lambda q, k, v: None, lambda given, prepared: attend(*given))
     lines = []
     result = bench.measure(SHAPE, [base, _eight_bit()], say=lines.append)
     assert result["shape"] == [1, 160, 2, 32]
@@ -54,7 +55,7 @@ def test_what_fails_is_said_and_left_out(on_cpu):
 
 def test_exact_is_attention():
     q, k, v = bench.inputs(SHAPE, "normal", device="cpu")
-    assert bench.relative_error(bench.sdpa(q.float(), k.float(), v.float()), bench.exact(q, k, v)) < 1e-5
+    assert bench.relative_error(attend(q.float(), k.float(), v.float()), bench.exact(q, k, v)) < 1e-5
 
 
 def test_kinds_of_inputs():
