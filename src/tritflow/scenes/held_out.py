@@ -34,9 +34,7 @@ from tritflow.scenes.world import (
     COLORS,
     HELD_OUT_COLORS,
     HELD_OUT_COUNTS,
-    HELD_OUT_PAIRS,
     HELD_OUT_RELATIONS,
-    HELD_OUT_TEXTURES,
     SHAPES,
     Scene,
 )
@@ -80,24 +78,24 @@ _Made = tuple[str, tuple[Clause, ...], str]
 
 def _single(rng: random.Random) -> _Made:
     shape = rng.choice(SHAPES)
-    told = Clause(shape, texture=pick_texture(rng, shape, 0.4), color=rng.choice([None, pick_color(rng, shape)]))
+    told = Clause(shape, texture=pick_texture(rng, 0.4), color=rng.choice([None, pick_color(rng, shape)]))
     size = rng.choice((None, None, "small", "large"))
     # Only the shape is judged here, as in GenEval; colour and texture have tags of their own.
     return describe(told, size), (Clause(shape),), ""
 
 
 def _two(rng: random.Random) -> _Made:
-    a, b = rng.sample(sorted(rng.choice(sorted(HELD_OUT_PAIRS))), 2)
+    a, _, b = rng.choice(sorted(t for t in HELD_OUT_RELATIONS if t[1] == "and"))
     textured = rng.random() < 0.3
     told = [
         Clause(
             s,
-            texture=pick_texture(rng, s, 0.0) if textured else None,
+            texture=pick_texture(rng, 0.0) if textured else None,
             color=rng.choice([None, pick_color(rng, s)]),
         )
         for s in (a, b)
     ]
-    return f"{describe(told[0])} and {describe(told[1])}", (Clause(a), Clause(b)), f"{a} with {b}"
+    return f"{describe(told[0])} and {describe(told[1])}", (Clause(a), Clause(b)), f"{a} and {b}"
 
 
 def _counting(rng: random.Random) -> _Made:
@@ -108,13 +106,13 @@ def _counting(rng: random.Random) -> _Made:
 
 def _colors(rng: random.Random) -> _Made:
     shape, color = rng.choice(sorted(HELD_OUT_COLORS))
-    told = Clause(shape, color=color, texture=pick_texture(rng, shape, 0.5))
+    told = Clause(shape, color=color, texture=pick_texture(rng, 0.5))
     size = rng.choice((None, None, "small", "large"))
     return describe(told, size), (Clause(shape, color=color),), f"{color} {shape}"
 
 
 def _position(rng: random.Random) -> _Made:
-    a, relation, b = rng.choice(sorted(t for t in HELD_OUT_RELATIONS if t[1] != "in front of"))
+    a, relation, b = rng.choice(sorted(t for t in HELD_OUT_RELATIONS if t[1] in ("left of", "above")))
     held_out = f"{a} {relation} {b}"
     if rng.random() < 0.5:
         a, relation, b = b, _INVERSE[relation], a
@@ -133,11 +131,10 @@ def _color_attr(rng: random.Random) -> _Made:
 
 
 def _texture(rng: random.Random) -> _Made:
-    shape, texture = rng.choice(sorted(HELD_OUT_TEXTURES))
-    color = rng.choice([None, pick_color(rng, shape)])
-    told = Clause(shape, texture=texture, color=color)
+    shape, color = rng.choice(sorted(HELD_OUT_COLORS))
+    told = Clause(shape, texture=pick_texture(rng, 0.0), color=color)
     size = rng.choice((None, None, "small", "large"))
-    return describe(told, size), (Clause(shape, texture=texture),), f"{texture} {shape}"
+    return describe(told, size), (replace(told, color=None),), f"{color} {shape}"
 
 
 def _occlusion(rng: random.Random) -> _Made:

@@ -13,14 +13,11 @@ from tritflow.scenes.render import shape_distances
 from tritflow.scenes.world import (
     COLORS,
     HELD_OUT_COLORS,
-    HELD_OUT_PAIRS,
-    HELD_OUT_TEXTURES,
     SHAPES,
     SIZES,
     TEXTURES,
     Object,
     Scene,
-    unordered,
 )
 
 
@@ -32,14 +29,14 @@ def pick_color(rng: random.Random, shape: str) -> str:
     return rng.choice([c for c in COLORS if (shape, c) not in HELD_OUT_COLORS])
 
 
-def pick_texture(rng: random.Random, shape: str, plain: float = 0.6) -> str:
+def pick_texture(rng: random.Random, plain: float = 0.6) -> str:
     if rng.random() < plain:
         return "solid"
-    return rng.choice([t for t in TEXTURES[1:] if (shape, t) not in HELD_OUT_TEXTURES] or ["solid"])
+    return rng.choice(TEXTURES[1:])
 
 
 def pick_partner(rng: random.Random, shape: str) -> str:
-    return rng.choice([s for s in SHAPES if s != shape and unordered(s, shape) not in HELD_OUT_PAIRS])
+    return rng.choice([s for s in SHAPES if s != shape])
 
 
 def pick_radius(rng: random.Random, crowd: int, size: str | None = None) -> float:
@@ -67,7 +64,7 @@ def scatter(rng: random.Random, radii: list[float], gap: float = 0.03) -> list[t
 
 def fill(rng: random.Random, clause: Clause, x: float, y: float, radius: float) -> Object:
     color = clause.color or pick_color(rng, clause.shape)
-    texture = clause.texture or pick_texture(rng, clause.shape, plain=0.75)
+    texture = clause.texture or pick_texture(rng, plain=0.75)
     return Object(clause.shape, color, texture, x, y, radius)
 
 

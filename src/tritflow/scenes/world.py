@@ -16,7 +16,6 @@ COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 TEXTURES = ("solid", "striped", "checkered")
 BACKGROUNDS = ("white", "gray", "black")
 COUNTS = (2, 3, 4)
-RELATIONS = ("left of", "right of", "above", "below", "in front of")
 
 # Far apart in hue, so that a picture can be read back by hue alone; brightness is free for textures.
 RGB = {
@@ -80,25 +79,16 @@ def canonical(shape_a: str, relation: str, shape_b: str) -> tuple[str, str, str]
     return (shape_a, relation, shape_b)
 
 
-def unordered(shape_a: str, shape_b: str) -> tuple[str, str]:
-    """One name for a pair of shapes in either order."""
-    return (shape_a, shape_b) if SHAPES.index(shape_a) < SHAPES.index(shape_b) else (shape_b, shape_a)
-
-
-# Never in a training scene: an object of such a shape and colour; such a count of one shape; such a texture on a
-# shape; two such shapes together. Never stated in a training caption: such a relation, from either side.
+# Never in a training scene: an object of such a shape and colour; such a count of one shape. Never stated in a training
+# caption: such a relation, from either side ("A and B" in this order counts as one: two things named together, their
+# places left open). Textures and pairs of shapes are all met in training: there are too few of
+# them (16 and 28) to learn from the rest that the missing ones can exist, and a teacher that doubts a whole tag
+# hides what quantization loses there.
 HELD_OUT_COLORS = _share("shape-color", list(itertools.product(SHAPES, COLORS)))
 HELD_OUT_COUNTS = _share("shape-count", list(itertools.product(SHAPES, COUNTS)))
-HELD_OUT_TEXTURES = _share("shape-texture", list(itertools.product(SHAPES, TEXTURES[1:])))
-HELD_OUT_PAIRS = _share("shape-pair", list(itertools.combinations(SHAPES, 2)))
 HELD_OUT_RELATIONS = _share(
     "shape-relation-shape",
-    [
-        (a, r, b)
-        for a, b in itertools.permutations(SHAPES, 2)
-        for r in ("left of", "above", "in front of")
-        if unordered(a, b) not in HELD_OUT_PAIRS
-    ],
+    [(a, r, b) for a, b in itertools.permutations(SHAPES, 2) for r in ("left of", "above", "in front of", "and")],
 )
 
 
