@@ -139,7 +139,8 @@ class CalibrationConfig(_Config):
     """Which trajectories of the teacher are recorded. No image is ever read: prompts and noise only.
 
     Attributes:
-        num_prompts: how many prompts of the calibration set are used (0: all).
+        num_prompts: how many trajectories, a prompt each (0: as many as the calibration set has). Where the set has
+            fewer prompts, they come again, with other noise.
         num_inference_steps: sampler steps a trajectory.
         guidance_scales: drawn per trajectory, for guidance-embedded models.
         seed: of the noise and of the choice of prompts.
@@ -198,6 +199,30 @@ class DistillationConfig(_Config):
     checkpoint_every: int = 200
     seed: int = 0
     compile_blocks: bool = False
+
+
+@dataclass(frozen=True)
+class VisitedConfig(_Config):
+    """Further distillation on states that the student itself comes to, the teacher giving the velocity there.
+
+    A student's errors add up along its trajectory, to states that no trajectory of the teacher holds. Each round
+    records the student with new noise, then trains on these pairs beside the teacher's own; what is not named here is
+    as in `DistillationConfig`.
+
+    Attributes:
+        steps: optimiser steps of each round (0: no round).
+        rounds: how many times the student is recorded and trained again.
+        num_prompts: trajectories a round (0: as many as calibration records of the teacher).
+        learning_rate: peak of each round's cosine schedule for latent weights.
+        scale_learning_rate: peak for the log row scales, column scales and biases.
+    """
+
+    version: int = FORMAT_VERSION
+    steps: int = 0
+    rounds: int = 1
+    num_prompts: int = 0
+    learning_rate: float = 2e-4
+    scale_learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -293,6 +318,7 @@ class Recipe:
         streaming: what may be kept while blocks are streamed.
         reconstruction: block reconstruction (steps = 0 switches it off).
         distillation: velocity distillation (steps = 0 switches it off).
+        visited: distillation on the student's own states, after that (steps = 0 switches it off).
     """
 
     name: str
@@ -306,3 +332,4 @@ class Recipe:
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    visited: VisitedConfig = field(default_factory=VisitedConfig)

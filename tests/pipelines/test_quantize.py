@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tritflow.calibration.prompt_sources import PromptsError
-from tritflow.config import CalibrationConfig, ConfigError, DistillationConfig, Recipe, ReconstructionConfig
+from tritflow.config import (
+    CalibrationConfig,
+    ConfigError,
+    DistillationConfig,
+    Recipe,
+    ReconstructionConfig,
+    VisitedConfig,
+)
 from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
 from tritflow.pipelines import quantize as module
@@ -322,6 +329,29 @@ def test_block_reconstruction_stands_between_compensation_and_distillation(tiny_
     distilled = dataclasses.replace(recipe, name="d", distillation=LEARN.distillation)
     final = quantize(tiny_flux, tmp_path / "distilled", distilled, prompts=prompts, device="cpu", mode="w2a8")
     assert final.validation[24] < final.validation[0]
+
+
+def test_the_student_is_recorded_and_goes_on_from_there(tiny_flux, prompts, tmp_path):
+    """Killed in its second round, it resumes to the same bytes."""
+    recipe = dataclasses.replace(LEARN, name="v", visited=VisitedConfig(steps=6, rounds=2, num_prompts=8))
+    seen = []
+
+    def kill(stage, done, total):
+        seen.append(stage)
+        if seen.count("record") > 6 and stage == "distill":
+            raise KeyboardInterrupt
+
+    options = {"prompts": prompts, "device": "cpu", "keep_work": True}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_flux, tmp_path / "cut", recipe, on_progress=kill, **options)
+    report = quantize(tiny_flux, tmp_path / "cut", recipe, **options)
+    whole = quantize(tiny_flux, tmp_path / "whole", recipe, **options)
+    assert report.digest == whole.digest
+    assert list(whole.validation) == [0, 8, 16, 24, 30, 36]
+    work = tmp_path / "whole" / ".work"
+    first, second = (json.loads((work / f"visited-{n}" / "meta.json").read_text()) for n in range(2))
+    assert first["identity"]["parents"]["student"] != second["identity"]["parents"]["student"]
+    assert first["identity"]["seed"] != second["identity"]["seed"] != LEARN.calibration.seed
 
 
 def test_eight_bit_activations_are_in_the_loop(tiny_flux, prompts, tmp_path):

@@ -28,15 +28,17 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
-    """A safetensors file, atomically. `metadata` is any JSON value.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
+    """A safetensors file, atomically. `metadata` is any JSON value. Returns the hex SHA-256 of its bytes.
 
     It is kept as one string, since several keys come out in an order that changes from run to run, and the same
     content is to give the same bytes.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header = None if metadata is None else {"tritflow": json.dumps(metadata, sort_keys=True)}
-    write_bytes(path, save(ready, header))
+    data = save(ready, header)
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_json(path: Path) -> Any:

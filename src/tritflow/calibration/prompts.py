@@ -93,6 +93,17 @@ class PromptSet(Sequence[Prompt]):
         ranked = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
         return PromptSet(self.name, tuple(self.prompts[i] for i in sorted(ranked[:count])))
 
+    def trajectories(self, count: int, seed: int = 0) -> PromptSet:
+        """A prompt for each of `count` trajectories: a sample, or where there are too few, all of them again and again.
+
+        The first rounds hold every prompt, the last one a sample of them (0 or fewer: every prompt once).
+        """
+        rounds, rest = divmod(max(count, 0), max(1, len(self)))
+        if not rounds or not len(self):
+            return self.sample(count, seed)
+        last = self.sample(rest, seed).prompts if rest else ()
+        return PromptSet(self.name, self.prompts * rounds + last)
+
     def describe(self) -> dict[str, Any]:
         """Name, count, hash and counts by source and split: what meta.json keeps."""
         return {"name": self.name, "count": len(self), "sha256": self.sha256, "counts": self.counts}

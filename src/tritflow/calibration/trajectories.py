@@ -11,7 +11,7 @@ A shard is written whole or not at all, so a killed recording goes on where it s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class TrajectoryWriter:
 
     def __init__(self, folder: Path | str, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
+        self._digests: dict[int, str] = {}
         self._meta: dict[str, Any] = {
             "kind": "trajectories",
             "version": VERSION,
@@ -85,7 +86,7 @@ class TrajectoryWriter:
         rows = {t.shape[0] for t in trajectory.values()}
         if len(leading) != 1 or rows - {next(iter(leading))[0]}:
             raise TrajectoryError(f"tensors of one shard disagree in their leading sizes: {leading}, {rows}")
-        write_tensors(
+        self._digests[shard] = write_tensors(
             _shard(self.folder, shard), {**steps, **trajectory}, {"step_tensors": sorted(steps), "shard": shard}
         )
 
@@ -105,7 +106,8 @@ class TrajectoryWriter:
         self._meta |= {
             "complete": True,
             "dtypes": {name: str(d).removeprefix("torch.") for name, d in sorted(dtypes.items())},
-            "shards": [{"file": f.name, "sha256": file_sha256(f)} for f in files],
+            # Shards of an earlier run are read once more; a large recording would take as long again for all.
+            "shards": [{"file": f.name, "sha256": self._digests.get(i) or file_sha256(f)} for i, f in enumerate(files)],
             "shared_sha256": file_sha256(self.folder / "shared.safetensors"),
         }
         write_json(self.folder / "meta.json", self._meta)
@@ -124,6 +126,7 @@ class Trajectories:
 
     Args:
         folder: written by `TrajectoryWriter`.
+        more: other folders of as many steps and the same kind, whose trajectories come behind.
         holdout: share of the trajectories kept for validation (at least one if there are two).
         verify: compare every shard with its checksum (reads everything once).
 
@@ -131,22 +134,26 @@ class Trajectories:
         TrajectoryError: see there.
     """
 
-    def __init__(self, folder: Path | str, holdout: float = 0.05, verify: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, holdout: float = 0.05, verify: bool = False, more: Sequence[Path] = ()
+    ) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "meta.json").is_file():
-            raise TrajectoryError(f"{self.folder} holds no trajectories (no meta.json)")
-        self.meta: dict[str, Any] = read_json(self.folder / "meta.json")
-        if self.meta.get("kind") != "trajectories" or self.meta.get("version") != VERSION:
-            raise TrajectoryError(f"{self.folder}/meta.json is not of trajectories, version {VERSION}")
-        if not self.meta["complete"]:
-            raise TrajectoryError(f"{self.folder}: the recording was not finished; run it again, it resumes")
+        self.meta = _complete(self.folder)
         if verify:
             self._verify()
         self.shared = _load(self.folder / "shared.safetensors")
         self._shards = [_load(self.folder / s["file"]) for s in self.meta["shards"]]
         self._step_names = _step_tensors(self.folder / self.meta["shards"][0]["file"])
+        for other in more:
+            meta = _complete(other)
+            self._shards += [_load(other / s["file"]) for s in meta["shards"]]
+            if meta["dtypes"] != self.meta["dtypes"] or meta["shared_sha256"] != self.meta["shared_sha256"]:
+                raise TrajectoryError(f"{other} holds trajectories of another kind than {folder}")
+        self._device: torch.device | None = None
         counts = [s[VELOCITY].shape[0] for s in self._shards]
         self.steps: int = self._shards[0][VELOCITY].shape[1]
+        if {s[VELOCITY].shape[1:] for s in self._shards} != {self._shards[0][VELOCITY].shape[1:]}:
+            raise TrajectoryError(f"{folder}: shards differ in steps or sizes")
         self._shard_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self._row_of = torch.cat([torch.arange(c) for c in counts])
         self.count = sum(counts)
@@ -170,18 +177,37 @@ class Trajectories:
         """How many (kwargs, velocity) pairs a split has."""
         return len(self._members[split]) * self.steps
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where `load` put everything; None while it is in the files."""
+        return self._device
+
     def load(self, device: torch.device | str) -> Trajectories:
-        """Put everything on `device` as one tensor a name, so that a batch is one gather. In place."""
-        merged = {name: torch.cat([s[name].to(device) for s in self._shards]) for name in sorted(self._shards[0])}
+        """Put everything on `device` as one tensor a name, so that a batch is one gather, which never waits for the
+        host. In place."""
+        if self._device is not None and self._device == torch.device(device):
+            return self
+        merged = {}
+        for name in sorted(self._shards[0]):
+            # Filled part by part: twice all of it need not fit.
+            shape = (self.count, *self._shards[0][name].shape[1:])
+            merged[name] = self._shards[0][name].new_empty(shape, device=device)
+            _fill(merged[name], [s.pop(name) for s in self._shards])
         self._shards = [merged]
         self.shared = {name: t.to(device) for name, t in self.shared.items()}
-        self._shard_of = torch.zeros(self.count, dtype=torch.long)
-        self._row_of = torch.arange(self.count)
+        self._members = {split: chosen.to(device) for split, chosen in self._members.items()}
+        self._shard_of = torch.zeros(self.count, dtype=torch.long, device=device)
+        self._row_of = torch.arange(self.count, device=device)
+        self._device = torch.device(device)
         return self
 
     def pairs(self, indices: Tensor, split: Split = "train", device: torch.device | str = "cpu") -> Batch:
-        """The pairs numbered `indices` ([B], below `size(split)`): kwargs in the teacher's own dtypes."""
+        """The pairs numbered `indices` ([B], below `size(split)`): kwargs in the teacher's own dtypes.
+
+        Once loaded on a GPU, with `indices` there, nothing waits for the host: a CUDA graph can capture it.
+        """
         members = self._members[split]
+        indices = indices.to(members.device)
         which, step = members[indices // self.steps], indices % self.steps
         names = sorted(self._shards[0])
         gathered = {name: self._gather(name, which, step).to(device, non_blocking=True) for name in names}
@@ -253,6 +279,25 @@ class Trajectories:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
+
+
+def _complete(folder: Path) -> dict[str, Any]:
+    """meta.json of a finished folder."""
+    if not (folder / "meta.json").is_file():
+        raise TrajectoryError(f"{folder} holds no trajectories (no meta.json)")
+    meta: dict[str, Any] = read_json(folder / "meta.json")
+    if meta.get("kind") != "trajectories" or meta.get("version") != VERSION:
+        raise TrajectoryError(f"{folder}/meta.json is not of trajectories, version {VERSION}")
+    if not meta["complete"]:
+        raise TrajectoryError(f"{folder}: the recording was not finished; run it again, it resumes")
+    return meta
+
+
+def _fill(into: Tensor, parts: Sequence[Tensor]) -> None:
+    start = 0
+    for part in parts:
+        into[start : start + len(part)] = part.to(into.device)
+        start += len(part)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -77,7 +77,9 @@ class TrainingState:
             betas=BETAS,
             eps=EPSILON,
             capturable=on_gpu,
-            foreach=True,
+            # One kernel over all parameters instead of a dozen passes.
+            fused=on_gpu or None,
+            foreach=None if on_gpu else True,
         )
         if on_gpu:
             for settings, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

@@ -14,7 +14,8 @@ from tritflow.distillation.state import TrainingState
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 on CUDA; nothing elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    # No cache of cast weights: a captured step must cast anew each time it is replayed.
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
 
 
 class Step:

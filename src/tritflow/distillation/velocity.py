@@ -26,6 +26,8 @@ from tritflow.distillation.step import Step, autocast
 
 Student = Callable[..., Tensor]
 VALIDATION_PAIRS = 512
+# Stands for a whole batch: the numbers of its pairs, where all pairs are on the device.
+PAIRS = "pairs"
 
 
 class DistillationError(ValueError):
@@ -92,6 +94,8 @@ def distill_(
     _settle(trajectories, device)
 
     def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
+        if PAIRS in inputs:
+            inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
         predicted = student(**{n: t for n, t in inputs.items() if n != VELOCITY})
         return mse_loss(predicted.float(), inputs[VELOCITY])
 
@@ -106,10 +110,12 @@ def distill_(
 
     def batch(number: int) -> dict[str, Tensor]:
         rows = ranks.part(trajectories.order(number, config.batch_size, config.seed))
+        if trajectories.device == device:
+            return {PAIRS: rows}  # gathered by the step itself
         return _inputs(trajectories.pairs(rows, "train", device))
 
     if cuda_graph and ranks.world == 1 and device.type == "cuda" and start < config.steps:
-        run_step = step.capture(_inputs(trajectories.pairs(torch.arange(config.batch_size), "train", device)))
+        run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
     report_every = max(1, min(20, config.steps // 50))
     for number in range(start, config.steps):
         state.set_learning_rates(number)
@@ -138,11 +144,14 @@ def distill_(
 
 @torch.no_grad()
 def validation_error(student: Student, trajectories: Trajectories, batch_size: int, device: torch.device) -> float:
-    """Velocity MSE over held-out pairs, the same ones every time; NaN if nothing is held out."""
+    """Velocity MSE over held-out pairs, the same ones every time; NaN if nothing is held out.
+
+    Compiled parts run eagerly: compiling them a second time, without gradients, costs more than is won here.
+    """
     total = count = 0.0
     for indices in _validation_pairs(trajectories, batch_size):
         batch = trajectories.pairs(indices, "holdout", device)
-        with autocast(device):
+        with autocast(device), torch.compiler.set_stance("force_eager"):
             predicted = student(**batch.kwargs)
         total += float((predicted.float() - batch.velocity).double().square().sum())
         count += batch.velocity.numel()
@@ -165,7 +174,7 @@ def _settle(trajectories: Trajectories, device: torch.device) -> None:
     """Keep the pairs on the GPU if they fit beside the student; else they are read from the mapped files."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if trajectories.nbytes < 0.4 * free:
+        if trajectories.device is None and trajectories.nbytes < 0.4 * free:
             trajectories.load(device)
 
 

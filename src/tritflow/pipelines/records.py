@@ -49,7 +49,7 @@ class Records:
     def _texts(self) -> list[str]:
         calibration = self.job.recipe.calibration
         assert self.job.prompts is not None
-        return self.job.prompts.sample(calibration.num_prompts, calibration.seed).texts
+        return self.job.prompts.trajectories(calibration.num_prompts, calibration.seed).texts
 
     def _of(self, split: str, indices: Tensor) -> list[tuple[int, int, float, float | None]]:
         named: Split = "holdout" if split == "holdout" else "train"

@@ -8,15 +8,19 @@ Up to distillation the dense transformer is never whole in memory: its blocks ar
 .work/compensated/    roundings, a file a block
 .work/reconstructed/  the same after block reconstruction, with what each window gained in curve.json
 .work/distilled/      checkpoint and loss curve
+.work/visited-N/      the teacher's velocity on states of the student, round N
+.work/refined-N/      checkpoint and loss curve of training on them as well
 .work/student/        roundings as distilled
 .work/calibration_records.jsonl   which recorded pairs compensation and reconstruction used
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +31,18 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.config import DistillationConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_
 from tritflow.distillation.shelf import Shelf
+from tritflow.distillation.state import CHECKPOINT
+from tritflow.distillation.step import autocast
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
-from tritflow.pipelines.dense import streamed_teacher, whole_transformer
+from tritflow.pipelines.dense import streamed_teacher, whole_teacher, whole_transformer
 from tritflow.pipelines.records import RECORDS, Records
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
@@ -253,28 +260,93 @@ def _distill(
     )
     ranks, order = Ranks.here(), job.family.block_order(job.source.config)
     shard_(model, order, job.device)
-    train = functools.partial(
-        distill_,
-        lambda **kwargs: model(**kwargs, return_dict=False)[0],
-        parameter_groups(model, config),
-        trajectories,
-        config,
-        work / "distilled",
-        device=job.device,
-        identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
-        on_progress=lambda done, total, loss: progress("distill", done, total),
-    )
-    if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
-        result = _compiled(model, train)
-    else:
-        result = train()
+    visited = job.recipe.visited
+    if visited.steps and ranks.world > 1:
+        raise ValueError(
+            f"recipe '{job.recipe.name}' records its student, which one process does: set visited.steps = 0"
+        )
+
+    def train(settings: DistillationConfig, data: Trajectories, stage: str, parents: list[Path]) -> dict[int, float]:
+        done = functools.partial(
+            distill_,
+            lambda **kwargs: model(**kwargs, return_dict=False)[0],
+            parameter_groups(model, settings),
+            data,
+            settings,
+            work / stage,
+            device=job.device,
+            identity={"job": job.id, "trajectories": [file_sha256(p / "meta.json") for p in parents]},
+            on_progress=lambda done, total, loss: progress("distill", done, total),
+        )
+        with _training_attention(job.device):
+            if settings.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
+                return _compiled(model, done).validation
+            return done().validation
+
+    folders = [work / "trajectories"]
+    validation = train(config, trajectories, "distilled", folders)
+    for number in range(visited.rounds if visited.steps else 0):
+        folders.append(work / f"visited-{number}")
+        _record_student(job, model, number, folders, work, progress)
+        again = dataclasses.replace(
+            config,
+            steps=visited.steps,
+            learning_rate=visited.learning_rate,
+            scale_learning_rate=visited.scale_learning_rate,
+            seed=config.seed + number + 1,
+        )
+        trajectories = Trajectories(folders[0], more=folders[1:])
+        before = max(validation)
+        found = train(again, trajectories, f"refined-{number}", folders)
+        validation |= {before + step: mse for step, mse in found.items() if step}
     store = RoundedStore(work / "student", job.id)
     for block in order:
         with gathered(model.get_submodule(block)) as module:
             twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
-    return result.validation
+    return validation
+
+
+def _record_student(job: Job, model: Any, number: int, folders: list[Path], work: Path, progress: Progress) -> None:
+    """Let the student draw, and ask the teacher at every state. Needs the teacher whole beside the student."""
+    before = work / ("distilled" if not number else f"refined-{number - 1}")
+    calibration = job.recipe.calibration
+    config = dataclasses.replace(
+        calibration,
+        num_prompts=job.recipe.visited.num_prompts or calibration.num_prompts,
+        # Noise and prompts that no other round has.
+        seed=calibration.seed + 1_000_003 * (number + 1),
+    )
+
+    def velocity(**kwargs: Any) -> Tensor:
+        with torch.no_grad(), autocast(job.device):
+            out: Tensor = model(**kwargs, return_dict=False)[0]
+        return out
+
+    assert job.prompts is not None
+    record_trajectories(
+        whole_teacher(job),
+        job.prompts,
+        folders[-1],
+        config,
+        parents={"source": job.source.fingerprint(), "student": file_sha256(before / CHECKPOINT)},
+        driver=velocity,
+        on_progress=lambda done, total: progress("record", done, total),
+    )
+
+
+@contextmanager
+def _training_attention(device: torch.device) -> Iterator[None]:
+    """Without cuDNN's attention, whose backward reads out of bounds in compiled blocks (torch 2.11, H100)."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _compiled(model: Any, train: Callable[[], DistillationResult]) -> DistillationResult:

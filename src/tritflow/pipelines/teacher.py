@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from tritflow.calibration.trajectories import VELOCITY, Trajectories, Trajectory
 from tritflow.config import CalibrationConfig
 from tritflow.pipelines.loading import GenerationDefaults, generation_defaults
 
-_NEVER_COMPACT = ("timestep", "guidance")
-_ROPE_IDS = ("txt_ids", "img_ids")
+Driver = Callable[..., Tensor]
 
 
 class TeacherError(ValueError):
@@ -50,9 +50,12 @@ def record_trajectories(
     defaults: GenerationDefaults | None = None,
     store_dtype: torch.dtype | None = None,
     parents: dict[str, str] | None = None,
+    driver: Driver | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Trajectories:
     """Run the teacher over prompts and keep (kwargs, velocity) of every step; resumes shard by shard.
+
+    With a `driver`, the states are those that the driver comes to by itself, and the velocities the teacher's there.
 
     Args:
         pipe: a `FluxPipeline` with a flow-match Euler scheduler, on its device.
@@ -63,6 +66,8 @@ def record_trajectories(
         store_dtype: of stored latents, text and velocity. None: the pipeline's dtype, and half precision for an
             fp32 pipeline. The teacher then sees the rounded values, so every stored pair stays exact.
         parents: hashes of what this depends on, for meta.json (None: a fingerprint of the transformer).
+        driver: called with the transformer's keyword arguments, gives the velocity that the sampler follows (None: the
+            teacher's own).
         on_progress: called as (trajectories done, of how many) after each shard.
 
     Returns:
@@ -75,7 +80,7 @@ def record_trajectories(
     """
     _check_scheduler(pipe.scheduler)
     chosen = prompts if isinstance(prompts, PromptSet) else from_texts(prompts)
-    chosen = chosen.sample(config.num_prompts, config.seed)
+    chosen = chosen.trajectories(config.num_prompts, config.seed)
     defaults = generation_defaults(pipe) if defaults is None else defaults
     transformer = pipe.transformer
     dtype = next(transformer.parameters()).dtype
@@ -101,14 +106,21 @@ def record_trajectories(
     shards = [plans[i : i + config.batch_size] for i in range(0, len(plans), config.batch_size)]
     if writer.complete:
         return Trajectories(out_dir)
-    recorder = _Recorder(pipe, config, sizes, dtype, store_dtype, device)
+    recorder = _Recorder(pipe, config, sizes, dtype, store_dtype, device, driver)
     done = 0
-    for number, batch in enumerate(shards):
-        if not writer.has(number):
-            writer.write(number, *recorder.run(batch))
-        done += len(batch)
-        if on_progress is not None:
-            on_progress(done, len(plans))
+    with ThreadPoolExecutor(1) as pool:
+        # One shard is written while the next is recorded; not more, or memory would hold them all.
+        writing: Future[None] | None = None
+        for number, batch in enumerate(shards):
+            tensors = None if writer.has(number) else recorder.run(batch)
+            if writing is not None:
+                writing.result()
+            writing = None if tensors is None else pool.submit(writer.write, number, *tensors)
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done, len(plans))
+        if writing is not None:
+            writing.result()
     writer.finish(len(shards), recorder.shared(), recorder.dtypes())
     pipe.maybe_free_model_hooks()
     return Trajectories(out_dir)
@@ -135,8 +147,9 @@ class _Recorder:
         dtype: torch.dtype,
         store_dtype: torch.dtype,
         device: torch.device,
+        driver: Driver | None = None,
     ) -> None:
-        self.pipe, self.config, self.sizes = pipe, config, sizes
+        self.pipe, self.config, self.sizes, self.driver = pipe, config, sizes, driver
         self.dtype, self.store_dtype, self.device = dtype, store_dtype, device
         self.guided = bool(pipe.transformer.config.guidance_embeds)
         factor = pipe.vae_scale_factor * 2
@@ -176,6 +189,8 @@ class _Recorder:
             steps["hidden_states"].append(compact)
             steps["timestep"].append(timestep)
             steps[VELOCITY].append(self._compact(velocity, "the teacher's velocity"))
+            if self.driver is not None:
+                velocity = self.driver(hidden_states=compact.to(self.dtype), timestep=timestep, **kwargs).to(self.dtype)
             # As in the scheduler: step width and product are rounded to the model's dtype, the sum is fp32.
             width = (sigmas[:, i + 1] - sigmas[:, i]).to(velocity.dtype)[:, None, None]
             latents = (latents.float() + (width * velocity).float()).to(velocity.dtype)

@@ -22,6 +22,7 @@ from tritflow.config import (
     ReconstructionConfig,
     StreamingConfig,
     TernaryConfig,
+    VisitedConfig,
     nearest,
 )
 
@@ -31,6 +32,7 @@ _TABLES: dict[str, Any] = {
     "streaming": StreamingConfig,
     "reconstruction": ReconstructionConfig,
     "distillation": DistillationConfig,
+    "visited": VisitedConfig,
 }
 DEFAULT = "fast"
 
@@ -82,6 +84,8 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits over everything that changes the result: all but name, summary and where things lie meanwhile."""
     data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary", "streaming")}
+    if recipe.visited == VisitedConfig():  # as the budget below
+        del data["visited"]
     budget = recipe.streaming.budget_bytes
     if budget != StreamingConfig().budget_bytes:  # left out at its default: jobs from before there was one go on
         data["activation_budget"] = budget
@@ -114,6 +118,7 @@ def _check(recipe: Recipe) -> None:
         "reconstruction.samples": r.samples,
         "reconstruction.batch_size": r.batch_size,
         "compensation_samples": recipe.compensation_samples,
+        "visited.rounds": recipe.visited.rounds,
     }
     for key, value in positive.items():
         if not isinstance(value, int) or value < 1:
@@ -128,6 +133,8 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: distillation.activation_bits is 8 or 16, not {d.activation_bits}")
     if r.activation_bits not in (8, 16):
         raise ConfigError(f"recipe {recipe.name}: reconstruction.activation_bits is 8 or 16, not {r.activation_bits}")
+    if recipe.visited.steps and not d.steps:
+        raise ConfigError(f"recipe {recipe.name}: [visited] goes on from a distilled student; give distillation.steps")
     if r.stride > r.window:
         raise ConfigError(
             f"recipe {recipe.name}: reconstruction.stride {r.stride} leaves out blocks between windows of {r.window}"
