@@ -202,6 +202,20 @@ def test_the_judge_always_grades(weights: Path) -> None:
         assert grades == judge.grade(shown, ["a cat", "a dog", "a red cup"], category)
 
 
+def test_the_judge_grades_a_batch_as_it_grades_alone(weights: Path) -> None:
+    """Descriptions and prompts of different lengths: what fills up a batch changes nothing."""
+    judge = llava_judge.LlavaJudge(str(weights / "llava"))
+    shown, prompts = pictures(4), ["a cat", "a red cup and a blue bowl and a dog", "bench", "a red cat"]
+    together = judge.grade(shown, prompts, "complex")
+    assert together == [judge.grade([p], [t], "complex")[0] for p, t in zip(shown, prompts, strict=True)]
+    tokens = [torch.tensor([1, 3, 3, 3, 3, *range(4, 4 + n)]) for n in (2, 9, 5)]
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        batch = judge._last_logits(tokens, pixels)
+        for i, mine in enumerate(tokens):
+            assert torch.allclose(batch[i], judge._last_logits([mine], pixels[i : i + 1])[0], atol=1e-5)
+
+
 def test_a_judge_without_digits_is_refused(weights: Path, tmp_path: Path) -> None:
     import shutil
 

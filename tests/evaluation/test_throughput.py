@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tritflow.cli.main import app
 from tritflow.evaluation import throughput
 from tritflow.evaluation.api import EvaluationError
-from tritflow.evaluation.scorers import dpt_depth, mask2former
+from tritflow.evaluation.scorers import dpt_depth, llava_judge, mask2former
 from tritflow.results import read
 
 
@@ -21,12 +21,15 @@ from tritflow.results import read
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 64)
     monkeypatch.setattr(dpt_depth, "SIDE", 64)
+    monkeypatch.setattr(llava_judge, "DESCRIPTION_TOKENS", 3)
 
     def of(name: str, kind: str):  # type: ignore[no-untyped-def]
         import transformers
 
         folder = getattr(tiny_scorers, name)(tmp_path / name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if name in ("clip", "blip", "owlv2") else None
+        tokenizer = (
+            transformers.AutoTokenizer.from_pretrained(folder) if name in ("clip", "blip", "owlv2", "llava") else None
+        )
         return lambda: (getattr(transformers, kind).from_pretrained(folder), tokenizer)
 
     made = {
@@ -35,6 +38,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "blip-vqa": of("blip", "BlipForQuestionAnswering"),
         "owlv2": of("owlv2", "Owlv2ForObjectDetection"),
         "dpt": of("dpt", "DPTForDepthEstimation"),
+        "llava judge": of("llava", "LlavaForConditionalGeneration"),
     }
     monkeypatch.setattr(throughput, "MAKE", made)
 
@@ -61,7 +65,8 @@ def test_unknown_scorers_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("mask2former", 69), ("clip colors", 428), ("blip-vqa", 361), ("owlv2", 155), ("dpt", 123)]
+    ("name", "millions"),
+    [("mask2former", 69), ("clip colors", 428), ("blip-vqa", 361), ("owlv2", 155), ("dpt", 123), ("llava judge", 7063)],
 )
 def test_the_architectures_are_of_the_real_size(name: str, millions: int) -> None:
     with torch.device("meta"):

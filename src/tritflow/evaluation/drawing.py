@@ -145,6 +145,7 @@ def draw_images(
     versions: dict[str, str] | None = None,
     shard: tuple[int, int] = (0, 1),
     lazy: bool = False,
+    encode: Callable[[Image.Image], bytes] = encode_png,
     progress: Progress | None = None,
 ) -> ImageSet | None:
     """Draw whatever is missing of a suite's pictures into `folder`.
@@ -209,7 +210,7 @@ def draw_images(
                     _check_pictures(pictures, batch)
                     finished += _note(waiting, manifest, done)
                     waiting = [
-                        writer.submit(_write_picture, folder, e, p)
+                        writer.submit(_write_picture, folder, e, encode, p)
                         for e, p in zip(batch, pictures, strict=True)
                         if e["path"] not in done
                     ]
@@ -241,8 +242,10 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
     return [e for e in lines if is_whole(folder, e)]
 
 
-def _write_picture(folder: Path, entry: dict[str, Any], picture: Image.Image) -> dict[str, Any]:
-    data = encode_png(picture)
+def _write_picture(
+    folder: Path, entry: dict[str, Any], encode: Callable[[Image.Image], bytes], picture: Image.Image
+) -> dict[str, Any]:
+    data = encode(picture)
     _replace(folder / entry["path"], data)
     return {**entry, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 

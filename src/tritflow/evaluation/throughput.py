@@ -96,21 +96,54 @@ def _dpt() -> tuple[Any, Any]:
     return DPTForDepthEstimation(DPTConfig(**hybrid)), None
 
 
+def _judge_tokenizer() -> Any:
+    """A word a token, so that questions are about as long as with the judge's own tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "<image>", "1", "2", "3", "4", "5"]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _llava() -> tuple[Any, Any]:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    config = LlavaConfig(
+        vision_config={
+            **vision,
+            "model_type": "clip_vision_model",
+            "patch_size": 14,
+            "image_size": 336,
+            "projection_dim": 768,
+        },
+        text_config={"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096},
+        image_token_index=3,
+    )
+    return LlavaForConditionalGeneration(config), _judge_tokenizer()
+
+
 MAKE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mask2former": _mask2former,
     "clip colors": _clip,
     "blip-vqa": _blip,
     "owlv2": _owlv2,
     "dpt": _dpt,
+    "llava judge": _llava,
 }
-"""Model and tokenizer of each scorer, at the size of its default weights. The 7 billion of the judge are left out."""
+"""Model and tokenizer of each scorer, at the size of its default weights."""
+
+SIXTEEN_BITS = ("llava judge",)
+"""Made in 16 bits on the device itself: 7 billion weights."""
 
 Look = Callable[[Sequence[Pixels]], Any]
 
 
 def _looker(name: str, source: str, device: str) -> Look:
     """What a scorer does to a batch of pictures in a suite."""
-    from tritflow.evaluation.scorers import blip_vqa, clip_colors, dpt_depth, mask2former, owlv2
+    from tritflow.evaluation.scorers import blip_vqa, clip_colors, dpt_depth, llava_judge, mask2former, owlv2
 
     if name == "mask2former":
         detector = mask2former.Mask2FormerDetector(source, device)
@@ -140,6 +173,9 @@ def _looker(name: str, source: str, device: str) -> Look:
     if name == "owlv2":
         open_detector = owlv2.Owlv2Detector(source, device)
         return lambda pictures: open_detector.detect(pictures, [["cat", "dog"]] * len(pictures), 0.9999)
+    if name == "llava judge":
+        judge = llava_judge.LlavaJudge(source, device)
+        return lambda pictures: judge.grade(pictures, ["a red cat beside a dog"] * len(pictures), "complex")
     depth = dpt_depth.DptDepth(source, device)
     return lambda pictures: depth.depth(pictures, 479, 479)
 
@@ -176,14 +212,14 @@ def measure(
         reading = pictures / (time.perf_counter() - started)
         for name in names or list(make):
             source = Path(place) / name.replace(" ", "-")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model, tokenizer = make[name]()
+            model, tokenizer = _made(make[name], device if name in SIXTEEN_BITS else "cpu")
             with quiet():
                 model.save_pretrained(source)
             if tokenizer is not None:
                 tokenizer.save_pretrained(source)
             del model
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()
             found[name] = _rates(_looker(name, str(source), device), images, batch_size, device)
             if say is not None:
                 say(f"{name}: {found[name]['pictures_per_second']} pictures a second")
@@ -198,6 +234,19 @@ def measure(
         "scorers": found,
         **provenance(device),
     }
+
+
+def _made(make: Callable[[], tuple[Any, Any]], device: str) -> tuple[Any, Any]:
+    """Model and tokenizer with seeded weights; in 16 bits when made on a GPU."""
+    before = torch.get_default_dtype()
+    try:
+        if device.startswith("cuda"):
+            torch.set_default_dtype(torch.float16)
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(0)
+            return make()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _rates(look: Look, images: ImageSet, batch_size: int, device: str) -> dict[str, float]:
@@ -224,17 +273,23 @@ def _seconds(what: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _pictures(folder: Path, number: int, size: int) -> ImageSet:
-    """A folder of pictures with detail at all scales (as PNGs cost what they hold); eight different ones."""
+def detailed_pictures(number: int, size: int) -> list[Image.Image]:
+    """Different pictures with detail at all scales, since PNGs cost what they hold."""
     rng = np.random.default_rng(0)
     different = []
-    for _ in range(8):
+    for _ in range(number):
         total = np.zeros((size, size, 3))
         for k in (8, 32, 128, size):
             coarse = Image.fromarray(rng.integers(0, 256, (min(k, size),) * 2 + (3,), dtype=np.uint8))
             total += np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64) / k**0.5
         total = (total - total.min()) / (total.max() - total.min()) * 255
-        different.append(encode_png(Image.fromarray(total.astype(np.uint8))))
+        different.append(Image.fromarray(total.astype(np.uint8)))
+    return different
+
+
+def _pictures(folder: Path, number: int, size: int) -> ImageSet:
+    """A folder of pictures; eight different ones."""
+    different = [encode_png(picture) for picture in detailed_pictures(8, size)]
     entries = []
     for i in range(number):
         data = different[i % 8]

@@ -1,4 +1,4 @@
-"""`tritflow bench storage|full-size|sensitivity|scorers`: bytes on disk, real size, sensitivity of layers, scorers."""
+"""`tritflow bench storage|full-size|sensitivity`: bytes on disk, real size, sensitivity of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tritflow.cli.bench.app import app
-from tritflow.cli.bench.options import Device, Json, Note, Results, store
+from tritflow.cli.bench.options import Json, Note, Results, store
 from tritflow.cli.console import print_json, progress, say
 
 _STORAGE = """Examples:
@@ -134,38 +134,3 @@ def sensitivity(
         print_json(run)
     else:
         print(bench.table(run))
-
-
-_SCORERS = """Examples:
-
-\b
-  tritflow bench scorers --device cuda --results benchmarks/results   # about four minutes
-  tritflow bench scorers --scorer mask2former --pictures 16 --size 512
-"""
-
-
-@app.command(epilog=_SCORERS)
-def scorers(
-    device: Device = "cpu",
-    scorer: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="How many are scored.")] = 256,
-    size: Annotated[int, typer.Option(min=32, help="Of the pictures, in pixels.")] = 1024,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at once.")] = 8,
-    note: Note = "",
-    results: Results = None,
-    json: Json = False,
-) -> None:
-    """Pictures a second of the suites' scorers: real architectures, random weights, PNGs read meanwhile."""
-    from tritflow.evaluation import throughput
-    from tritflow.pipelines.loading import pick_device
-
-    on = str(pick_device(device))
-    run = throughput.measure(
-        scorer or (), device=on, pictures=pictures, size=size, batch_size=batch_size, say=None if json else say
-    )
-    run["note"] = note
-    store(results, "scorers", [run])
-    if json:
-        print_json(run)
-    else:
-        print(throughput.table(run))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.scorers.loading import CLIP_MEAN, CLIP_STD, normalise, resize, to_tensor
@@ -43,7 +44,9 @@ class LlavaJudge:
     def __init__(self, source: str = DEFAULT, device: str = "cpu") -> None:
         from transformers import LlavaForConditionalGeneration
 
-        self.model = load_model(LlavaForConditionalGeneration, source, "judge", device)
+        # 16 bits on a GPU, as the suite's script runs its judge; CPUs are no faster with them.
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        self.model = load_model(LlavaForConditionalGeneration, source, "judge", device, dtype)
         self.tokenizer = load_tokenizer(source, "judge")
         config = self.model.config
         vision = config.vision_config
@@ -56,13 +59,16 @@ class LlavaJudge:
             raise EvaluationError(f"the judge '{source}' has no tokens of their own for the digits 1 to 5")
         self.digits = [e[-1] for e in ends]
         self.device = device
-        self.name = f"transformers LLaVA {identity(source)}, greedy, likeliest digit, questions in tritflow's words"
+        bits = str(dtype).removeprefix("torch.")
+        self.name = (
+            f"transformers LLaVA {identity(source)} in {bits}, greedy, likeliest digit, questions in tritflow's words"
+        )
 
     @torch.inference_mode()
     def grade(self, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str], category: str) -> list[int]:
         """1 to 5 for each picture; `category` is "non_spatial" or "complex"."""
         pixels = resize(to_tensor(pictures, self.device), self.side, self.side, "bicubic")
-        pixels = normalise(pixels, CLIP_MEAN, CLIP_STD)
+        pixels = normalise(pixels, CLIP_MEAN, CLIP_STD).to(self.model.dtype)
         ask = self._tokens("USER: ", f"\n{_DESCRIBE[category]} ASSISTANT:")
         asked = ask[None].expand(len(pictures), -1)
         described = self.model.generate(
@@ -73,18 +79,28 @@ class LlavaJudge:
             do_sample=False,
             pad_token_id=self._pad(),
         )[:, len(ask) :]
-        grades = []
-        for i, prompt in enumerate(prompts):
-            description = self.tokenizer.decode(described[i], skip_special_tokens=True).strip()
+        conversations = []
+        for tokens, prompt in zip(described, prompts, strict=True):
+            description = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
             # Tokenized with a digit, which then comes off: whether a space belongs to it is the tokenizer's affair.
-            tokens = self._tokens(
-                "USER: ",
-                f"\n{_DESCRIBE[category]} ASSISTANT: {description} USER: {_GRADE.format(prompt=prompt)} "
-                "ASSISTANT: The grade is 1",
-            )[:-1]
-            logits = self.model(input_ids=tokens[None], pixel_values=pixels[i : i + 1]).logits[0, -1]
-            grades.append(1 + int(logits[self.digits].argmax()))
-        return grades
+            conversations.append(
+                self._tokens(
+                    "USER: ",
+                    f"\n{_DESCRIBE[category]} ASSISTANT: {description} USER: {_GRADE.format(prompt=prompt)} "
+                    "ASSISTANT: The grade is 1",
+                )[:-1]
+            )
+        logits = self._last_logits(conversations, pixels)
+        return [1 + int(i) for i in logits[:, self.digits].argmax(1)]
+
+    def _last_logits(self, conversations: Sequence[Tensor], pixels: Tensor) -> Tensor:
+        """[B, vocabulary]: what comes after each conversation. Padding lies behind, where no token looks."""
+        ends = [len(c) - 1 for c in conversations]
+        ids = pad_sequence(list(conversations), batch_first=True, padding_value=self._pad())
+        mask = pad_sequence([torch.ones_like(c) for c in conversations], batch_first=True)
+        hidden = self.model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).last_hidden_state
+        logits: Tensor = self.model.get_output_embeddings()(hidden[torch.arange(len(ends)), ends])
+        return logits
 
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id

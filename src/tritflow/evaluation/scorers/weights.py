@@ -12,8 +12,8 @@ UNUSED = 0.05
 """Share of a model's weights that may be missing: published depth models lack layers that are never run."""
 
 
-def load_model(kind: Any, source: str, role: str, device: str) -> Any:
-    """`kind.from_pretrained(source)` in float32 and eval mode on `device`, from safetensors.
+def load_model(kind: Any, source: str, role: str, device: str, dtype: Any = None) -> Any:
+    """`kind.from_pretrained(source)` in `dtype` (float32 by default) and eval mode on `device`, from safetensors.
 
     Raises `EvaluationError`, naming the role, when it is not there, is of another kind, has no safetensors, or lacks
     weights: from_pretrained itself only warns of the last, and random weights would score.
@@ -31,7 +31,7 @@ def load_model(kind: Any, source: str, role: str, device: str) -> Any:
                     f"the {role} scorer '{source}' is a '{stored}' model; a '{wanted}' model is needed"
                 )
             model, info = kind.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                source, use_safetensors=True, dtype=dtype or torch.float32, output_loading_info=True
             )
     except EvaluationError:
         raise
