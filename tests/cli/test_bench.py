@@ -20,8 +20,8 @@ def invoke(*args: object) -> Any:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LARGE", (8, 48, 64))
-    monkeypatch.setattr(cpu, "small_step", lambda batch: [(batch, 16, 32)])
+    monkeypatch.setattr(cpu, "LARGE", cpu.Product(8, 48, 64))
+    monkeypatch.setattr(cpu, "small_step", lambda batch: [cpu.Product(batch, 16, 32)])
 
 
 def test_help_shows_the_three_benches_with_examples() -> None:

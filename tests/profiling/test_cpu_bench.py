@@ -1,20 +1,34 @@
 from __future__ import annotations
 
 from tritflow import results
+from tritflow.kernels import cpu as kernel
 from tritflow.profiling import cpu
 
 
 def test_a_small_flux_step_has_its_104_linears():
     shapes = cpu.small_step(2)
     assert len(shapes) == 104
-    assert shapes[0] == (2, 1536, 256)
-    assert shapes.count((224, 256, 1280)) == 8
-    assert shapes.count((128, 1024, 256)) == shapes.count((96, 1024, 256)) == 4
+    assert shapes[0] == cpu.Product(2, 1536, 256)
+    assert shapes.count(cpu.Product(224, 256, 1280)) == 8
+    assert shapes.count(cpu.Product(128, 1024, 256)) == shapes.count(cpu.Product(96, 1024, 256)) == 4
+    assert sum(shape.same_input for shape in shapes) == 4 * 2 * 2 + 8 * 3
+
+
+def test_every_input_is_quantized_unless_a_model_would_share_it(monkeypatch):
+    quantized = []
+    real = kernel._quantize
+    monkeypatch.setattr(kernel, "_quantize", lambda *a: quantized.append(1) or real(*a))
+    shapes = [cpu.Product(4, 16, 32), cpu.Product(4, 16, 32, True), cpu.Product(4, 16, 32), cpu.Product(4, 8, 16)]
+    candidates, _ = cpu._candidates(shapes)
+    for _ in range(3):
+        quantized.clear()
+        candidates["w2a8 bf16"]()
+        assert len(quantized) == 3
 
 
 def test_the_benchmark_reports_ratios_of_its_own_medians_and_is_stored(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "LARGE", (8, 48, 64))
-    monkeypatch.setattr(cpu, "small_step", lambda batch: [(batch, 16, 32), (batch, 32, 16)])
+    monkeypatch.setattr(cpu, "LARGE", cpu.Product(8, 48, 64))
+    monkeypatch.setattr(cpu, "small_step", lambda batch: [cpu.Product(batch, 16, 32), cpu.Product(batch, 32, 16)])
     run = cpu.bench_cpu(0.05, note="a test")
     assert run["note"] == "a test"
     assert len(run["comparisons"]) == 3

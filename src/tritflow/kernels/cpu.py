@@ -31,7 +31,7 @@ EXPANSION = "_tritflow_expansion"
 """Attribute of a packed weight that owns its expanded form."""
 
 _ROWS, _COLUMNS = 1024, 1536  # of a product of qlinear: enough for its blocking, and a result that stays in cache
-_QUANTIZE_CHUNK = 1 << 17  # activations whose float temporaries fit the second-level cache
+_QUANTIZE_CHUNK = 1 << 17  # activations a thread whose float temporaries fit the second-level cache
 _QLINEAR_FROM = 1 << 20  # weights from this many trits on are prepacked,
 _QLINEAR_RESULT = 1 << 14  # and smaller ones once a result has this many elements
 _RESULT_CHUNK = 1 << 19  # elements of a smaller weight's result in one go: more would be fresh pages at every call
@@ -256,15 +256,31 @@ def _quantize_rows(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tup
 
 
 def _quantize(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """`_quantize_rows` in chunks whose float temporaries stay in cache."""
-    tokens, step = x.shape[0], max(16, _QUANTIZE_CHUNK // x.shape[1])
+    """`_quantize_rows` in chunks whose float temporaries stay in cache, and are the same memory for every chunk."""
+    tokens, width = x.shape
+    step = max(16, _QUANTIZE_CHUNK * torch.get_num_threads() // width)
     if tokens <= step or x.numel() < 2 * _QUANTIZE_CHUNK:
         return _quantize_rows(x, input_scale, unsigned)
     q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
-    amax = torch.empty((tokens, 1))
+    amax, floats = torch.empty((tokens, 1)), torch.empty((step, width))
+    # Without its sign bit a 16-bit float orders like an integer (NaN above all): half the bytes for the maximum.
+    bits = x.view(torch.int16) if x.element_size() == 2 and input_scale is None else None
+    work = torch.empty((step, width), dtype=torch.float32 if bits is None else torch.int16)
     for start in range(0, tokens, step):
-        part = slice(start, start + step)
-        q[part], amax[part] = _quantize_rows(x[part], input_scale, unsigned)
+        part = slice(start, min(start + step, tokens))
+        count = part.stop - start
+        rows, scratch, largest = floats[:count], work[:count], amax[part]
+        if input_scale is None:
+            rows.copy_(x[part])
+        else:
+            torch.mul(rows.copy_(x[part]), input_scale, out=rows)
+        if bits is None:
+            torch.amax(torch.abs(rows, out=scratch), dim=-1, keepdim=True, out=largest)
+        else:
+            magnitudes = torch.bitwise_and(bits[part], 0x7FFF, out=scratch)
+            largest.copy_(magnitudes.amax(dim=-1, keepdim=True).view(x.dtype))
+        rows.mul_(torch.div(_Q127, largest)).add_(_ROUNDER + 128.0 if unsigned else _ROUNDER)
+        q[part].copy_(rows.view(torch.int32))
     return q, amax
 
 
