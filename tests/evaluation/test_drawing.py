@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from evaluation_fakes import MODEL, SETTINGS, ToyTask, draw, draw_set, folder_bytes, noise_picture
 
-from tritflow.evaluation.api import EvaluationError
+from tritflow.evaluation.api import EvaluationError, Judgement
 from tritflow.evaluation.drawing import draw_images, seed_of
-from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId
+from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, read_verdicts
+from tritflow.evaluation.projection import project
 
 KILLED = """
 import os, signal, sys
@@ -146,13 +147,65 @@ def test_mixed_models_missing_seeds_and_strangers_are_refused(whole: Path) -> No
     before = (whole / "manifest.jsonl").read_bytes()
     for values, words in (
         ({"model_hash": "cccc"}, r"light-0/0001.png.*'fake' \(cccc\).*one model"),
-        ({"seed": None}, r"light-0/0001.png: has no seed"),
+        ({"seed": None}, r"line 2 \(images/light-0/0001.png\) has 'seed' null.*no seed does not compare"),
         ({"prompt_id": "who"}, "'who' is not in prompts.jsonl"),
     ):
         edit(whole, 1, **values)
         with pytest.raises(ImageSetError, match=words):
             ImageSet.open(whole)
         (whole / "manifest.jsonl").write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "key", ["path", "prompt_id", "sample", "seed", "model", "model_hash", "tag", "prompt", "height", "bytes", "sha256"]
+)
+def test_a_manifest_line_that_lacks_something_is_refused_by_name(whole: Path, key: str) -> None:
+    manifest = whole / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    del lines[4][key]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = rf"manifest.jsonl: line 5 \(.*\) has no '{key}'"
+    with pytest.raises(ImageSetError, match=words):
+        ImageSet.open(whole)
+    with pytest.raises(ImageSetError, match=words):  # drawing on looks at the same lines
+        draw_set(whole)
+    with pytest.raises(ImageSetError, match=words):
+        project(whole, "fake", 18, SETTINGS)
+
+
+def test_lines_and_meta_of_another_kind_are_refused_by_name(whole: Path) -> None:
+    for name, content, words in (
+        ("manifest.jsonl", b"[1]\n", "manifest.jsonl: line 1 is no JSON object"),
+        ("prompts.jsonl", b'{"id":"a"}\n', "prompts.jsonl: line 1 has no 'tag'"),
+    ):
+        before = (whole / name).read_bytes()
+        (whole / name).write_bytes(content)
+        with pytest.raises(ImageSetError, match=words):
+            ImageSet.open(whole)
+        (whole / name).write_bytes(before)
+    meta = json.loads((whole / "meta.json").read_text())
+    for changed, words in (
+        ({k: v for k, v in meta.items() if k != "samples"}, "meta.json: has no 'samples'"),
+        ({**meta, "model": {"name": "fake"}}, "meta.json: model has no 'hash'"),
+    ):
+        (whole / "meta.json").write_text(json.dumps(changed))
+        with pytest.raises(ImageSetError, match=words):
+            ImageSet.open(whole)
+
+
+def test_verdicts_without_seeds_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.scores.jsonl"
+    good = {"prompt_id": "a", "tag": "light", "sample": 0, "seed": 3, "score": 1, "reason": ""}
+    path.write_text(json.dumps(good) + "\n")
+    assert read_verdicts(path) == [Judgement("a", "light", 0, 3, 1)]
+    for key in good:
+        bad = {k: v for k, v in good.items() if k != key}
+        path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(ImageSetError, match=rf"a.scores.jsonl: line 2 has no '{key}'"):
+            read_verdicts(path)
+    path.write_text(json.dumps({**good, "seed": "3"}) + "\n")
+    with pytest.raises(ImageSetError, match="line 1 has 'seed' \"3\", where a whole number belongs; what has no seed"):
+        read_verdicts(path)
 
 
 def test_missing_and_half_written_pictures_are_refused(whole: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from test_compbench_task import ScriptedDepth, ScriptedJudge, ScriptedVqa, pets
 from test_geneval_task import everything
 
 from tritflow.evaluation.api import EvaluationError
-from tritflow.evaluation.images import ImageSet
+from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.sharing import score_shared
 
 HERE = str(Path(__file__).parent)
@@ -145,6 +146,32 @@ def test_a_scorer_that_changed_below_its_name_is_refused(prompts: Path, tmp_path
     kept.write_text("".join(line for line in lines if "3d_spatial/" not in line))
     with pytest.raises(EvaluationError, match="was begun with deeper as depth, and now it is scripted depth; delete"):
         score(compbench(prompts), images, place)
+
+
+def test_kept_verdicts_without_a_seed_are_refused_by_name(prompts: Path, tmp_path: Path) -> None:
+    images = draw_suite(tmp_path / "out", geneval(prompts))
+    assert images is not None
+    place = tmp_path / "a.scores.jsonl"
+    score(geneval(prompts), images, place)
+    kept = tmp_path / "a.verdicts.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    del lines[3]["seed"]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ImageSetError, match=r"a.verdicts.jsonl: line 4 has no 'seed'"):
+        score(geneval(prompts), images, place)
+
+
+def test_another_ranks_part_without_a_seed_is_refused_by_name(prompts: Path, tmp_path: Path) -> None:
+    images = draw_suite(tmp_path / "out", geneval(prompts))
+    assert images is not None
+    place = tmp_path / "a.scores.jsonl"
+    assert score_shared(geneval(prompts), images, place, (1, 2), 1.0, None) is None
+    part = tmp_path / "a.scores.jsonl.1"
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    del lines[1]["seed"]
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ImageSetError, match=r"a.scores.jsonl.1: line 2 has no 'seed'"):
+        score_shared(geneval(prompts), images, place, (0, 2), 1.0, None)
 
 
 def test_three_ranks_leave_the_ledger_of_one(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

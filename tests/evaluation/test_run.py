@@ -11,9 +11,9 @@ from evaluation_fakes import SETTINGS, ToyTask, draw
 from PIL import Image
 
 from tritflow.evaluation.api import EvaluationError, Judgement, get_task
-from tritflow.evaluation.images import ModelId
+from tritflow.evaluation.images import ModelId, read_verdicts
 from tritflow.evaluation.models import fingerprint
-from tritflow.evaluation.run import Contender, Sampling, evaluate, read_judgements
+from tritflow.evaluation.run import Contender, Sampling, evaluate
 from tritflow.evaluation.summaries import compare, summarise
 from tritflow.results import append, canonical
 
@@ -62,7 +62,7 @@ def test_a_run_says_everything(tmp_path: Path) -> None:
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert paired["overall"]["mcnemar"]["only_first"] == 0  # darker pictures never pass alone
     assert 20 < run["fidelity"]["psnr"]["value"] < 45
-    verdicts = read_judgements(tmp_path / "student-ssss-w2a16.scores.jsonl")
+    verdicts = read_verdicts(tmp_path / "student-ssss-w2a16.scores.jsonl")
     assert len(verdicts) == 72
     assert {v.reason for v in verdicts if not v.passed} == {"too dark"}
     append(tmp_path / "results.json", "toy", run)

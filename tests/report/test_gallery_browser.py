@@ -50,13 +50,11 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def page(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tritflow.evaluation.run import read_judgements
+    from tritflow.evaluation.images import read_verdicts
 
     sets = {s.model.name: s for s in collect([evaluated]).image_sets()}
     teacher, student = sets["teacher"], sets["student <b>"]
-    judged = [
-        verdicts(read_judgements(s.folder.with_name(f"{s.folder.name}.scores.jsonl"))) for s in (teacher, student)
-    ]
+    judged = [verdicts(read_verdicts(s.folder.with_name(f"{s.folder.name}.scores.jsonl"))) for s in (teacher, student)]
     folder = tmp_path_factory.mktemp("browser")
     return write_gallery(folder, teacher, student, teacher_verdicts=judged[0], student_verdicts=judged[1])
 

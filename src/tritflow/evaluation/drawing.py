@@ -32,7 +32,7 @@ from tritflow.evaluation.images import (
     Settings,
     cut_half_line,
     is_whole,
-    read_lines,
+    read_manifest,
     read_meta,
 )
 from tritflow.results import canonical, write_atomically
@@ -238,7 +238,7 @@ def draw_images(
 
 def _drawn(folder: Path) -> list[dict[str, Any]]:
     """Manifest lines (all ranks') whose picture is there in full length."""
-    lines = [e for path in sorted(folder.glob(f"{MANIFEST}*")) for e in read_lines(path)]
+    lines = [e for path in sorted(folder.glob(f"{MANIFEST}*")) for e in read_manifest(path)]
     return [e for e in lines if is_whole(folder, e)]
 
 

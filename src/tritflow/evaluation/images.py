@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,32 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tritflow.evaluation.api import EvaluationError, PromptRecord, Task, prompts_hash
+from tritflow.evaluation.api import EvaluationError, Judgement, PromptRecord, Task, prompts_hash
 from tritflow.results import canonical
 
 META, PROMPTS, MANIFEST = "meta.json", "prompts.jsonl", "manifest.jsonl"
 KIND = "tritflow.images"
 VERSION = 1
+
+# What a line has to hold, by kind of file.
+_PROMPT = {"id": str, "tag": str, "text": str, "metadata": dict}
+_VERDICT = {"prompt_id": str, "tag": str, "sample": int, "seed": int, "score": (int, float), "reason": str}
+_ENTRY = {
+    "path": str,
+    "prompt_id": str,
+    "prompt": str,
+    "tag": str,
+    "sample": int,
+    "seed": int,
+    "model": str,
+    "model_hash": str,
+    "height": int,
+    "width": int,
+    "bytes": int,
+    "sha256": str,
+}
+_META = {"suite": dict, "model": dict, "settings": dict, "prompts_hash": str, "samples": int, "base_seed": int}
+_KINDS = {str: "text", int: "a whole number", dict: "an object", (int, float): "a number"}
 
 
 class ImageSetError(EvaluationError):
@@ -69,7 +89,49 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             found.append(json.loads(line))
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise ImageSetError(f"{path}: line {len(found) + 1} is not JSON; delete that line") from None
+        if not isinstance(found[-1], dict):
+            raise ImageSetError(f"{path}: line {len(found)} is no JSON object; delete that line")
     return found
+
+
+def demand(row: Mapping[str, Any], needs: Mapping[str, Any], where: str) -> None:
+    """Raises `ImageSetError`, `where` first, unless a row has every key of `needs` with a value of its type(s)."""
+    for key, kind in needs.items():
+        value = row.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            fault = f"has '{key}' {json.dumps(value)}" if key in row else f"has no '{key}'"
+            seeds = "; what has no seed does not compare" if key == "seed" else ""
+            raise ImageSetError(f"{where} {fault}, where {_KINDS[kind]} belongs{seeds}; run the same evaluation again")
+
+
+def read_manifest(path: Path) -> list[dict[str, Any]]:
+    """The pictures that a manifest, or a rank's part of one, lists.
+
+    Raises `ImageSetError` for a line that does not say what a picture is: place, prompt, seed, model, size, hash.
+    """
+    entries = read_lines(path)
+    for number, entry in enumerate(entries, 1):
+        demand(entry, _ENTRY, f"{path}: line {number} ({entry.get('path', 'a picture without a path')})")
+    return entries
+
+
+def verdict_of(row: Mapping[str, Any], where: str) -> Judgement:
+    """The verdict that a line holds. Raises `ImageSetError`, `where` first, when it lacks one of a verdict's parts."""
+    demand(row, _VERDICT, where)
+    return Judgement(**{key: row[key] for key in _VERDICT})
+
+
+def read_verdicts(path: Path) -> list[Judgement]:
+    """Verdicts as `evaluate` leaves them in `NAME.scores.jsonl`. Raises `ImageSetError` for a line that holds none."""
+    return [verdict_of(row, f"{path}: line {i}") for i, row in enumerate(read_lines(path), 1)]
+
+
+def read_records(path: Path) -> list[PromptRecord]:
+    """The prompts of a picture folder. Raises `ImageSetError` for a line that is no prompt."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        demand(row, _PROMPT, f"{path}: line {number}")
+    return [PromptRecord(**{key: row[key] for key in _PROMPT}) for row in rows]
 
 
 def cut_half_line(path: Path) -> None:
@@ -104,17 +166,15 @@ class ImageSet:
         suite = meta["suite"]["name"]
         if task is not None and suite != task.name:
             raise ImageSetError(f"{folder}: holds pictures of the suite '{suite}', not of '{task.name}'")
-        records = [PromptRecord(**r) for r in read_lines(folder / PROMPTS)]
+        records = read_records(folder / PROMPTS)
         if prompts_hash(records) != meta["prompts_hash"]:
             raise ImageSetError(f"{folder / PROMPTS}: was changed after drawing began; draw into a new folder")
-        entries = read_lines(folder / MANIFEST)
+        entries = read_manifest(folder / MANIFEST)
         total = len(records) * meta["samples"]
         model, names = asdict(ModelId(**meta["model"])), {r.id for r in records}
         seen = set()
         for entry in entries:
-            where = f"{folder / str(entry.get('path', MANIFEST))}"
-            if not isinstance(entry.get("seed"), int):
-                raise ImageSetError(f"{where}: has no seed in {MANIFEST}; pictures without seeds do not compare")
+            where = f"{folder / entry['path']}"
             if (entry["model"], entry["model_hash"]) != (model["name"], model["hash"]):
                 raise ImageSetError(
                     f"{where}: drawn by '{entry['model']}' ({entry['model_hash']}) in a folder of "
@@ -199,6 +259,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ImageSetError(f"{folder}: not a folder of pictures ({META} is of another kind)")
     if meta.get("version") != VERSION:
         raise ImageSetError(f"{folder}: picture folder version {meta.get('version')!r}; this tritflow reads 1")
+    demand(meta, _META, f"{folder / META}:")
+    demand(meta["suite"], {"name": str}, f"{folder / META}: suite")
+    demand(meta["model"], {"name": str, "hash": str}, f"{folder / META}: model")
     return meta
 
 

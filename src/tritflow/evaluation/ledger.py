@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tritflow.evaluation.api import EvaluationError, Judgement, Task
-from tritflow.evaluation.images import ImageSet, cut_half_line, read_lines
+from tritflow.evaluation.images import ImageSet, cut_half_line, demand, read_lines, verdict_of
 from tritflow.results import canonical, provenance, write_atomically
 
 Entry = dict[str, Any]
@@ -34,7 +34,7 @@ class Ledger:
     Attributes:
         scorers, substitutes: what has scored so far, by role (see `Task`).
 
-    Raises `ImageSetError` when the file is damaged elsewhere than in its last line.
+    Raises `ImageSetError` when the file is damaged elsewhere than in its last line, or a verdict lacks its seed, say.
     """
 
     def __init__(self, path: Path | None = None, made_from: dict[str, Any] | None = None) -> None:
@@ -48,11 +48,12 @@ class Ledger:
             return  # the file is begun anew with the first verdict
         self._begun = True
         cut_half_line(path)
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
+            where = f"{path}: line {number}"
             if "path" in line:
-                picture = line.pop("path")
-                self._found[picture] = Judgement(**line)
+                self._found[str(line["path"])] = verdict_of(line, where)
             else:
+                demand(line, {"scorers": dict, "substitutes": dict}, where)
                 self.scorers, self.substitutes = line["scorers"], line["substitutes"]
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tritflow.evaluation.api import EvaluationError
-from tritflow.evaluation.images import MANIFEST, Settings, read_lines
+from tritflow.evaluation.images import MANIFEST, Settings, read_manifest
 
 BYTES_PER_PIXEL = 1.8
 """Of a PNG of a detailed picture at zlib's fastest level; taken where no picture is there to measure."""
@@ -60,7 +60,7 @@ def project(folder: str | Path, model: str, pictures: int, settings: Settings) -
     Time follows from when those were written: the median gap between them, so that pauses do not count.
     """
     folder = Path(folder)
-    entries = {e["path"]: e for p in sorted(folder.glob(f"{MANIFEST}*")) for e in read_lines(p)}
+    entries = {e["path"]: e for p in sorted(folder.glob(f"{MANIFEST}*")) for e in read_manifest(p)}
     there = [e for e in entries.values() if (folder / e["path"]).is_file()]
     each = settings.height * settings.width * BYTES_PER_PIXEL
     if there:

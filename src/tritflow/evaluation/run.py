@@ -25,7 +25,7 @@ from tritflow.evaluation.api import (
     prompts_hash,
 )
 from tritflow.evaluation.drawing import draw_images
-from tritflow.evaluation.images import ImageSet, ModelId, Settings, read_lines
+from tritflow.evaluation.images import ImageSet, ModelId, Settings
 from tritflow.evaluation.projection import Projection, project
 from tritflow.evaluation.sharing import drop_parts, finished, score_shared, wait_for
 from tritflow.evaluation.summaries import between_seed_sets, compare, summarise
@@ -340,11 +340,6 @@ def _draw(
                 report,
             )
     return sets
-
-
-def read_judgements(path: str | Path) -> list[Judgement]:
-    """Verdicts as `evaluate` left them in `NAME.scores.jsonl`."""
-    return [Judgement(**line) for line in read_lines(Path(path))]
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tritflow.evaluation.api import Judgement, Progress, Task
-from tritflow.evaluation.images import ImageSet, ImageSetError, read_lines
+from tritflow.evaluation.images import ImageSet, ImageSetError, demand, read_lines, verdict_of
 from tritflow.evaluation.ledger import join_ledgers, open_ledger
 from tritflow.evaluation.projection import duration
 from tritflow.results import canonical, write_atomically
@@ -129,6 +129,7 @@ def _read_part(path: Path, task: Task, images: ImageSet, world: int) -> list[Jud
     lines: list[dict[str, Any]] = read_lines(path)
     if not lines or (lines[0].get("pictures"), lines[0].get("world")) != (images.hash, world):
         return None
+    demand(lines[0], {"scorers": dict, "substitutes": dict}, f"{path}: line 1")
     theirs = lines[0]["scorers"]
     for role in theirs.keys() & task.scorers.keys():
         if theirs[role] != task.scorers[role]:
@@ -139,4 +140,4 @@ def _read_part(path: Path, task: Task, images: ImageSet, world: int) -> list[Jud
     # A rank whose pictures needed no depth, say, knows no depth model.
     task.scorers = {**theirs, **task.scorers}
     task.substitutes = {**lines[0]["substitutes"], **task.substitutes}
-    return [Judgement(**line) for line in lines[1:]]
+    return [verdict_of(line, f"{path}: line {number}") for number, line in enumerate(lines[1:], 2)]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tritflow.evaluation.api import TASKS, get_task
-from tritflow.evaluation.images import ImageSet
-from tritflow.evaluation.run import read_judgements
+from tritflow.evaluation.images import ImageSet, read_verdicts
 from tritflow.report import figures
 from tritflow.report.gallery import verdicts, write_gallery
 from tritflow.report.sources import ReportError, Run, Sources
@@ -111,7 +110,7 @@ def _gallery(out: Path, teacher: ImageSet, student: ImageSet, plain: bool) -> Pa
     judged = []
     for images in (teacher, student):
         path = images.folder.with_name(f"{images.folder.name}.scores.jsonl")
-        judged.append(verdicts(read_judgements(path)) if path.exists() else None)
+        judged.append(verdicts(read_verdicts(path)) if path.exists() else None)
     suite = student.meta["suite"]["name"]
     return write_gallery(
         out / "gallery" / slug(f"{'' if plain else suite} {student.folder.name}"),
