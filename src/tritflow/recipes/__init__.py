@@ -100,15 +100,14 @@ def advice(name: str | Path, weights: int) -> str | None:
         weights: of all ternary linears.
     """
     recipe = load_recipe(name)
-    learns = (
-        recipe.compensation or recipe.reconstruction.steps or recipe.distillation.steps or recipe.smoothing is not None
-    )
-    if learns:
+    steps = recipe.reconstruction.steps + recipe.distillation.steps
+    if recipe.compensation or steps or recipe.smoothing is not None:
         return None
     better = "large (one 24-80 GB GPU)" if weights >= LARGE_FROM else "balanced (a GPU), or demo (minutes on a CPU)"
     return (
         f"recipe {recipe.name} only rounds, and rounding alone breaks pictures; to keep them, into another OUT: "
-        f"--recipe {better}; needs prompts (`tritflow prompts fetch`, or --prompts FILE), no images"
+        f"--recipe {better}; prompts come from the model folder, --prompts FILE or `tritflow prompts fetch`; "
+        "no images are needed"
     )
 
 
