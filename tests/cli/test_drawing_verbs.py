@@ -103,3 +103,12 @@ def test_compare_wants_two_models(tiny_flux: Path) -> None:
     done = invoke("compare", "a star", "--models", tiny_flux)
     assert done.exit_code in (1, 2)
     assert "at least two models" in done.stderr
+
+
+def test_quantizing_by_rounding_alone_says_so(tiny_flux: Path, tmp_path: Path) -> None:
+    done = invoke("quantize", tiny_flux, tmp_path / "OUT")
+    assert done.exit_code == 0, done.stderr
+    assert "rounding alone breaks pictures" in done.stderr
+    assert "--recipe balanced" in done.stderr
+    done = invoke("quantize", tiny_flux, tmp_path / "OUT", "--json")
+    assert "--recipe balanced" in json.loads(done.stdout)["note"]

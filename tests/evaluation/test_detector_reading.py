@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tritflow.cli.main import app
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.tasks.detector import read_back
 from tritflow.report.tables import build, load_specs
@@ -31,3 +34,22 @@ def test_reading_and_its_table(tmp_path: Path) -> None:
 def test_round_trip_must_keep_the_shape() -> None:
     with pytest.raises(EvaluationError, match="round trip made"):
         read_back(2, round_trip=lambda x: torch.nn.functional.avg_pool2d(x, 2), tags=TAGS)
+
+
+def test_the_verb_goes_through_the_models_vae_and_stores_the_run(tmp_path: Path) -> None:
+    asked = ["bench", "detector", "--per-tag", "1", "--results", str(tmp_path), "--json"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    (stored,) = read(file, "detector")
+    said = json.loads(done.stdout)
+    assert said["tags"] == stored["tags"]
+    assert all(set(kinds) == {"renders", "vae"} for kinds in said["tags"].values())
+    shown = CliRunner().invoke(app, ["bench", "detector", "--per-tag", "1"])
+    assert "single_object" in shown.stdout
+
+
+def test_an_unknown_model_is_one_line() -> None:
+    done = CliRunner().invoke(app, ["bench", "detector", "--model", "smal"])
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1

@@ -1,7 +1,7 @@
 import pytest
 
 from tritflow.config import ConfigError, Recipe
-from tritflow.recipes import load_recipe, recipe_dict, recipe_hash, recipe_names
+from tritflow.recipes import advice, load_recipe, recipe_dict, recipe_hash, recipe_names
 
 
 def test_every_recipe_of_the_package_loads():
@@ -68,3 +68,11 @@ def test_mistakes_in_reconstruction_are_named(tmp_path, text, message):
     path.write_text("[reconstruction]\n" + text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(path)
+
+
+def test_recipes_that_only_round_say_what_keeps_the_pictures():
+    for name in recipe_names():
+        said = advice(name, 10**7)
+        assert (said is not None) == (name in ("absmean", "fast")), name
+    assert "--recipe balanced" in advice("fast", 10**7)
+    assert "--recipe large" in advice("fast", 12 * 10**9)

@@ -18,7 +18,7 @@ app = typer.Typer(rich_markup_mode=None)
 _EXAMPLES = """Examples:
 
 \b
-  tritflow quantize FLUX_DIR OUT                       # round to nearest, streamed
+  tritflow quantize FLUX_DIR OUT                       # rounds only: streams at any size, breaks pictures
   tritflow quantize finetune-fp8.safetensors OUT       # one file with Black Forest Labs' names
   tritflow quantize small OUT --recipe demo            # compensate and distil the built-in model
   tritflow quantize FLUX_DIR OUT --recipe balanced --prompts my_prompts.txt --device cuda
@@ -55,7 +55,8 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; an unfinished job resumes.")],
     recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A recipe's name (see --list), or a .toml file.")
+        str,
+        typer.Option("--recipe", "-r", help="A recipe's name (see --list), or a .toml file. The default only rounds."),
     ] = "fast",
     mode: Annotated[
         str | None,
@@ -90,6 +91,7 @@ def quantize(
     """Turn every block linear of a FLUX transformer into {-1, 0, +1}; killed or interrupted, it resumes."""
     from tritflow.pipelines.loading import quiet
     from tritflow.pipelines.quantize import quantize as run
+    from tritflow.recipes import advice
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun), the first
     with quiet(), _bars(speaks and not json) as update:
@@ -111,6 +113,7 @@ def quantize(
         )
     if not speaks:
         return
+    hint = advice(recipe, report.weights)
     size = sum(p.stat().st_size for p in report.transformer.glob("*.safetensors"))
     if json:
         print_json(
@@ -123,6 +126,7 @@ def quantize(
                 "bytes": size,
                 "digest": report.digest,
                 "components": report.components,
+                "note": hint,
                 "validation_mse": {str(k): v for k, v in report.validation.items()},
             }
         )
@@ -138,6 +142,8 @@ def quantize(
     if report.validation:
         first, last = (report.validation[k] for k in (min(report.validation), max(report.validation)))
         say(f"velocity error on held-out trajectories: {first:.5g} -> {last:.5g}")
+    if hint:
+        say(f"note: {hint}")
     if not report.components:
         say(
             "text encoders and VAE were not copied (--full copies large ones); the pipeline folder is taken from "

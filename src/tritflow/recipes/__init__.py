@@ -92,6 +92,29 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
+LARGE_FROM = 1_000_000_000
+"""Weights from which `balanced` fits no single GPU any more: 16 bytes each for latents, gradients and optimiser."""
+
+
+def advice(name: str | Path, weights: int) -> str | None:
+    """One line after a recipe that only rounds, on what keeps the pictures; None after one that learns.
+
+    Args:
+        name: as in `load_recipe`.
+        weights: of all ternary linears.
+    """
+    recipe = load_recipe(name)
+    steps = recipe.reconstruction.steps + recipe.distillation.steps
+    if recipe.compensation or steps or recipe.smoothing is not None:
+        return None
+    better = "large (one 24-80 GB GPU)" if weights >= LARGE_FROM else "balanced (a GPU), or demo (minutes on a CPU)"
+    return (
+        f"recipe {recipe.name} only rounds, and rounding alone breaks pictures; to keep them, into another OUT: "
+        f"--recipe {better}; prompts come from the model folder, --prompts FILE or `tritflow prompts fetch`; "
+        "no images are needed"
+    )
+
+
 def _read(name: str) -> tuple[str, str]:
     if name.endswith(".toml"):
         path = Path(name)

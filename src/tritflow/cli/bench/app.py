@@ -14,6 +14,7 @@ app = typer.Typer(
   tritflow bench kernels                               # ternary linears on this CPU
   tritflow bench kernels --device cuda --quick         # the GPU kernels, two shapes
   tritflow bench latency --results benchmarks/results  # the small FLUX, dense and ternary
+  tritflow bench detector                              # does the scenes suite read true pictures right?
   tritflow bench storage --full-size --workdir /scratch
 """,
 )
