@@ -205,7 +205,7 @@ def test_bad_folders_are_refused_by_name(
     refused(
         lambda: edit("manifest.jsonl", f'"model_hash":"{hash_}"', '"model_hash":"bbbb"'), "one folder holds one model"
     )
-    refused(lambda: edit("manifest.jsonl", '"seed":', '"seeds":'), "has no seed in manifest.jsonl")
+    refused(lambda: edit("manifest.jsonl", '"seed":', '"seeds":'), "has no 'seed'")
     refused(lambda: edit("meta.json", '"name": "geneval"', '"name": "scenes"'), "another suite (scenes, now geneval)")
     # Missing and half-written pictures are drawn again rather than refused; damage of the same length is not seen
     # until the picture is opened.

@@ -117,7 +117,8 @@ def test_the_whole_way_on_the_small_flux_killed_twice(tmp_path: Path) -> None:
     # Nothing is left to do, and a lost picture alone is drawn again.
     again = invoke(*small(recipe, broken))
     assert "everything is done" in again.stderr
-    next(broken.glob("pictures/*/small-8*/images/*/0001.png")).unlink()
+    drawn = broken.glob("pictures/*/small-*/images/*/0001.png")
+    next(p for p in drawn if "1-58bit" not in str(p)).unlink()
     mended = invoke(*small(recipe, broken), "--json")
     assert mended.exit_code == 0, mended.output
     assert "drawing scenes with teacher (again: what it had left was changed or removed)" in mended.stderr
