@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,19 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 on CUDA; nothing elsewhere."""
     # No cache of cast weights: a captured step must cast anew each time it is replayed.
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def training_attention(device: torch.device) -> Iterator[None]:
+    """Without cuDNN's attention, whose backward reads out of bounds (torch 2.11, H100 and H200)."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 class Step:

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_
 from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.state import CHECKPOINT
-from tritflow.distillation.step import autocast
+from tritflow.distillation.step import autocast, training_attention
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_teacher, whole_transformer
@@ -209,17 +208,18 @@ def _reconstruct(
 ) -> None:
     start: Mapping[str, Rounded] = compensated if len(compensated) else _Rounding(job)
     samples = job.recipe.reconstruction.samples
-    reconstruct_blocks(
-        blocks,
-        trajectories,
-        start,
-        store,
-        job.recipe.reconstruction,
-        activation_dtype=job.ternary.activation_dtype,
-        shelf=shelf,
-        on_samples=lambda room, train, held: records.add("reconstruct", samples, room, train=train, holdout=held),
-        on_progress=lambda done, total: progress("reconstruct", done, total),
-    )
+    with training_attention(job.device):
+        reconstruct_blocks(
+            blocks,
+            trajectories,
+            start,
+            store,
+            job.recipe.reconstruction,
+            activation_dtype=job.ternary.activation_dtype,
+            shelf=shelf,
+            on_samples=lambda room, train, held: records.add("reconstruct", samples, room, train=train, holdout=held),
+            on_progress=lambda done, total: progress("reconstruct", done, total),
+        )
 
 
 class _Rounding(Mapping[str, Rounded]):
@@ -278,7 +278,7 @@ def _distill(
             identity={"job": job.id, "trajectories": [file_sha256(p / "meta.json") for p in parents]},
             on_progress=lambda done, total, loss: progress("distill", done, total),
         )
-        with _training_attention(job.device):
+        with training_attention(job.device):
             if settings.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
                 return _compiled(model, done).validation
             return done().validation
@@ -334,19 +334,6 @@ def _record_student(job: Job, model: Any, number: int, folders: list[Path], work
         driver=velocity,
         on_progress=lambda done, total: progress("record", done, total),
     )
-
-
-@contextmanager
-def _training_attention(device: torch.device) -> Iterator[None]:
-    """Without cuDNN's attention, whose backward reads out of bounds in compiled blocks (torch 2.11, H100)."""
-    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
-        yield
-        return
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _compiled(model: Any, train: Callable[[], DistillationResult]) -> DistillationResult:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import file_sha256, provenance, read_json, write_json, write_tensors
 from tritflow.distillation.state import ParameterGroup
+from tritflow.distillation.step import training_attention
 from tritflow.distillation.velocity import distill_
 from tritflow.pipelines.dense import whole_teacher
 from tritflow.pipelines.quantize import Job, plan
@@ -132,16 +133,17 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-    result = distill_(
-        lambda **kwargs: model(**kwargs, return_dict=False)[0],
-        groups,
-        trajectories,
-        config,
-        out / "distilled",
-        device=job.device,
-        identity={"job": job.id, "rival": "absmean-lora", "width_per_rank": WIDTH_PER_RANK},
-        on_progress=lambda done, total, loss: progress("distill", done, total),
-    )
+    with training_attention(job.device):
+        result = distill_(
+            lambda **kwargs: model(**kwargs, return_dict=False)[0],
+            groups,
+            trajectories,
+            config,
+            out / "distilled",
+            device=job.device,
+            identity={"job": job.id, "rival": "absmean-lora", "width_per_rank": WIDTH_PER_RANK},
+            on_progress=lambda done, total, loss: progress("distill", done, total),
+        )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}/down"] = layer.down.detach().bfloat16()
