@@ -157,7 +157,8 @@ def phrase_finder(parser: str) -> tuple[str, Callable[[str], list[str]]]:
         nlp = spacy.load("en_core_web_sm")
     except (ImportError, OSError):
         raise EvaluationError(
-            "--parser spacy needs the package spacy and its model en_core_web_sm; install both, or take --parser rules"
+            "the parser spacy needs the package spacy and its model en_core_web_sm; install both, or take "
+            "--scorer parser=rules"
         ) from None
     name = f"spaCy {spacy.__version__} en_core_web_sm {nlp.meta['version']}"
     return name, lambda prompt: [chunk.text for chunk in nlp(prompt).noun_chunks]
