@@ -102,5 +102,5 @@ def test_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match="no parser 'nltk'"):
         language.phrase_finder("nltk")
     monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed
-    with pytest.raises(EvaluationError, match="needs the package spacy.*--scorer parser=rules"):
+    with pytest.raises(EvaluationError, match=r"needs the package spacy.*--scorer parser=rules"):
         language.phrase_finder("spacy")
