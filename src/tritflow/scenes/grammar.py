@@ -15,6 +15,7 @@ _SINGULAR = {plural: shape for shape, plural in PLURAL.items()}
 NUMBER = {2: "two", 3: "three", 4: "four"}
 # Words for an object whose shape is left open, one and many. They are no shapes: `groups_in` does not read them.
 ANYTHING = {"shape": "shapes", "object": "objects"}
+_MANY = PLURAL | ANYTHING
 _ADJECTIVES = {"count": tuple(NUMBER.values()), "size": tuple(SIZES), "color": COLORS, "texture": TEXTURES}
 RELATION_WORDS = {
     "left of": ("left of", "to the left of", "on the left of"),
@@ -101,7 +102,7 @@ def describe(clause: Clause, size: str | None = None) -> str:
     words = [w for w in (size, clause.texture, clause.color) if w and w != "solid"]
     if clause.count == 1:
         return _article(" ".join([*words, clause.shape]))
-    return " ".join([NUMBER[clause.count], *words, (PLURAL | ANYTHING)[clause.shape]])
+    return " ".join([NUMBER[clause.count], *words, _MANY[clause.shape]])
 
 
 def finish(rng: random.Random, body: str, ground: str, openings: tuple[str, ...] = OPENINGS, p: float = 0.35) -> str:
