@@ -173,10 +173,12 @@ def w2a16_skinny(
     *,
     chunk: int = 64,
     parts: int = 4,
+    registers: int | None = None,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
     ``parts`` warps share 16 weight rows (1, 2, 4 or 8); each asks for ``chunk`` bytes of a row at a time (64 to 256).
+    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -199,5 +201,6 @@ def w2a16_skinny(
         PARTS=parts,
         HAS_BIAS=bias is not None,
         num_warps=parts,
+        maxnreg=registers,
     )
     return out
