@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tritflow.kernels import tuning
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
+from tritflow.kernels.low_rank_op import RANK_UNIT
 
 _DTYPES = {
     torch.int8: gl.int8,
@@ -58,6 +59,12 @@ class Config:
 @lru_cache(maxsize=64)
 def _swizzled(rows: int, columns: int, dtype: object) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
+def _descriptor(matrix: torch.Tensor, block: list[int], dtype: object) -> TensorDescriptor:
+    """Of a contiguous matrix, for the copy engine."""
+    rows, columns = matrix.shape
+    return TensorDescriptor(matrix, [rows, columns], [columns, 1], block, _swizzled(*block, dtype))
 
 
 @lru_cache(maxsize=16)
@@ -114,19 +121,22 @@ def w2a8_gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]), in bf16.
+    """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]) (+ low[m, :] @ up[n, :]), in bf16.
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
-    accumulation. Raises ValueError for tensors that do not fit together.
+    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no tile
+    across two layers' rows. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
-    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config, low, up)
 
 
 def w2a16_gemm(
@@ -162,6 +172,8 @@ def _gemm(
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
     config: Config | None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (m, k), n = x.shape, weight.shape[0]
     bits = 8 * x.itemsize
@@ -178,11 +190,22 @@ def _gemm(
     bm, bn = config.block_m, config.block_n
 
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-    x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
+    x_desc, w_desc = _descriptor(x, [bm, 128], dtype), _descriptor(weight, [bn, 32], gl.uint8)
+    low_desc, up_desc, steps, rows = x_desc, w_desc, 0, 0
+    if low is not None and up is not None:
+        steps, rows = up.shape[1] // RANK_UNIT, n * up.shape[1] // low.shape[1]
+        if rows != n and rows % bn:
+            raise ValueError(f"a tile of {bn} weight rows lies in two layers of {rows} rows: join them otherwise")
+        low_desc, up_desc = (
+            _descriptor(_aligned(low), [bm, 16], out_dtype),
+            _descriptor(_aligned(up), [bn, 16], out_dtype),
+        )
     w2a8_kernel[(schedule.grid,)](
-        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
-        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
+        x_desc,
+        w_desc,
+        _descriptor(out, [bm, bn // 2], out_dtype),
+        low_desc,
+        up_desc,
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
@@ -190,10 +213,13 @@ def _gemm(
         starts,
         m,
         n,
+        steps,
+        rows,
         STAGES=config.stages,
         SPLIT=config.split,
         LAG=config.lag,
         HAS_BIAS=bias is not None,
+        HAS_LOW=steps > 0,
         num_warps=4,
     )
     return out
