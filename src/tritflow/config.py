@@ -170,15 +170,16 @@ class DistillationConfig(_Config):
     Attributes:
         steps: optimiser steps (0: no distillation).
         batch_size: (x_t, v) pairs a step, drawn over all trajectories.
-        learning_rate: peak of the cosine schedule for latent weights.
+        optimizer: of latent weights; `muon` (orthogonalised momentum) learns twice as fast as `adamw`, one process.
+        learning_rate: peak of the cosine schedule for latent weights, in trits a step.
         scale_learning_rate: peak for the log row scales, column scales and biases.
+        rest_learning_rate: peak for all that stays dense: embedders, norms, output layer (0: they stay as they are).
         warmup_steps: linear warm-up.
         weight_decay: of latent weights.
-        grad_clip: global norm.
+        grad_clip: global norm of what AdamW trains.
         activation_bits: 8 puts fake-quantized activations inside the loop, 16 leaves them alone.
         train_scales: whether row (and column) scales are tuned.
         train_biases: whether the linears' biases are tuned.
-        ema_decay: of a moving average of all trained parameters that replaces them in the end (0: none).
         checkpoint_every: steps between resumable checkpoints (0: only the last).
         seed: of the batch order.
         compile_blocks: `torch.compile` the blocks first (CUDA alone; it takes a minute, which long runs win back).
@@ -187,42 +188,38 @@ class DistillationConfig(_Config):
     version: int = FORMAT_VERSION
     steps: int = 0
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
     scale_learning_rate: float = 1e-3
+    rest_learning_rate: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     activation_bits: int = 16
     train_scales: bool = True
     train_biases: bool = True
-    ema_decay: float = 0.0
     checkpoint_every: int = 200
     seed: int = 0
     compile_blocks: bool = False
 
 
 @dataclass(frozen=True)
-class VisitedConfig(_Config):
-    """Further distillation on states that the student itself comes to, the teacher giving the velocity there.
+class OnlineConfig(_Config):
+    """States that are made while the student trains, the teacher giving the velocity at each: none is seen twice.
 
-    A student's errors add up along its trajectory, to states that no trajectory of the teacher holds. Each round
-    records the student with new noise, then trains on these pairs beside the teacher's own; what is not named here is
-    as in `DistillationConfig`.
+    Needs the teacher beside the student, and its prompts encoded, on one device.
 
     Attributes:
-        steps: optimiser steps of each round (0: no round).
-        rounds: how many times the student is recorded and trained again.
-        num_prompts: trajectories a round (0: as many as calibration records of the teacher).
-        learning_rate: peak of each round's cosine schedule for latent weights.
-        scale_learning_rate: peak for the log row scales, column scales and biases.
+        pool: trajectories under way, in batches (0: train on recorded ones instead).
+        num_inference_steps: sampler steps of each; jittered as calibration's, with its guidance values.
+        student_share: of the trajectories that follow the student's velocity instead of the teacher's, so that it
+            learns to come back from where its own errors lead.
     """
 
     version: int = FORMAT_VERSION
-    steps: int = 0
-    rounds: int = 1
-    num_prompts: int = 0
-    learning_rate: float = 2e-4
-    scale_learning_rate: float = 5e-4
+    pool: int = 0
+    num_inference_steps: int = 28
+    student_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,7 @@ class ReconstructionConfig(_Config):
         importance_samples: pairs from which channels and streams are weighed by the velocity's gradient (0: every
             stream counts alike, by what a window adds to it).
         importance_batch: of those, how many run at once; activations of all blocks are alive then.
-        learning_rate: peak of the cosine schedule for latent weights, in trits (a layer's median row scale) a step.
+        learning_rate: peak of the cosine schedule for latent weights, in trits a step.
         scale_learning_rate: peak for the log row scales, log column scales and biases.
         warmup_steps: linear warm-up.
         grad_clip: global norm.
@@ -318,7 +315,7 @@ class Recipe:
         streaming: what may be kept while blocks are streamed.
         reconstruction: block reconstruction (steps = 0 switches it off).
         distillation: velocity distillation (steps = 0 switches it off).
-        visited: distillation on the student's own states, after that (steps = 0 switches it off).
+        online: where distillation's states come from (pool = 0: from calibration's recorded ones).
     """
 
     name: str
@@ -332,4 +329,4 @@ class Recipe:
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    visited: VisitedConfig = field(default_factory=VisitedConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)

@@ -31,7 +31,7 @@ data, out, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 names = ["transformer_blocks.0", "single_transformer_blocks.0"]
 config = DistillationConfig(
-    steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-3, ema_decay=0.5, checkpoint_every=3
+    steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-2, rest_learning_rate=1e-3, checkpoint_every=3
 )
 
 def progress(step, steps, loss):

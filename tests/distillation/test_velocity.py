@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -107,16 +108,28 @@ def test_divergence_is_an_error(trajectories, tmp_path):
         distill_(student, student.groups(), trajectories, CONFIG, tmp_path)
 
 
-def test_average_replaces_the_parameters(trajectories, tmp_path):
-    import dataclasses
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 0.05), ("muon", 0.3)])
+def test_both_optimizers_learn_and_resume_to_the_same_bytes(trajectories, tmp_path, optimizer, rate):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
 
-    config = dataclasses.replace(CONFIG, ema_decay=0.9, steps=10, checkpoint_every=0)
-    student, result = run(trajectories, tmp_path / "a", config)
-    plain, _ = run(trajectories, tmp_path / "b", dataclasses.replace(config, ema_decay=0.0))
-    start = Student()
-    moved = (student.weight - start.weight).abs().mean()
-    assert 0 < moved < (plain.weight - start.weight).abs().mean()
-    assert list(result.validation) == [0, 10]
+    def groups(student):
+        return [
+            ParameterGroup("weights", {"weight": student.weight}, rate, matrices=True),
+            ParameterGroup("scales", {"gain": student.gain}, 0.01),
+        ]
+
+    def kill(step, steps, loss):
+        if step >= 33:
+            raise KeyboardInterrupt
+
+    whole, cut, again = Student(), Student(), Student()
+    result = distill_(whole, groups(whole), trajectories, config, tmp_path / "whole")
+    assert result.validation[60] < 0.05 * result.validation[0]
+    with pytest.raises(KeyboardInterrupt):
+        distill_(cut, groups(cut), trajectories, config, tmp_path / "cut", on_progress=kill)
+    distill_(again, groups(again), trajectories, config, tmp_path / "cut")
+    assert torch.equal(whole.weight, again.weight)
+    assert torch.equal(whole.gain, again.gain)
 
 
 def test_schedule():

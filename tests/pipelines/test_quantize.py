@@ -12,7 +12,7 @@ from tritflow.config import (
     DistillationConfig,
     Recipe,
     ReconstructionConfig,
-    VisitedConfig,
+    OnlineConfig,
 )
 from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
@@ -186,7 +186,7 @@ LEARN = Recipe(
     compensation_samples=24,
     calibration=CalibrationConfig(num_inference_steps=4, batch_size=4, guidance_scales=(2.0, 3.5)),
     distillation=DistillationConfig(
-        steps=24, batch_size=8, learning_rate=3e-4, scale_learning_rate=3e-3, warmup_steps=3, checkpoint_every=8
+        steps=24, batch_size=8, learning_rate=6e-3, scale_learning_rate=3e-3, warmup_steps=3, checkpoint_every=8
     ),
 )
 PROMPTS = [f"{count} {color} {shape}" for count in ("one", "two") for color in ("red", "blue", "green")
@@ -331,27 +331,49 @@ def test_block_reconstruction_stands_between_compensation_and_distillation(tiny_
     assert final.validation[24] < final.validation[0]
 
 
-def test_the_student_is_recorded_and_goes_on_from_there(tiny_flux, prompts, tmp_path):
-    """Killed in its second round, it resumes to the same bytes."""
-    recipe = dataclasses.replace(LEARN, name="v", visited=VisitedConfig(steps=6, rounds=2, num_prompts=8))
-    seen = []
+ONLINE = dataclasses.replace(
+    LEARN,
+    name="o",
+    compensation=False,
+    smoothing=0.0,
+    online=OnlineConfig(pool=3, num_inference_steps=5),
+    distillation=dataclasses.replace(
+        LEARN.distillation, optimizer="muon", learning_rate=5e-3, rest_learning_rate=1e-3, batch_size=4
+    ),
+)
+
+
+def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path):
+    """Killed on the way, it resumes to the same bytes; all that is not ternary is trained as well, and written."""
+
+    from diffusers import FluxTransformer2DModel
 
     def kill(stage, done, total):
-        seen.append(stage)
-        if seen.count("record") > 6 and stage == "distill":
+        if stage == "distill" and done > 12:
             raise KeyboardInterrupt
 
     options = {"prompts": prompts, "device": "cpu", "keep_work": True}
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_flux, tmp_path / "cut", recipe, on_progress=kill, **options)
-    report = quantize(tiny_flux, tmp_path / "cut", recipe, **options)
-    whole = quantize(tiny_flux, tmp_path / "whole", recipe, **options)
+        quantize(tiny_flux, tmp_path / "cut", ONLINE, on_progress=kill, **options)
+    report = quantize(tiny_flux, tmp_path / "cut", ONLINE, **options)
+    whole = quantize(tiny_flux, tmp_path / "whole", ONLINE, **options)
     assert report.digest == whole.digest
-    assert list(whole.validation) == [0, 8, 16, 24, 30, 36]
-    work = tmp_path / "whole" / ".work"
-    first, second = (json.loads((work / f"visited-{n}" / "meta.json").read_text()) for n in range(2))
-    assert first["identity"]["parents"]["student"] != second["identity"]["parents"]["student"]
-    assert first["identity"]["seed"] != second["identity"]["seed"] != LEARN.calibration.seed
+    assert whole.validation[24] < whole.validation[0]
+    alone = dataclasses.replace(ONLINE, distillation=dataclasses.replace(ONLINE.distillation, rest_learning_rate=0.0))
+    quantize(tiny_flux, tmp_path / "alone", alone, **options)
+    source, student, frozen = (
+        FluxTransformer2DModel.from_pretrained(folder / "transformer").proj_out.weight
+        for folder in (tiny_flux, tmp_path / "whole", tmp_path / "alone")
+    )
+    assert torch.equal(source, frozen)
+    assert not torch.equal(source, student)
+
+
+def test_captions_of_the_built_in_world_are_prompts(tiny_flux):
+    job = module.plan(tiny_flux, LEARN, prompts="scenes:40")
+    assert len(job.prompts) == 40
+    assert job.prompts.name == "scenes:40"
+    assert module.plan(tiny_flux, LEARN, prompts="scenes:40").prompts.sha256 == job.prompts.sha256
 
 
 def test_eight_bit_activations_are_in_the_loop(tiny_flux, prompts, tmp_path):

@@ -74,7 +74,7 @@ def test_a_projection_is_the_sum_of_its_parts():
         reconstruction=ReconstructionConfig(
             steps=10, window=2, stride=1, samples=16, batch_size=4, importance_samples=6, importance_batch=3
         ),
-        distillation=DistillationConfig(steps=7, batch_size=3, ema_decay=0.9),
+        distillation=DistillationConfig(steps=7, batch_size=3),
     )
     found = project(MADE, recipe)
     hours = {stage: value * 3600 for stage, value in found["hours"].items()}
@@ -88,7 +88,7 @@ def test_a_projection_is_the_sum_of_its_parts():
     assert hours["write"] == pytest.approx(3 * 3)
     assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
     assert found["disk_bytes"] == 20 * 10 + 3 * 300
-    assert found["distillation_bytes"] == 3000 * 20
+    assert found["distillation_bytes"] == 3000 * 16
     limited = project(MADE | {"bytes": MADE["bytes"] | {"streams": 1 << 30}}, recipe)
     assert limited["samples"] == {"compensate": 8, "reconstruct": 1}
     fast = project(MADE, load_recipe("fast"))

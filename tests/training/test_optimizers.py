@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tritflow.training.optim import Muon, orthogonalize
+from tritflow.distillation.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 64), (2, 64, 24)])

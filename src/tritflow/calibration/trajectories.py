@@ -11,6 +11,7 @@ A shard is written whole or not at all, so a killed recording goes on where it s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from tritflow.calibration.artifacts import file_sha256, read_json, write_json, w
 VELOCITY = "velocity"
 VERSION = 1
 Split = Literal["train", "holdout", "all"]
+
+
+def seed_of(*parts: int) -> int:
+    """32 bits from several numbers, for a `torch.Generator`: of a larger seed the CPU's takes the lower 32 bits alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4])
 
 
 class TrajectoryError(ValueError):

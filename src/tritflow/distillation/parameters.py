@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from tritflow.config import DistillationConfig
@@ -10,7 +12,8 @@ from tritflow.modules.fake import FakeTernaryLinear
 
 
 def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[ParameterGroup]:
-    """Latent weights, scales and biases of all training twins; everything else is frozen, in place.
+    """Latent weights, scales and biases of all training twins, and the rest of the model if the config gives it a rate;
+    everything else is frozen, in place.
 
     Raises:
         ValueError: the model has no `FakeTernaryLinear`; call `prepare_` first.
@@ -30,10 +33,18 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
                 scales[f"{name}.log_input_scale"] = twin.log_input_scale
         if config.train_biases and twin.bias is not None:
             biases[f"{name}.bias"] = twin.bias
-    for parameter in [*latents.values(), *scales.values(), *biases.values()]:
+    rest = dict(rest_parameters(model)) if config.rest_learning_rate > 0 else {}
+    for parameter in [*latents.values(), *scales.values(), *biases.values(), *rest.values()]:
         parameter.requires_grad_(True)
     return [
-        ParameterGroup("latent weights", latents, config.learning_rate, config.weight_decay),
+        ParameterGroup("latent weights", latents, config.learning_rate, config.weight_decay, matrices=True),
         ParameterGroup("scales", scales, config.scale_learning_rate),
         ParameterGroup("biases", biases, config.scale_learning_rate),
+        ParameterGroup("rest", rest, config.rest_learning_rate),
     ]
+
+
+def rest_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by name that belong to no training twin: embedders, norms, output layer, layers left dense."""
+    twins = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear))
+    return ((n, p) for n, p in model.named_parameters() if not n.startswith(twins))

@@ -324,8 +324,7 @@ class _Work:
 
 
 def _parameter_groups(window: Mapping[str, nn.Module], config: ReconstructionConfig) -> list[ParameterGroup]:
-    """Latent weights of a layer each at a rate of its own, since layers differ in what a trit is worth."""
-    groups: list[ParameterGroup] = []
+    latents: dict[str, nn.Parameter] = {}
     scales: dict[str, nn.Parameter] = {}
     biases: dict[str, nn.Parameter] = {}
     for block, module in window.items():
@@ -333,16 +332,18 @@ def _parameter_groups(window: Mapping[str, nn.Module], config: ReconstructionCon
             if not isinstance(twin, FakeTernaryLinear):
                 continue
             name = f"{block}.{leaf}"
-            worth = float(twin.scales()[0].detach().median())
-            groups.append(ParameterGroup(name, {f"{name}.weight": twin.weight}, config.learning_rate * worth))
+            latents[f"{name}.weight"] = twin.weight
             if config.train_scales:
                 scales[f"{name}.log_weight_scale"] = twin.log_weight_scale
                 if twin.log_input_scale is not None:
                     scales[f"{name}.log_input_scale"] = twin.log_input_scale
             if config.train_biases and twin.bias is not None:
                 biases[f"{name}.bias"] = twin.bias
-    groups.append(ParameterGroup("scales", scales, config.scale_learning_rate))
-    groups.append(ParameterGroup("biases", biases, config.scale_learning_rate))
+    groups = [
+        ParameterGroup("latent weights", latents, config.learning_rate),
+        ParameterGroup("scales", scales, config.scale_learning_rate),
+        ParameterGroup("biases", biases, config.scale_learning_rate),
+    ]
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)

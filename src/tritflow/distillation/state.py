@@ -1,10 +1,10 @@
-"""Everything that a training run must find again after a kill: parameters, optimiser, average, losses."""
+"""Everything that a training run must find again after a kill: parameters, optimisers, states, losses."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import write_tensors
 from tritflow.config import DistillationConfig
+from tritflow.distillation.muon import Muon
 from tritflow.distillation.sharded import Ranks, put_, whole
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -32,12 +33,14 @@ class ParameterGroup:
         parameters: name -> fp32 parameter; names are unique over all groups.
         learning_rate: peak of the schedule.
         weight_decay: decoupled.
+        matrices: whether they are weight matrices, which Muon may take.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     weight_decay: float = 0.0
+    matrices: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,26 @@ class Saved:
 
 
 class TrainingState:
-    """Parameters with AdamW and an optional exponential moving average.
+    """Parameters and their optimisers: AdamW, and Muon for matrices where the config asks for it.
+
+    There is no moving average: latent weights that are averaged round to trits that were never trained together
+    (docs/LOG.md: twice the error).
 
     Args:
         groups: see `ParameterGroup`; names must be unique.
         config: the run's settings.
         device: where the parameters are.
+        extra: further tensors that a step changes in place, kept and found again with the rest.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], config: DistillationConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        config: DistillationConfig,
+        device: torch.device,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.config, self.device, self.extra = config, device, dict(extra or {})
         self.groups = [g for g in groups if g.parameters]
         self.named: dict[str, nn.Parameter] = {}
         for group in self.groups:
@@ -70,10 +83,21 @@ class TrainingState:
             raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(self.named.values())
         # A captured step needs its rates and counters on the GPU; sharded parameters mix with no such tensors.
-        self._on_gpu = on_gpu = device.type == "cuda" and Ranks.here().world == 1
-        self._rates = [torch.zeros((), device=device) for _ in self.groups]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in self.groups],
+        self._on_gpu = device.type == "cuda" and Ranks.here().world == 1
+        by_muon = [g for g in self.groups if g.matrices and config.optimizer == "muon"]
+        by_adam = [g for g in self.groups if g not in by_muon]
+        self._rates = {g.name: torch.zeros((), device=device) for g in self.groups}
+        self._muon = [Muon(g.parameters.values(), self._rates[g.name], weight_decay=g.weight_decay) for g in by_muon]
+        self._momenta = {id(p): m for muon in self._muon for p, m in muon.momenta()}
+        self._adam = self._adamw(by_adam) if by_adam else None
+        self._adam_groups = by_adam
+        self.clipped = [p for g in by_adam for p in g.parameters.values()]
+        self.losses = torch.zeros(config.steps, device=device)
+
+    def _adamw(self, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
+        on_gpu = self._on_gpu
+        optimizer = torch.optim.AdamW(
+            [{"params": list(g.parameters.values()), "weight_decay": g.weight_decay} for g in groups],
             betas=BETAS,
             eps=EPSILON,
             capturable=on_gpu,
@@ -81,44 +105,52 @@ class TrainingState:
             fused=on_gpu or None,
             foreach=None if on_gpu else True,
         )
-        if on_gpu:
-            for settings, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                settings["lr"] = rate
-        for p in self.parameters:
-            # Filled now, so that a resumed run and a captured one start from tensors that exist.
-            self.optimizer.state[p] = {
-                "step": torch.zeros((), device=device if on_gpu else "cpu"),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay > 0 else []
-        self.losses = torch.zeros(config.steps, device=device)
+        for group, settings in zip(groups, optimizer.param_groups, strict=True):
+            if on_gpu:
+                settings["lr"] = self._rates[group.name]
+            for p in group.parameters.values():
+                # Filled now, so that a resumed run and a captured one start from tensors that exist.
+                optimizer.state[p] = {
+                    "step": torch.zeros((), device=self.device if on_gpu else "cpu"),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        return optimizer
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser remembers of a parameter."""
+        momentum = self._momenta.get(id(parameter))
+        if momentum is not None:
+            return {"momentum": momentum}
+        assert self._adam is not None
+        moments: dict[str, Tensor] = self._adam.state[parameter]
+        return moments
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes (the loss record excepted), in a fixed order."""
-        moments = [t for p in self.parameters for t in self.optimizer.state[p].values()]
-        return [*(p.data for p in self.parameters), *moments, *self.average]
+        moments = [t for p in self.parameters for t in self._moments(p).values()]
+        return [*(p.data for p in self.parameters), *moments, *self.extra.values()]
 
     def set_learning_rates(self, step: int) -> None:
         """Set every group's rate for step number `step`."""
         factor = learning_rate_factor(step, self.config)
-        for group, rate, settings in zip(self.groups, self._rates, self.optimizer.param_groups, strict=True):
-            if self._on_gpu:
-                rate.fill_(group.learning_rate * factor)  # in place: a captured graph reads this very tensor
-            else:
+        for group in self.groups:
+            self._rates[group.name].fill_(group.learning_rate * factor)  # in place: a captured graph reads this tensor
+        if self._adam is not None and not self._on_gpu:
+            for group, settings in zip(self._adam_groups, self._adam.param_groups, strict=True):
                 settings["lr"] = group.learning_rate * factor
 
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the average towards the parameters."""
-        if self.average:
-            torch._foreach_lerp_(self.average, [p.data for p in self.parameters], 1.0 - self.config.ema_decay)
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Put the average, if there is one, into the parameters."""
-        for parameter, average in zip(self.parameters, self.average, strict=False):
-            parameter.copy_(average)
+    def step(self) -> None:
+        """Move every parameter by its gradient."""
+        for muon in self._muon:
+            muon.step()
+        if self._adam is not None:
+            self._adam.step()
 
     def save(self, folder: Path, run: dict[str, Any], step: int, validation: dict[int, float]) -> None:
         """Write `folder/checkpoint.safetensors` atomically, whole tensors; all processes call, the first one writes."""
@@ -130,12 +162,12 @@ class TrainingState:
             if ranks.first:
                 tensors[name] = full.detach().cpu() if ranks.world > 1 else full
 
-        for i, (name, parameter) in enumerate(self.named.items()):
+        for name, parameter in self.named.items():
             keep(f"parameter/{name}", parameter)
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self._moments(parameter).items():
                 keep(f"{key}/{name}", value)
-            if self.average:
-                keep(f"average/{name}", self.average[i])
+        for name, value in self.extra.items():
+            keep(f"extra/{name}", value)
         if ranks.first:
             note = {"run": run, "step": step, "validation": {str(k): v for k, v in validation.items()}}
             write_tensors(folder / CHECKPOINT, tensors, note)
@@ -157,12 +189,12 @@ class TrainingState:
                 if note["run"] != json.loads(json.dumps(run)):
                     return None
                 self.losses.copy_(stream.get_tensor("losses"))
-                for i, (name, parameter) in enumerate(self.named.items()):
+                for name, parameter in self.named.items():
                     put_(parameter, stream.get_tensor(f"parameter/{name}"))
-                    for key, value in self.optimizer.state[parameter].items():
+                    for key, value in self._moments(parameter).items():
                         put_(value, stream.get_tensor(f"{key}/{name}"))
-                    if self.average:
-                        put_(self.average[i], stream.get_tensor(f"average/{name}"))
+                for name, value in self.extra.items():
+                    put_(value, stream.get_tensor(f"extra/{name}"))
         except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to train again") from None
         return Saved(note["step"], {int(k): v for k, v in note["validation"].items()})

@@ -37,7 +37,7 @@ class Step:
     Args:
         loss: a scalar from named inputs; runs under `autocast`. It must not synchronise with the host to be captured.
         state: what is trained.
-        grad_clip: global norm (0: none).
+        grad_clip: global norm of what AdamW takes (0: none); Muon's steps have one size anyway.
     """
 
     def __init__(self, loss: Callable[[Mapping[str, Tensor]], Tensor], state: TrainingState, grad_clip: float) -> None:
@@ -45,15 +45,13 @@ class Step:
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One step; returns the loss as a scalar on the device, without waiting for it."""
-        optimizer = self.state.optimizer
-        optimizer.zero_grad(set_to_none=True)
+        self.state.zero_grad()
         with autocast(self.state.device):
             loss = self.loss(inputs)
         loss.backward()
-        if self.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.state.parameters, self.grad_clip)
-        optimizer.step()
-        self.state.update_average()
+        if self.grad_clip > 0 and self.state.clipped:
+            nn.utils.clip_grad_norm_(self.state.clipped, self.grad_clip)
+        self.state.step()
         return loss.detach()
 
     def capture(self, sample: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -67,7 +65,7 @@ class Step:
                 self.eager(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.zero_grad()
         with torch.cuda.graph(graph):
             loss = self.eager(static)
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Teach a student the teacher's velocity on stored trajectories. Knows no model family and no layer type.
+"""Teach a student the teacher's velocity, on stored trajectories or on states made meanwhile. Knows no model family and
+no layer type.
 
 The loss is the plain mean square error of the velocity, which for a flow model is the error of every sampler
 step. On CUDA the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student
@@ -20,6 +21,7 @@ from torch.nn.functional import mse_loss
 from tritflow.calibration.artifacts import provenance, write_json
 from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
+from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
 from tritflow.distillation.step import Step, autocast
@@ -56,6 +58,7 @@ def distill_(
     config: DistillationConfig,
     out_dir: Path | str,
     *,
+    states: OnlineStates | None = None,
     device: torch.device | str = "cpu",
     identity: dict[str, Any] | None = None,
     cuda_graph: bool = True,
@@ -70,6 +73,7 @@ def distill_(
         student: called with a batch's kwargs; returns the velocity [B, tokens, channels].
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
         trajectories: training and held-out pairs.
+        states: train on these instead of the recorded training pairs (one process).
         config: steps, rates, batch size, seed.
         out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
             same identity is continued; on the CPU the result is then the same to the last bit.
@@ -85,15 +89,26 @@ def distill_(
     """
     device = torch.device(device)
     out_dir = Path(out_dir)
-    state = TrainingState(groups, config, device)
+    ranks = Ranks.here()
+    if ranks.world > 1 and (states is not None or config.optimizer == "muon"):
+        what = "online states are" if states is not None else "the muon optimizer is"
+        raise ValueError(f'{what} for one process; set online.pool = 0 and optimizer = "adamw" to use several')
+    state = TrainingState(groups, config, device, {} if states is None else states.state)
     run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
     saved = state.load(out_dir, run)
     if saved is None and (out_dir / "checkpoint.safetensors").exists():
         raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
     start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
     _settle(trajectories, device)
+    if states is not None and not start:
+        states.fill()
 
     def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
+        if states is not None:
+            here = states.batch(inputs)
+            predicted = student(**here.kwargs)
+            states.advance(inputs, here.velocity, predicted.detach())
+            return mse_loss(predicted.float(), here.velocity)
         if PAIRS in inputs:
             inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
         predicted = student(**{n: t for n, t in inputs.items() if n != VELOCITY})
@@ -106,9 +121,10 @@ def distill_(
     if not start:
         validation[0] = validate()
     run_step: Callable[[Mapping[str, Tensor]], Tensor] = step.eager
-    ranks = Ranks.here()
 
     def batch(number: int) -> dict[str, Tensor]:
+        if states is not None:
+            return states.draws(number)
         rows = ranks.part(trajectories.order(number, config.batch_size, config.seed))
         if trajectories.device == device:
             return {PAIRS: rows}  # gathered by the step itself
@@ -133,7 +149,6 @@ def distill_(
             validation[done] = validate()
             state.save(out_dir, run, done, validation)
     if start < config.steps:
-        state.use_average()
         validation[config.steps] = validate()
         state.save(out_dir, run, config.steps, validation)
     result = DistillationResult(config.steps, state.losses.tolist(), validation)

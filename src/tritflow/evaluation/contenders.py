@@ -177,7 +177,11 @@ def _known_set(recorded: dict[str, Any], folder: Path, base: str | None, suites:
     from tritflow.assets import ASSETS, asset_path
     from tritflow.calibration.prompt_sources import PromptsError
     from tritflow.calibration.prompts import load_prompts, paper_prompts
+    from tritflow.pipelines.scene_prompts import scene_prompts
 
+    scenes = scene_prompts(str(recorded.get("name")))
+    if scenes is not None and scenes.sha256 == recorded.get("sha256"):
+        return scenes.texts
     places = [folder]
     if base:
         places.append(asset_path(base) if base in ASSETS else folder / base)

@@ -18,10 +18,11 @@ _EDGE = 0.45  # how far a latent may start from its trit; the rounding threshold
 class FakeTernaryLinear(nn.Module):
     """Computes what `to_ternary()` will compute, from a latent float32 weight that takes gradients.
 
-    T = clamp(round(weight / (s[n] * c[k])), -1, 1), s = bf16(exp(log_weight_scale)), c = bf16(exp(log_input_scale)),
-    y = (x * c) @ (s * T)^T + bias. Rounding passes gradients straight through (Bengio et al., 2013; BitNet b1.58), so
-    dL/dweight is dL/dW of the ternary weight, and scales receive their true gradient at fixed trits. Both
-    scales are rounded to the format's bf16 here already: converting changes nothing.
+    T = clamp(round(weight), -1, 1), s = bf16(exp(log_weight_scale)), c = bf16(exp(log_input_scale)),
+    y = (x * c) @ (s * T)^T + bias. Rounding passes gradients straight through (Bengio et al., 2013; BitNet b1.58), and
+    scales receive their true gradient at fixed trits. The latent weight is counted in trits, so that one learning rate
+    is the same thing in every layer and row, and scales can move without moving trits. Both scales are rounded to the
+    format's bf16 here already: converting changes nothing.
 
     With `activation_bits=8` activations are quantized per token as `tritflow.kernels.quantize_activation` does;
     `activation_bits` may be changed between steps.
@@ -78,7 +79,7 @@ class FakeTernaryLinear(nn.Module):
         """A twin that starts from a dense layer and its first scales.
 
         Args:
-            linear: gives latent weight and bias (copied, float32).
+            linear: gives latent weight, divided by its scales, and bias (copied, float32).
             weight_scale: positive [N].
             input_scale: positive [K] or None.
             trits: int8 [N, K] to start from, where they are not simply the nearest ones (after error compensation):
@@ -98,14 +99,16 @@ class FakeTernaryLinear(nn.Module):
             self.log_weight_scale.copy_(weight_scale.float().clamp_min(1e-8).log())
             if self.log_input_scale is not None and input_scale is not None:
                 self.log_input_scale.copy_(input_scale.float().clamp_min(1e-8).log())
-            self.weight.copy_(linear.weight)
+            rows, columns = self.scales()
+            self.weight.copy_(linear.weight / rows[:, None])
+            if columns is not None:
+                self.weight.div_(columns)
             if self.bias is not None:
                 self.bias.copy_(linear.bias)
             if trits is not None:
-                unit = self._unit()
                 low = torch.where(trits < 0, -torch.inf, trits - _EDGE)
                 high = torch.where(trits > 0, torch.inf, trits + _EDGE)
-                self.weight.copy_(torch.minimum(torch.maximum(self.weight / unit, low), high) * unit)
+                self.weight.copy_(torch.minimum(torch.maximum(self.weight, low), high))
         return self
 
     def scales(self) -> tuple[Tensor, Tensor | None]:
@@ -116,20 +119,14 @@ class FakeTernaryLinear(nn.Module):
         # Logarithms for columns too: outliers' scales are tens of times smaller than the rest.
         return rows, _through(self.log_input_scale.float().exp(), _bf16)
 
-    def _unit(self) -> Tensor:
-        """What one trit of each weight is worth, [N, K] or [N, 1], without gradient."""
-        rows, columns = self.scales()
-        unit = rows.detach()[:, None]
-        return unit if columns is None else unit * columns.detach()
-
     def trits(self) -> Tensor:
         """int8 [N, K], those that the forward pass uses."""
-        return _ternary(self.weight.detach() / self._unit()).to(torch.int8)
+        return _ternary(self.weight.detach()).to(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype that `F.linear` gives (x.dtype, or autocast's)."""
         rows, columns = self.scales()
-        weight = rows[:, None] * _through(self.weight / self._unit(), _ternary)
+        weight = rows[:, None] * _through(self.weight, _ternary)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         scaled = x if columns is None else x.float() * columns
         if self.activation_bits == 16:

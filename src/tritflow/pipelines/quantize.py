@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tritflow.formats.writer import TransformerWriter
 from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
 from tritflow.pipelines.records import RECORDS
+from tritflow.pipelines.scene_prompts import scene_prompts
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
 
@@ -135,8 +136,8 @@ def quantize(
         recipe: a name, a path to a .toml, or a `Recipe`.
         mode, packing, column_scale: override the recipe's. `w2a8` also puts 8-bit activations into the training loops.
         skip: patterns of block linears that stay dense, beside the recipe's own.
-        prompts: for calibration: a .txt, .jsonl or folder. None: `calibration_prompts.txt` of the model folder, or
-            the paper's set from the cache.
+        prompts: for calibration: a .txt, .jsonl or folder, or `scenes:N`, N captions of the built-in world. None:
+            `calibration_prompts.txt` of the model folder, or the paper's set from the cache.
         base: pipeline that gives text encoders to a bare transformer, where the recipe needs them.
         device: where rounding and training run (None: the best there is).
         full: copy the other components even above 1 GiB.
@@ -178,14 +179,15 @@ def _quantize(
     write_json(out / "meta.json", meta)
     work = out / WORK
     validation: dict[int, float] = {}
+    rest: Mapping[str, Tensor] = {}
     if ranks.agree(needs_teacher(job.recipe)):
         from tritflow.pipelines.student import learn
 
         learned = learn(job, work, progress)
-        validation, rounded, stage = learned.validation, learned.rounded, "write"
+        validation, rounded, rest, stage = learned.validation, learned.rounded, learned.rest, "write"
     else:
         rounded, stage = _round_one(job), "round"
-    digest = _write(job, out / "transformer", rounded, stage, progress)
+    digest = _write(job, out / "transformer", rounded, rest, stage, progress)
     copied, left_out = _copy_components(job, out, full, progress)
     meta |= {
         "complete": True,
@@ -273,9 +275,9 @@ def needs_teacher(recipe: Recipe) -> bool:
 def training_bytes(recipe: Recipe, weights: int) -> int:
     """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
 
-    fp32 latent weights, gradients, two moments, and the moving average if the recipe has one.
+    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW).
     """
-    copies = 5 if recipe.distillation.ema_decay else 4
+    copies = 3 if recipe.distillation.optimizer == "muon" else 4
     return 4 * copies * weights if recipe.distillation.steps else 0
 
 
@@ -298,7 +300,7 @@ def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | N
     if isinstance(prompts, PromptSet):
         return prompts
     if prompts is not None:
-        return load_prompts(prompts)
+        return scene_prompts(str(prompts)) or load_prompts(prompts)
     own = location.pipeline / "calibration_prompts.txt" if location.pipeline else None
     return load_prompts(own) if own is not None and own.is_file() else paper_prompts()
 
@@ -310,8 +312,16 @@ def _round_one(job: Job) -> Callable[[str, Tensor], Rounded]:
     return rounded
 
 
-def _write(job: Job, folder: Path, rounded: Callable[[str, Tensor], Rounded], stage: str, progress: Progress) -> str:
-    """Stream the source through `rounded` into the folder, skipping what is there already. Returns the digest."""
+def _write(
+    job: Job,
+    folder: Path,
+    rounded: Callable[[str, Tensor], Rounded],
+    rest: Mapping[str, Tensor],
+    stage: str,
+    progress: Progress,
+) -> str:
+    """Stream the source through `rounded` into the folder, dense tensors as they are or as `rest` has them; what is
+    there already is skipped. Returns the digest."""
     writer = TransformerWriter(folder, job.ternary, job.id)
     names = job.source.names()
     present = set(names)
@@ -319,7 +329,8 @@ def _write(job: Job, folder: Path, rounded: Callable[[str, Tensor], Rounded], st
         module, _, kind = name.rpartition(".")
         if module not in job.linears:
             if name not in writer:
-                writer.add_dense(name, job.source.tensor(name))
+                dense = job.source.tensor(name)
+                writer.add_dense(name, rest[name].to(dense.dtype) if name in rest else dense)
         elif kind == "weight" and module not in writer:
             q = rounded(module, job.source.tensor(name))
             bias = job.source.tensor(f"{module}.bias") if f"{module}.bias" in present else None

@@ -8,40 +8,38 @@ Up to distillation the dense transformer is never whole in memory: its blocks ar
 .work/compensated/    roundings, a file a block
 .work/reconstructed/  the same after block reconstruction, with what each window gained in curve.json
 .work/distilled/      checkpoint and loss curve
-.work/visited-N/      the teacher's velocity on states of the student, round N
-.work/refined-N/      checkpoint and loss curve of training on them as well
 .work/student/        roundings as distilled
+.work/rest.safetensors   dense parameters as distilled, where the recipe trains them
 .work/calibration_records.jsonl   which recorded pairs compensation and reconstruction used
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tritflow.calibration.artifacts import file_sha256, read_json, write_json
+from tritflow.calibration.artifacts import file_sha256, read_json, write_json, write_tensors
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.config import DistillationConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
-from tritflow.distillation.parameters import parameter_groups
+from tritflow.distillation.parameters import parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
-from tritflow.distillation.sharded import Ranks, gathered, shard_
+from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
 from tritflow.distillation.shelf import Shelf
-from tritflow.distillation.state import CHECKPOINT
-from tritflow.distillation.step import autocast, training_attention
+from tritflow.distillation.step import training_attention
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.modules.fake import FakeTernaryLinear
-from tritflow.pipelines.dense import streamed_teacher, whole_teacher, whole_transformer
+from tritflow.pipelines.dense import streamed_teacher, whole_transformer
+from tritflow.pipelines.online import online_states
 from tritflow.pipelines.records import RECORDS, Records
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
@@ -52,6 +50,8 @@ from tritflow.quantization.store import RoundedStore
 if TYPE_CHECKING:
     from tritflow.pipelines.quantize import Job, Progress
 
+REST = "rest.safetensors"
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -60,10 +60,12 @@ class Learned:
     Attributes:
         rounded: rounding of a linear by name; the weight handed in is not looked at again.
         validation: step -> velocity MSE on held-out trajectories.
+        rest: parameters by name that belong to no ternary linear, where they were trained.
     """
 
     rounded: Callable[[str, Tensor], Rounded]
     validation: dict[int, float]
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
@@ -81,8 +83,9 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
     final = RoundedStore(work / _last_stage(job), job.id)
+    rest = load_file(work / REST) if job.recipe.distillation.rest_learning_rate > 0 and (work / REST).is_file() else {}
     ranks.wait()  # the first goes on, and clears up in the end
-    return Learned(lambda name, _: final[name], validation)
+    return Learned(lambda name, _: final[name], validation, rest)
 
 
 def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> dict[int, float]:
@@ -247,7 +250,7 @@ def _distill(
     work: Path,
     progress: Progress,
 ) -> dict[int, float]:
-    config = job.recipe.distillation
+    config, ranks = job.recipe.distillation, Ranks.here()
     model.float()
     if len(start):
         restore_(model, list(job.linears), _weight_of(job))
@@ -258,105 +261,61 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
-    ranks, order = Ranks.here(), job.family.block_order(job.source.config)
+    order = job.family.block_order(job.source.config)
     shard_(model, order, job.device)
-    visited = job.recipe.visited
-    if visited.steps and ranks.world > 1:
-        raise ValueError(
-            f"recipe '{job.recipe.name}' records its student, which one process does: set visited.steps = 0"
-        )
-
-    def train(settings: DistillationConfig, data: Trajectories, stage: str, parents: list[Path]) -> dict[int, float]:
-        done = functools.partial(
-            distill_,
-            lambda **kwargs: model(**kwargs, return_dict=False)[0],
-            parameter_groups(model, settings),
-            data,
-            settings,
-            work / stage,
-            device=job.device,
-            identity={"job": job.id, "trajectories": [file_sha256(p / "meta.json") for p in parents]},
-            on_progress=lambda done, total, loss: progress("distill", done, total),
-        )
-        with training_attention(job.device):
-            if settings.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
-                return _compiled(model, done).validation
-            return done().validation
-
-    folders = [work / "trajectories"]
-    validation = train(config, trajectories, "distilled", folders)
-    for number in range(visited.rounds if visited.steps else 0):
-        folders.append(work / f"visited-{number}")
-        _record_student(job, model, number, folders, work, progress)
-        again = dataclasses.replace(
-            config,
-            steps=visited.steps,
-            learning_rate=visited.learning_rate,
-            scale_learning_rate=visited.scale_learning_rate,
-            seed=config.seed + number + 1,
-        )
-        trajectories = Trajectories(folders[0], more=folders[1:])
-        before = max(validation)
-        found = train(again, trajectories, f"refined-{number}", folders)
-        validation |= {before + step: mse for step, mse in found.items() if step}
+    states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
+    train = functools.partial(
+        distill_,
+        lambda **kwargs: model(**kwargs, return_dict=False)[0],
+        parameter_groups(model, config),
+        trajectories,
+        config,
+        work / "distilled",
+        states=states,
+        device=job.device,
+        identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
+        on_progress=lambda done, total, loss: progress("distill", done, total),
+    )
+    with training_attention(job.device):
+        if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
+            result = _compiled([model, *([] if teacher is None else [teacher])], train)
+        else:
+            result = train()
+    rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if config.rest_learning_rate > 0 else {}
+    if rest and ranks.first:
+        write_tensors(work / REST, rest, {"job": job.id})
     store = RoundedStore(work / "student", job.id)
     for block in order:
         with gathered(model.get_submodule(block)) as module:
             twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
-    return validation
+    return result.validation
 
 
-def _record_student(job: Job, model: Any, number: int, folders: list[Path], work: Path, progress: Progress) -> None:
-    """Let the student draw, and ask the teacher at every state. Needs the teacher whole beside the student."""
-    before = work / ("distilled" if not number else f"refined-{number - 1}")
-    calibration = job.recipe.calibration
-    config = dataclasses.replace(
-        calibration,
-        num_prompts=job.recipe.visited.num_prompts or calibration.num_prompts,
-        # Noise and prompts that no other round has.
-        seed=calibration.seed + 1_000_003 * (number + 1),
-    )
-
-    def velocity(**kwargs: Any) -> Tensor:
-        with torch.no_grad(), autocast(job.device):
-            out: Tensor = model(**kwargs, return_dict=False)[0]
-        return out
-
-    assert job.prompts is not None
-    record_trajectories(
-        whole_teacher(job),
-        job.prompts,
-        folders[-1],
-        config,
-        parents={"source": job.source.fingerprint(), "student": file_sha256(before / CHECKPOINT)},
-        driver=velocity,
-        on_progress=lambda done, total: progress("record", done, total),
-    )
-
-
-def _compiled(model: Any, train: Callable[[], DistillationResult]) -> DistillationResult:
-    """`train` with the model's blocks compiled; without, where this machine's compiler fails (it needs a C compiler).
+def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> DistillationResult:
+    """`train` with the models' blocks compiled; without, where this machine's compiler fails (it needs a C compiler).
 
     Nothing is lost then: compilation fails before the first step.
     """
     from torch._dynamo.exc import TorchDynamoException
 
-    model.compile_repeated_blocks(fullgraph=True)
+    for model in models:
+        model.compile_repeated_blocks(fullgraph=True)
     try:
         return train()
     except TorchDynamoException as error:
         warnings.warn(f"the blocks could not be compiled and train slower ({str(error).splitlines()[0]})", stacklevel=2)
-        _uncompile(model)
+        _uncompile(models)
         return train()
     finally:
-        _uncompile(model)
+        _uncompile(models)
 
 
-def _uncompile(model: Any) -> None:
-    for module in model.modules():
-        module._compiled_call_impl = None
+def _uncompile(models: list[Any]) -> None:
+    for model in models:
+        for module in model.modules():
+            module._compiled_call_impl = None
 
 
 def _weight_of(job: Job) -> Callable[[str], Tensor]:

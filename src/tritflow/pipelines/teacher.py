@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tritflow.calibration.artifacts import provenance
 from tritflow.calibration.prompts import Prompt, PromptSet, from_texts
-from tritflow.calibration.trajectories import VELOCITY, Trajectories, TrajectoryWriter
+from tritflow.calibration.trajectories import VELOCITY, Trajectories, TrajectoryWriter, seed_of
 from tritflow.config import CalibrationConfig
 from tritflow.pipelines.loading import GenerationDefaults, generation_defaults
 
@@ -223,7 +223,7 @@ class _Recorder:
         """Packed latents [T, tokens, channels]; drawn on the CPU, each trajectory from its own seed."""
         shape = (1, self.channels, 2 * self.rows, 2 * self.columns)
         drawn = [
-            torch.randn(shape, generator=torch.Generator().manual_seed((self.config.seed << 32) + p.index))
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(self.config.seed, p.index)))
             for p in plans
         ]
         noise = torch.cat(drawn).to(self.device, self.dtype)
@@ -232,25 +232,31 @@ class _Recorder:
 
     def _sigmas(self, plans: Sequence[_Plan]) -> Tensor:
         """[T, S + 1] through the scheduler's own shift, each trajectory moved by its share of a step."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        config = self.scheduler.config
-        mu = calculate_shift(
-            self.rows * self.columns,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
         count = self.config.num_inference_steps
-        even = np.linspace(1.0, 1 / count, count)
-        rows = []
-        for plan in plans:
-            moved = even + plan.shift / count
-            moved[0] = 1.0  # every trajectory starts from pure noise
-            self.scheduler.set_timesteps(sigmas=moved.tolist(), mu=mu)
-            rows.append(self.scheduler.sigmas.clone())
-        return torch.stack(rows)
+        return jittered_sigmas(self.scheduler, self.rows * self.columns, count, [p.shift for p in plans])
+
+
+def jittered_sigmas(scheduler: Any, tokens: int, count: int, shifts: Sequence[float]) -> Tensor:
+    """Noise levels [len(shifts), count + 1] as `FluxPipeline` sets them for so many image tokens, each row moved by its
+    share of a step; all start from pure noise."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    mu = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    even = np.linspace(1.0, 1 / count, count)
+    rows = []
+    for shift in shifts:
+        moved = even + shift / count
+        moved[0] = 1.0
+        scheduler.set_timesteps(sigmas=moved.tolist(), mu=mu)
+        rows.append(scheduler.sigmas.clone())
+    return torch.stack(rows)
 
 
 def _plan(index: int, prompt: Prompt, config: CalibrationConfig) -> _Plan:

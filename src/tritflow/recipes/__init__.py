@@ -18,11 +18,11 @@ from tritflow.config import (
     CalibrationConfig,
     ConfigError,
     DistillationConfig,
+    OnlineConfig,
     Recipe,
     ReconstructionConfig,
     StreamingConfig,
     TernaryConfig,
-    VisitedConfig,
     nearest,
 )
 
@@ -32,7 +32,7 @@ _TABLES: dict[str, Any] = {
     "streaming": StreamingConfig,
     "reconstruction": ReconstructionConfig,
     "distillation": DistillationConfig,
-    "visited": VisitedConfig,
+    "online": OnlineConfig,
 }
 DEFAULT = "fast"
 
@@ -84,8 +84,8 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits over everything that changes the result: all but name, summary and where things lie meanwhile."""
     data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary", "streaming")}
-    if recipe.visited == VisitedConfig():  # as the budget below
-        del data["visited"]
+    if recipe.online == OnlineConfig():  # as the budget below
+        del data["online"]
     budget = recipe.streaming.budget_bytes
     if budget != StreamingConfig().budget_bytes:  # left out at its default: jobs from before there was one go on
         data["activation_budget"] = budget
@@ -141,7 +141,7 @@ def _check(recipe: Recipe) -> None:
         "reconstruction.samples": r.samples,
         "reconstruction.batch_size": r.batch_size,
         "compensation_samples": recipe.compensation_samples,
-        "visited.rounds": recipe.visited.rounds,
+        "online.num_inference_steps": recipe.online.num_inference_steps,
     }
     for key, value in positive.items():
         if not isinstance(value, int) or value < 1:
@@ -156,16 +156,18 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: distillation.activation_bits is 8 or 16, not {d.activation_bits}")
     if r.activation_bits not in (8, 16):
         raise ConfigError(f"recipe {recipe.name}: reconstruction.activation_bits is 8 or 16, not {r.activation_bits}")
-    if recipe.visited.steps and not d.steps:
-        raise ConfigError(f"recipe {recipe.name}: [visited] goes on from a distilled student; give distillation.steps")
+    if recipe.online.pool < 0 or (recipe.online.pool and not d.steps):
+        raise ConfigError(f"recipe {recipe.name}: online.pool feeds distillation; give distillation.steps, or pool = 0")
+    if not 0 <= recipe.online.student_share <= 1:
+        raise ConfigError(f"recipe {recipe.name}: online.student_share lies between 0 and 1")
     if r.stride > r.window:
         raise ConfigError(
             f"recipe {recipe.name}: reconstruction.stride {r.stride} leaves out blocks between windows of {r.window}"
         )
     if not c.guidance_scales:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
-    if not 0 <= d.ema_decay < 1:
-        raise ConfigError(f"recipe {recipe.name}: distillation.ema_decay must lie in [0, 1), not {d.ema_decay}")
+    if min(d.learning_rate, d.scale_learning_rate, d.rest_learning_rate) < 0:
+        raise ConfigError(f"recipe {recipe.name}: a learning rate of distillation is negative")
     a = recipe.smoothing
     if a is not None and not (isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1):
         raise ConfigError(f"recipe {recipe.name}: smoothing must lie between 0 and 1, not {a!r}")

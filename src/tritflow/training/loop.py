@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tritflow.training.optim import Muon
+from tritflow.distillation.muon import Muon
 
 
 def world_size() -> int:

@@ -39,6 +39,7 @@ class InventedWords(nn.Module):
     def __init__(self, clip_tokenizer: Any, t5_tokenizer: Any) -> None:
         super().__init__()
         self.t5_table: Tensor
+        self.t5_invented: Tensor
         words = [forms for real, _ in CLASSES for forms in real]
         characters = "".join(invented for _, invented in CLASSES)
         for name, tokenizer, form, character in (

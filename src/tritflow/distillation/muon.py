@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the blocks: momentum, then an orthogonalised update, batched over equal shapes.
+"""Muon for weight matrices: momentum, then an orthogonalised update, batched over equal shapes.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): Newton-Schulz iteration with
 the published quintic coefficients; the .2 * sqrt(max(N, K)) step size that matches AdamW's is from Liu et al., "Muon is
@@ -44,6 +44,14 @@ class Muon:
         self.groups = list(groups.values())
         self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    def momenta(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter with its momentum, a view of what `step` uses."""
+        return [
+            (p, momentum)
+            for group, buffer in zip(self.groups, self.buffers, strict=True)
+            for p, momentum in zip(group, buffer, strict=True)
+        ]
 
     @torch.no_grad()
     def step(self) -> None:

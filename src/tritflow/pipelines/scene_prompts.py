@@ -1,0 +1,16 @@
+"""`scenes:N`: captions of the built-in world as calibration prompts, more than a model folder has room for."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from tritflow.calibration.prompts import PromptSet, from_texts
+from tritflow.scenes.training_set import training_captions
+
+
+@lru_cache(maxsize=2)
+def scene_prompts(name: str) -> PromptSet | None:
+    """The first N captions of the training stream for `scenes:N`, the same every time; None for any other name."""
+    found = re.fullmatch(r"scenes:([1-9]\d{0,6})", name)
+    return None if found is None else from_texts(training_captions(int(found[1])), name)
