@@ -57,7 +57,7 @@ CHECK_SHAPES = [
 ]
 _KINDS = {
     "int8": [v for v in VARIANTS if not v.startswith("16-bit")],
-    "fp8": ["wide", "narrow"],
+    "fp8": ["wide", "narrow", "192 x 192"],
     "bf16": [v for v in VARIANTS if v.startswith("16-bit")],
 }
 RIVAL = "fp8 row gauss fast"

@@ -21,8 +21,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide, split 1": {"split": 1, "group": 4},
     "one tile": {"split": 1, "stages": 4, "lag": 0, "persistent": False},
     "narrow": {**_NARROW, "stages": 8, "lag": 2},
+    "192 x 192": {"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1},
+    "128 x 192": {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 7, "lag": 1},
     "16-bit wide": {"stages": 4, "lag": 1},
     "16-bit narrow": {**_NARROW, "stages": 5, "lag": 1},
+    "16-bit 128 x 192": {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1},
 }
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritflow.kernels import tuning
+from tritflow.kernels.hopper.consumers import consumers_kernel
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
 
@@ -28,6 +29,9 @@ class Config:
     ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
     start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
+
+    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 128 or 192 tokens by 64 weight rows a
+    consumer; ``split`` and ``persistent`` mean nothing there.
     """
 
     block_m: int = 128
@@ -37,8 +41,15 @@ class Config:
     lag: int = 3
     group: int = 8
     persistent: bool = True
+    consumers: int = 0
 
     def __post_init__(self) -> None:
+        if self.consumers:
+            if self.consumers not in (2, 3, 4) or self.block_m not in (128, 192) or self.block_n != 64 * self.consumers:
+                raise ValueError(f"no such tile: {self.block_m}x{self.block_n} with {self.consumers} consumers")
+            if not 0 <= self.lag * (self.consumers - 1) < self.stages:
+                raise ValueError(f"lag={self.lag} is too long for stages={self.stages}: the ring would never drain")
+            return
         if self.block_m not in (64, 128) or self.block_n not in (128, 256) or self.split not in (1, 2):
             raise ValueError(f"no such tile: block_m={self.block_m}, block_n={self.block_n}, split={self.split}")
         if self.block_n // 2 // self.split < 64:
@@ -48,6 +59,8 @@ class Config:
 
     @property
     def name(self) -> str:
+        if self.consumers:
+            return f"{self.block_m}x{self.block_n}x{self.stages} c{self.consumers} l{self.lag} g{self.group}"
         text = f"{self.block_m}x{self.block_n}x{self.stages} s{self.split} l{self.lag} g{self.group}"
         return text + ("" if self.persistent else " one-tile")
 
@@ -174,6 +187,9 @@ def _gemm(
         return out
     x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
     config = config or choose(m, n, k, x.dtype, x.device)
+    if config.consumers:
+        _launch_consumers(x, x_scale, weight, weight_scale, bias, out, config)
+        return out
     schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
 
@@ -197,3 +213,40 @@ def _gemm(
         num_warps=4,
     )
     return out
+
+
+def _launch_consumers(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config,
+) -> None:
+    def described(t: torch.Tensor, block: list[int], dtype: object) -> TensorDescriptor:
+        return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block, _swizzled(*block, dtype))
+
+    (m, n), k = out.shape, x.shape[1]
+    dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    consumers_kernel[(min(tiles, _multiprocessors(x.device)),)](
+        described(x, [128, 128], dtype),
+        described(x, [64, 128], dtype),
+        described(weight, [64, 32], gl.uint8),
+        described(out, [128, 64], out_dtype),
+        described(out, [64, 64], out_dtype),
+        x_scale,
+        weight_scale,
+        weight_scale if bias is None else bias.contiguous(),
+        m,
+        n,
+        -(-k // 128),
+        BM=config.block_m,
+        STAGES=config.stages,
+        CONSUMERS=config.consumers,
+        GROUP=config.group,
+        LAG=config.lag,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )

@@ -23,7 +23,7 @@ _DECODE = gl.constexpr(HALVES)
 
 @gluon.constexpr_function
 def _bytes_layout(parts, chunk):
-    """[parts, 16, chunk] bytes: a warp a part; lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
+    """[parts, 16, chunk] bytes, a warp a part; lane (row % 8, 16 bytes of 64) holds those of rows r and r + 8."""
     registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 8, 0]]
     piece = 64
     while piece < chunk:
