@@ -61,7 +61,7 @@ def test_memcheck_is_clean(tmp_path: Path) -> None:
 @needs_sanitizer
 def test_racecheck_sees_only_the_start_of_partitions(tmp_path: Path) -> None:
     text = _run("racecheck", tmp_path)
-    reports = [part for part in text.split("========= Error:")[1:]]
+    reports = text.split("========= Error:")[1:]
     print(text)
     for report in reports:
         accesses = [(kind, name, int(offset, 16)) for kind, name, offset in _HAZARD.findall(report)]
