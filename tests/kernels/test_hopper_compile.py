@@ -66,6 +66,21 @@ def test_tiles_of_many_consumers_fit_registers_and_shared_memory(config, dtype):
 
 
 @compiles
+@pytest.mark.parametrize(("config", "dtype"), CASES)
+def test_a_low_rank_update_is_one_more_product_of_16_bits(config, dtype):
+    from tritflow.kernels.hopper.aot import compile_w2a8, in_flight_overwrites
+    from tritflow.kernels.hopper.launch import Config
+
+    settings = Config(**config)
+    plain = compile_w2a8(settings, activation_dtype=dtype)
+    compiled = compile_w2a8(settings, activation_dtype=dtype, has_low=True)
+    assert (compiled.spills, compiled.stack, compiled.notes) == (0, 0, ())
+    assert compiled.shared <= plain.shared + 64  # factors lie in the ring's own memory
+    assert in_flight_overwrites(compiled.sass) == []
+    assert compiled.count("HGMMA") - plain.count("HGMMA") == 2 * (settings.block_n // 128)
+
+
+@compiles
 @pytest.mark.parametrize(("parts", "chunk"), [(1, 256), (4, 64)])
 def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk):
     from tritflow.kernels.hopper.aot import compile_gluon
@@ -189,10 +204,15 @@ def test_the_host_side_hands_over_what_the_kernel_takes(monkeypatch, shape, rows
     q = torch.zeros(m, k, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
     weight = torch.zeros(n, 32 * -(-k // 128), dtype=torch.uint8)
     out = launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n))
+    groups = 3 if n % 768 == 0 else 1
+    factors = (torch.ones(m, groups * 32, dtype=torch.bfloat16), torch.ones(n, 32, dtype=torch.bfloat16))
+    launch.w2a8_gemm(q, torch.ones(m), weight, torch.ones(n, dtype=torch.bfloat16), torch.ones(n), *factors)
     launch._tables.cache_clear()
     launch._multiprocessors.cache_clear()
     assert out.shape == (m, n)
-    ((grid, options, kernel),) = compiled
+    (grid, options, kernel), (_, with_low, low_kernel) = compiled
+    assert (options["HAS_LOW"], with_low["HAS_LOW"]) == (False, True)
+    assert low_kernel.metadata.shared <= 227 * 1024
     assert options["SPLIT"] == rows // 128  # narrow where wide tiles would leave most of the GPU without work
     assert 0 < grid[0] <= 132
     assert kernel.metadata.num_warps == 12

@@ -10,6 +10,7 @@ from tritflow.kernels.block_ops import (
     gelu_quantize,
     qk_norm_rope,
 )
+from tritflow.kernels.low_rank_op import low_rank_add_, low_rank_down
 from tritflow.kernels.matmul_op import w2a8_matmul
 from tritflow.kernels.ops import quantize_activation, w2a8_linear, w2a16_linear
 
@@ -24,6 +25,8 @@ __all__ = [
     "gated_residual",
     "gelu",
     "gelu_quantize",
+    "low_rank_add_",
+    "low_rank_down",
     "qk_norm_rope",
     "quantize_activation",
     "w2a8_linear",

@@ -379,8 +379,10 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """`w2a8_linear` on int8 activations that are quantized already; the gated residual in a pass of its own."""
+    """`w2a8_linear` on int8 activations that are quantized already; what is added to it in passes of their own."""
 
     def build() -> tuple[_Int8, int]:
         form = _Int8(weight, weight_scale, None, q.shape[-1], True)
@@ -391,6 +393,8 @@ def w2a8_matmul(
     rows = (q.view(torch.uint8) ^ 128) if form.unsigned else q
     # The form holds weight_scale / 127, because w2a8_linear multiplies with a row's largest magnitude.
     out = _products(form, rows, x_scale[:, None] * 127.0, bias, dtype)
+    if low is not None and up is not None:
+        reference.low_rank_add_(out, low, up)
     if residual is None or gate is None:
         return out
     return reference.gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)

@@ -11,6 +11,7 @@ from tritflow.formats.packing import packed_width
 from tritflow.kernels import reference
 from tritflow.kernels.backends import select
 from tritflow.kernels.block_ops import check_modulation
+from tritflow.kernels.low_rank_op import check_low_rank
 from tritflow.kernels.ops import _bytes, _dispatched, _size
 
 _LIB = torch.library.Library("tritflow", "FRAGMENT")
@@ -25,6 +26,8 @@ def _check_matmul(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
 ) -> None:
     rows, width = _size(weight)
     if q.dim() != 2 or q.dtype not in reference.QTYPE.values():
@@ -51,6 +54,7 @@ def _check_matmul(
                 f"residual must be {dtype} with {q.shape[0]} tokens of {rows} features, "
                 f"not {residual.dtype} {list(residual.shape)}"
             )
+    check_low_rank(low, up, q.shape[0], rows, dtype)
 
 
 def _w2a8_matmul(
@@ -62,10 +66,12 @@ def _w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate)
-    args = (q, x_scale, _bytes(weight), weight_scale, dtype, bias, residual, gate)
+    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate, low, up)
+    args = (q, x_scale, _bytes(weight), weight_scale, dtype, bias, residual, gate, low, up)
     out: Tensor = select("w2a8_matmul", backend, q.device, args)(*args)
     return out
 
@@ -79,15 +85,17 @@ def _w2a8_matmul_fake(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate)
+    _check_matmul(q, x_scale, weight, weight_scale, dtype, bias, residual, gate, low, up)
     return q.new_empty((q.shape[0], weight_scale.shape[0]), dtype=dtype)
 
 
 _LIB.define(
     "w2a8_matmul(Tensor q, Tensor x_scale, Tensor weight, Tensor weight_scale, ScalarType dtype, Tensor? bias=None,"
-    " Tensor? residual=None, Tensor? gate=None, str backend='auto') -> Tensor",
+    " Tensor? residual=None, Tensor? gate=None, Tensor? low=None, Tensor? up=None, str backend='auto') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIB.impl("w2a8_matmul", _w2a8_matmul, "CompositeExplicitAutograd")
@@ -104,11 +112,14 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`(q @ T^T) * weight_scale * x_scale + bias` on activations that are quantized already; exact sums for int8.
 
-    With `residual` and `gate` the result is `residual + gate * that`.
+    With `low` and `up` that plus `low @ up^T`, see `low_rank_op`; with `residual` and `gate` the result is
+    `residual + gate * that`.
 
     Args:
         q: int8 or float8_e4m3fn [M, K], as `quantize_activation` gives it.
@@ -119,6 +130,8 @@ def w2a8_matmul(
         bias: [N] or None.
         residual: [B, S, N] in `dtype` with B * S = M, or None.
         gate: [B, N]; together with `residual`.
+        low: [M, S * R] in `dtype`, or None.
+        up: [N, R] in `dtype`, R a multiple of 16; together with `low`.
         backend: see `tritflow.kernels.w2a16_linear`, and `scratch`.
 
     Returns:
@@ -129,5 +142,5 @@ def w2a8_matmul(
         BackendError: the named backend does not exist, cannot run here, or does not take these arguments.
     """
     run = _OP if _dispatched(q, None) else _w2a8_matmul
-    out: Tensor = run(q, x_scale, weight, weight_scale, dtype, bias, residual, gate, backend)
+    out: Tensor = run(q, x_scale, weight, weight_scale, dtype, bias, residual, gate, low, up, backend)
     return out

@@ -201,14 +201,35 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """`w2a8_linear` on activations that are quantized already. See `matmul_op.w2a8_matmul`."""
     out = integer_product(q, weight) * weight_scale.float() * x_scale[:, None]
     if bias is not None:
         out = out + bias.float()
+    if low is not None and up is not None:
+        out = out + low_rank_up(low, up)
     if residual is None or gate is None:
         return out.to(dtype)
     return gated_residual(residual, gate, out.view(residual.shape)).to(dtype).flatten(0, 1)
+
+
+def low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
+    """`(q @ down^T) * x_scale[:, None]`, rounded once to down.dtype. See `low_rank_op.low_rank_down`."""
+    return ((q.float() @ down.float().t()) * x_scale[:, None]).to(down.dtype)
+
+
+def low_rank_up(low: Tensor, up: Tensor) -> Tensor:
+    """float32 [M, N]: `low @ up^T`, S groups of rows of `up` with their columns of `low`. See `low_rank_op`."""
+    rank = up.shape[1]
+    x, b = low.float().unflatten(1, (-1, rank)), up.float().view(low.shape[1] // rank, -1, rank)
+    return torch.einsum("msr,snr->msn", x, b).flatten(1)
+
+
+def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
+    """`y += low @ up^T`, rounded once. See `low_rank_op.low_rank_add_`."""
+    y.copy_(y.float() + low_rank_up(low, up))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
@@ -236,6 +257,8 @@ BACKEND = Backend(
         "qk_norm_rope": Kernel(qk_norm_rope, _always),
         "gated_residual": Kernel(gated_residual, _always),
         "w2a8_matmul": Kernel(w2a8_matmul, _always),
+        "low_rank_down": Kernel(low_rank_down, _always),
+        "low_rank_add_": Kernel(low_rank_add_, _always),
         "attention": Kernel(_attention, _always),
     },
 )

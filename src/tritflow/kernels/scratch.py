@@ -48,6 +48,8 @@ def _supports_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> bool:
     if not _multiples(weight.shape[0], q.shape[1]):
         return False
@@ -66,10 +68,23 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """See `tritflow.kernels.w2a8_matmul`. e4m3 sums are those of the library's fast accumulation."""
+    """See `tritflow.kernels.w2a8_matmul`. e4m3 sums are those of the library's fast accumulation.
+
+    A low-rank update is a pass of its own, and the gated residual behind it another one.
+    """
     from tritflow.kernels.triton.block import gated_residual, scale_sums
     from tritflow.kernels.triton.expand import expand
+    from tritflow.kernels.triton.low_rank import low_rank_add_
+
+    if low is not None and up is not None:
+        out = w2a8_matmul(q, x_scale, weight, weight_scale, dtype, bias)
+        low_rank_add_(out, low, up)
+        if residual is None or gate is None:
+            return out
+        return gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)
 
     dense = expand(weight.contiguous(), q.shape[1], q.dtype)
     if q.dtype == torch.int8:

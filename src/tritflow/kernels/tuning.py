@@ -173,4 +173,6 @@ def preferred(op: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str
         name = W2A16 if op == "w2a16_linear" else f"w2a8 {args[5]}"
     k = q.shape[-1]
     choice = lookup(device, name, q.numel() // k, weight.shape[0], k)
-    return () if choice is None else (choice.backend,)
+    if choice is None or (choice.backend == "scratch" and op == "w2a8_matmul" and args[8:9] not in ((), (None,))):
+        return ()  # a library's product adds a low-rank update in a pass of its own, which costs more than it gains
+    return (choice.backend,)

@@ -94,26 +94,30 @@ def _instructions(listing: str) -> str:
 _ACTIVATIONS = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}
 
 
-def compile_w2a8(config: Config, *, activation_dtype: str = "int8", has_bias: bool = True) -> Compiled:
+def compile_w2a8(
+    config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, has_low: bool = False
+) -> Compiled:
     """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
     name, element = _ACTIVATIONS[activation_dtype]
     signature = {
         "x_desc": _descriptor(name, element, [config.block_m, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
         "out_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, config.block_n // 2]),
+        "low_desc": _descriptor("bf16", gl.bfloat16, [config.block_m, 16]),
+        "up_desc": _descriptor("bf16", gl.bfloat16, [config.block_n, 16]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",
         "bias": "*bf16",
         "table": "*i32",
         "starts": "*i32",
-        "M": "i32",
-        "N": "i32",
+        **dict.fromkeys(("M", "N", "low_steps", "low_rows"), "i32"),
     }
     constants = {
         "STAGES": config.stages,
         "SPLIT": config.split,
         "LAG": config.lag,
         "HAS_BIAS": has_bias,
+        "HAS_LOW": has_low,
     }
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
 

@@ -12,6 +12,7 @@ from tritflow.kernels.hopper import supports, why_not
 
 _FROM_TOKENS = 64  # below, a tile of 128 tokens is mostly padding and plain Triton's small tiles do better
 _SKINNY_TOKENS = 8
+_TILE_ROWS = 256  # the most weight rows of a tile
 
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
@@ -56,21 +57,35 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """See `tritflow.kernels.w2a8_matmul`; the gated residual in a pass of its own."""
     from tritflow.kernels.hopper.launch import w2a8_gemm
     from tritflow.kernels.triton.block import gated_residual
 
-    out = w2a8_gemm(q, x_scale, weight, weight_scale, bias)
+    out = w2a8_gemm(q, x_scale, weight, weight_scale, bias, low, up)
     if residual is None or gate is None:
         return out
     return gated_residual(residual, gate, out.view(residual.shape)).flatten(0, 1)
 
 
 def _supports_matmul(
-    q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, *rest: Any
+    q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> bool:
     m, n, k = _shape(q, weight)
+    groups = 1 if low is None or up is None else low.shape[1] // up.shape[1]
+    if groups > 1 and n // groups % _TILE_ROWS:
+        return False  # a tile would lie in the rows of two layers
     return dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
 
 

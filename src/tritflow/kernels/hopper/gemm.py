@@ -8,6 +8,9 @@ A consumer waits for its own products before it decodes again, because the produ
 the registers that hold the weight; the *other* consumer's products fill that gap. So the tensor cores are busy
 as long as the consumers stay out of step, also while one of them writes its tile (the grid is persistent).
 
+A low-rank update (LoRA) is one more step of the ring for every 16 columns: its two factors come in as a stage's
+activations and weights would, and a 16-bit product adds them to the sums, which have become floats in their registers.
+
 What each block does is read from a table that the host makes: see ``schedule``.
 """
 
@@ -96,8 +99,36 @@ def _unit(table, u):
 
 
 @gluon.jit
-def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl.constexpr):
+def _next(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _as_factor(buffer, desc):
+    """A stage's memory as 16 columns of a low-rank factor, which take no more than a step of packed weights."""
+    return buffer._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def _load(
+    descs,
+    x_bufs,
+    w_bufs,
+    full,
+    empty,
+    table,
+    starts,
+    low_steps,
+    low_rows,
+    STAGES: gl.constexpr,
+    HAS_LOW: gl.constexpr,
+):
     """The copying warp: fills a ring of stages, each one K step of activations and packed weights."""
+    x_desc, w_desc, low_desc, up_desc = descs
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     first = gl.load(starts + gl.program_id(0))
@@ -113,10 +144,30 @@ def _load(x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES: gl
             mbarrier.expect(bar, BM * 16 * x_desc.dtype.primitive_bitwidth + BN * 32)
             tma.async_copy_global_to_shared(w_desc, [row, k * 32], bar, w_bufs.index(stage))
             tma.async_copy_global_to_shared(x_desc, [token, k * 128], bar, x_bufs.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            stage, phase = _next(stage, phase, STAGES)
+        if HAS_LOW:
+            column = row // low_rows * low_steps * 16
+            for r in range(low_steps):
+                mbarrier.wait(empty.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, (BM + BN) * 32)
+                tma.async_copy_global_to_shared(up_desc, [row, r * 16], bar, _as_factor(w_bufs.index(stage), up_desc))
+                low = _as_factor(x_bufs.index(stage), low_desc)
+                tma.async_copy_global_to_shared(low_desc, [token, column + r * 16], bar, low)
+                stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _scaled(acc, ts, ws, bias, bits: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Sums [rows, tokens] as floats: times both scales and what a weight of +1 reads as, plus bias."""
+    unit: gl.constexpr = 0.015625 if acc.dtype == gl.int32 else 0.5
+    y = acc.to(gl.float32)
+    if bits == 8:
+        y = y * gl.expand_dims(ts, 0)
+    w = gl.expand_dims(ws.to(gl.float32) * unit, 1)
+    if HAS_BIAS:
+        return gl.fma(y, w, gl.expand_dims(bias.to(gl.float32), 1))
+    return y * w
 
 
 @gluon.jit
@@ -126,13 +177,15 @@ def _multiply(
     buffers,
     M,
     N,
+    low_steps,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_LOW: gl.constexpr,
 ):
     """A consumer: its half of the weight rows of every unit of this block."""
-    out_desc, x_scale, weight_scale, bias, table, starts = operands
+    out_desc, low_desc, up_desc, x_scale, weight_scale, bias, table, starts = operands
     x_bufs, w_bufs, out_bufs, full, empty, lag = buffers
     BM: gl.constexpr = x_bufs.shape[1]
     R: gl.constexpr = w_bufs.shape[1] // 2
@@ -140,10 +193,10 @@ def _multiply(
     dtype: gl.constexpr = x_bufs.dtype
     bits: gl.constexpr = dtype.primitive_bitwidth
     acc_type: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
-    unit: gl.constexpr = 0.015625 if dtype == gl.int8 else 0.5  # what a weight of +1 reads as is 1 / unit
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 256 // bits]
     )
+    mma16: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 32 // bits)
     packed_layout: gl.constexpr = _packed_layout(H, bits)
 
@@ -160,11 +213,14 @@ def _multiply(
         rows = row + PART * R + gl.arange(0, H, gl.SliceLayout(1, mma))
         tokens = token + gl.arange(0, BM, gl.SliceLayout(0, mma))
         # The scales are asked for before the products and used after them.
+        ws0 = gl.load(weight_scale + rows, mask=rows < N, other=0.0)
+        ts = ws0  # without a scale a token, or a bias, nobody reads what stands for it
         if bits == 8:
             ts = gl.load(x_scale + tokens, mask=tokens < M, other=0.0)
-        ws0 = gl.load(weight_scale + rows, mask=rows < N, other=0.0)
+        bias0 = ws0
         if SPLIT == 2:
             ws1 = gl.load(weight_scale + rows + H, mask=rows + H < N, other=0.0)
+            bias1 = ws1
         if HAS_BIAS:
             bias0 = gl.load(bias + rows, mask=rows < N, other=0.0)
             if SPLIT == 2:
@@ -187,39 +243,41 @@ def _multiply(
             else:
                 acc0 = warpgroup_mma_wait(0, deps=[acc0])
             mbarrier.arrive(empty.index(stage), count=1)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            stage, phase = _next(stage, phase, STAGES)
             if LAG > 0 and PART == 0:
                 count += 1
                 if count == LAG:
                     mbarrier.arrive(lag.index(0), count=1)
 
+        y0 = _scaled(acc0, ts, ws0, bias0, bits, HAS_BIAS)
+        if HAS_LOW:
+            # The same registers for the same elements, whatever the K of one instruction is.
+            y0 = gl.convert_layout(y0, mma16, assert_trivial=True)
+            if SPLIT == 2:
+                y1 = gl.convert_layout(_scaled(acc1, ts, ws1, bias1, bits, HAS_BIAS), mma16, assert_trivial=True)
+            for _ in range(low_steps):
+                mbarrier.wait(full.index(stage), phase)
+                b = _as_factor(x_bufs.index(stage), low_desc).permute((1, 0))
+                up = _as_factor(w_bufs.index(stage), up_desc)
+                y0 = warpgroup_mma(up.slice(PART * R, H, dim=0), b, y0, is_async=True)
+                if SPLIT == 2:
+                    y1 = warpgroup_mma(up.slice(PART * R + H, H, dim=0), b, y1, is_async=True)
+                    y0, y1 = warpgroup_mma_wait(0, deps=[y0, y1])
+                else:
+                    y0 = warpgroup_mma_wait(0, deps=[y0])
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = _next(stage, phase, STAGES)
+
         tma.store_wait(0)
         gl.thread_barrier()
         out = out_bufs.index(PART)
-        y = acc0.to(gl.float32)
-        if bits == 8:
-            y = y * gl.expand_dims(ts, 0)
-        w = gl.expand_dims(ws0.to(gl.float32) * unit, 1)
-        if HAS_BIAS:
-            y = gl.fma(y, w, gl.expand_dims(bias0.to(gl.float32), 1))
-        else:
-            y = y * w
         if SPLIT == 2:
-            out.slice(0, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
-            y = acc1.to(gl.float32)
-            if bits == 8:
-                y = y * gl.expand_dims(ts, 0)
-            w = gl.expand_dims(ws1.to(gl.float32) * unit, 1)
-            if HAS_BIAS:
-                y = gl.fma(y, w, gl.expand_dims(bias1.to(gl.float32), 1))
-            else:
-                y = y * w
-            out.slice(H, H, dim=1).permute((1, 0)).store(y.to(out_desc.dtype))
+            out.slice(0, H, dim=1).permute((1, 0)).store(y0.to(out_desc.dtype))
+            if not HAS_LOW:
+                y1 = _scaled(acc1, ts, ws1, bias1, bits, HAS_BIAS)
+            out.slice(H, H, dim=1).permute((1, 0)).store(y1.to(out_desc.dtype))
         else:
-            out.permute((1, 0)).store(y.to(out_desc.dtype))
+            out.permute((1, 0)).store(y0.to(out_desc.dtype))
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(out_desc, [token, row + PART * R], out)
@@ -229,11 +287,13 @@ def _multiply(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N"])
+@gluon.jit(do_not_specialize=["M", "N", "low_steps", "low_rows"])
 def w2a8_kernel(
     x_desc,
     w_desc,
     out_desc,
+    low_desc,
+    up_desc,
     x_scale,
     weight_scale,
     bias,
@@ -241,16 +301,23 @@ def w2a8_kernel(
     starts,
     M,
     N,
+    low_steps,
+    low_rows,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
     LAG: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    HAS_LOW: gl.constexpr,
 ):
     """Launch with 4 warps (the first consumer); the grid is the schedule's.
 
     x_desc [M, K] int8, e4m3, bf16 or fp16, blocks [BM, 128]; w_desc [N, K / 4] uint8, blocks [BN, 32]; out_desc
     [M, N] bf16 (fp16 for fp16), blocks [BM, BN / 2]; x_scale fp32 [M], unused for 16 bits; weight_scale and bias [N];
     table int32 [units, 4]; starts int32 [blocks + 1].
+
+    With HAS_LOW, low_rows weight rows at a time share low_steps * 16 columns of low_desc [M, N / low_rows * columns],
+    blocks [BM, 16], and out gets low @ up^T of them added; up_desc [N, columns], blocks [BN, 16], both in the type of
+    out. No tile may lie in two such groups of rows. Without, low_desc and up_desc may be anything.
     """
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
@@ -266,13 +333,14 @@ def w2a8_kernel(
     mbarrier.init(lag.index(0), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    operands = (out_desc, x_scale, weight_scale, bias, table, starts)
+    operands = (out_desc, low_desc, up_desc, x_scale, weight_scale, bias, table, starts)
+    descs = (x_desc, w_desc, low_desc, up_desc)
     buffers = (x_bufs, w_bufs, out_bufs, full, empty, lag)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS)),
-            (_multiply, (gl.constexpr(1), operands, buffers, M, N, STAGES, SPLIT, LAG, HAS_BIAS)),
-            (_load, (x_desc, w_desc, x_bufs, w_bufs, full, empty, table, starts, STAGES)),
+            (_multiply, (gl.constexpr(0), operands, buffers, M, N, low_steps, STAGES, SPLIT, LAG, HAS_BIAS, HAS_LOW)),
+            (_multiply, (gl.constexpr(1), operands, buffers, M, N, low_steps, STAGES, SPLIT, LAG, HAS_BIAS, HAS_LOW)),
+            (_load, (descs, x_bufs, w_bufs, full, empty, table, starts, low_steps, low_rows, STAGES, HAS_LOW)),
         ],
         [4, 1],
         [232, 24],

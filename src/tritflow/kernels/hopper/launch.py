@@ -13,6 +13,7 @@ from tritflow.kernels import tuning
 from tritflow.kernels.hopper.consumers import consumers_kernel
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
+from tritflow.kernels.low_rank_op import RANK_UNIT
 
 _DTYPES = {
     torch.int8: gl.int8,
@@ -73,6 +74,12 @@ def _swizzled(rows: int, columns: int, dtype: object) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
+def _descriptor(matrix: torch.Tensor, block: list[int], dtype: object) -> TensorDescriptor:
+    """Of a contiguous matrix, for the copy engine."""
+    rows, columns = matrix.shape
+    return TensorDescriptor(matrix, [rows, columns], [columns, 1], block, _swizzled(*block, dtype))
+
+
 @lru_cache(maxsize=16)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -127,19 +134,22 @@ def w2a8_gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]), in bf16.
+    """out[m, n] = q[m, :] @ T[n, :] * x_scale[m] * weight_scale[n] (+ bias[n]) (+ low[m, :] @ up[n, :]), in bf16.
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
-    accumulation. Raises ValueError for tensors that do not fit together.
+    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no tile
+    across two layers' rows. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
-    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config)
+    return _gemm(q, x_scale.contiguous(), weight, weight_scale, bias, out, config, low, up)
 
 
 def w2a16_gemm(
@@ -175,6 +185,8 @@ def _gemm(
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
     config: Config | None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (m, k), n = x.shape, weight.shape[0]
     bits = 8 * x.itemsize
@@ -188,17 +200,30 @@ def _gemm(
     x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
     config = config or choose(m, n, k, x.dtype, x.device)
     if config.consumers:
-        _launch_consumers(x, x_scale, weight, weight_scale, bias, out, config)
-        return out
+        if low is None:
+            _launch_consumers(x, x_scale, weight, weight_scale, bias, out, config)
+            return out
+        config = shortest(m, n, k, bits, _multiprocessors(x.device))  # that kernel adds no low-rank update
     schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
 
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-    x_block, w_block, out_block = [bm, 128], [bn, 32], [bm, bn // 2]
+    x_desc, w_desc = _descriptor(x, [bm, 128], dtype), _descriptor(weight, [bn, 32], gl.uint8)
+    low_desc, up_desc, steps, rows = x_desc, w_desc, 0, 0
+    if low is not None and up is not None:
+        steps, rows = up.shape[1] // RANK_UNIT, n * up.shape[1] // low.shape[1]
+        if rows != n and rows % bn:
+            raise ValueError(f"a tile of {bn} weight rows lies in two layers of {rows} rows: join them otherwise")
+        low_desc, up_desc = (
+            _descriptor(_aligned(low), [bm, 16], out_dtype),
+            _descriptor(_aligned(up), [bn, 16], out_dtype),
+        )
     w2a8_kernel[(schedule.grid,)](
-        TensorDescriptor(x, [m, k], [k, 1], x_block, _swizzled(*x_block, dtype)),
-        TensorDescriptor(weight, list(weight.shape), [weight.shape[1], 1], w_block, _swizzled(*w_block, gl.uint8)),
-        TensorDescriptor(out, [m, n], [n, 1], out_block, _swizzled(*out_block, out_dtype)),
+        x_desc,
+        w_desc,
+        _descriptor(out, [bm, bn // 2], out_dtype),
+        low_desc,
+        up_desc,
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),
@@ -206,10 +231,13 @@ def _gemm(
         starts,
         m,
         n,
+        steps,
+        rows,
         STAGES=config.stages,
         SPLIT=config.split,
         LAG=config.lag,
         HAS_BIAS=bias is not None,
+        HAS_LOW=steps > 0,
         num_warps=4,
     )
     return out
@@ -224,18 +252,15 @@ def _launch_consumers(
     out: torch.Tensor,
     config: Config,
 ) -> None:
-    def described(t: torch.Tensor, block: list[int], dtype: object) -> TensorDescriptor:
-        return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block, _swizzled(*block, dtype))
-
     (m, n), k = out.shape, x.shape[1]
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     consumers_kernel[(min(tiles, _multiprocessors(x.device)),)](
-        described(x, [128, 128], dtype),
-        described(x, [64, 128], dtype),
-        described(weight, [64, 32], gl.uint8),
-        described(out, [128, 64], out_dtype),
-        described(out, [64, 64], out_dtype),
+        _descriptor(x, [128, 128], dtype),
+        _descriptor(x, [64, 128], dtype),
+        _descriptor(weight, [64, 32], gl.uint8),
+        _descriptor(out, [128, 64], out_dtype),
+        _descriptor(out, [64, 64], out_dtype),
         x_scale,
         weight_scale,
         weight_scale if bias is None else bias.contiguous(),

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import attention, block, expand, gemm, quantize, rope
+from tritflow.kernels.triton import attention, block, expand, gemm, low_rank, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -123,22 +123,44 @@ def _product_cases(fp8: bool) -> list[Case]:
         "bias_ptr": "*bf16",
         "residual_ptr": "*bf16",
         "gate_ptr": "*bf16",
+        "low_ptr": "*bf16",
+        "up_ptr": "*bf16",
         "out_ptr": "*bf16",
         **_numbers("M", "N", "residual_stride"),
     }
     cases = []
-    for tokens in (8, 64, 4608):
+    for tokens, rank in ((8, 0), (64, 0), (4608, 0), (64, 16), (4608, 16)):
         constants = {
             "K": 3072,
             "HAS_BIAS": True,
             "HAS_RESIDUAL": tokens == 4608,
+            "RANK": rank,
+            "GROUPS": 3 if rank else 1,
+            "ALIGNED": True,
             "FP8": fp8,
             "PACKED_ASM": True,
         }
         blocks = gemm.launch_blocks(tokens, 8)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
-        name = f"w2a8 {'fp8' if fp8 else 'int8'}, {tokens} tokens"
+        name = f"w2a8 {'fp8' if fp8 else 'int8'}, {tokens} tokens{', LoRA' if rank else ''}"
         cases.append(Case(name, gemm.w2a8_kernel, types, constants | blocks, options, fp8))
+    return cases
+
+
+def _low_rank_cases(fp8: bool) -> list[Case]:
+    """The first factor of one layer and of four that share an input; the second in a pass of its own."""
+    types = {"q_ptr": "*u8" if fp8 else "*i8", "x_scale_ptr": "*fp32", "down_ptr": "*bf16", "out_ptr": "*bf16"}
+    cases = []
+    for tokens, columns, features in ((512, 16, 12288), (4608, 16, 15360), (4608, 48, 3072)):
+        blocks = low_rank.down_blocks(tokens, columns, 16)
+        options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
+        constants = {"COLUMNS": columns, "K": features, "FP8": fp8, **blocks}
+        name = f"low rank, down {'fp8' if fp8 else 'int8'}, {tokens} tokens, {columns} columns"
+        cases.append(Case(name, low_rank.low_rank_down_kernel, types | _numbers("M"), constants, options, fp8))
+    if not fp8:
+        types = dict.fromkeys(("y_ptr", "low_ptr", "up_ptr"), "*bf16") | _numbers("M", "N")
+        constants = {"RANK": 16, "GROUPS": 3, "ALIGNED": True, "BLOCK_M": 64, "BLOCK_N": 128}
+        cases.append(Case("low rank, add", low_rank.low_rank_add_kernel, types, constants, {"num_warps": 4}))
     return cases
 
 
@@ -220,7 +242,7 @@ def cases() -> list[Case]:
     """Every kernel, in the variants that FLUX.1-dev launches."""
     found = []
     for fp8 in (False, True):
-        found += [*_quantize_cases(fp8), *_product_cases(fp8)]
+        found += [*_quantize_cases(fp8), *_product_cases(fp8), *_low_rank_cases(fp8)]
     return [*found, *_other_cases(), *_attention_cases()]
 
 

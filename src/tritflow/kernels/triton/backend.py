@@ -11,6 +11,7 @@ from torch import Tensor
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.triton import block
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
+from tritflow.kernels.triton.low_rank import low_rank_add_, low_rank_down
 from tritflow.kernels.triton.quantize import MAX_FEATURES, quantize_activation
 from tritflow.kernels.triton.rope import qk_norm_rope
 
@@ -99,21 +100,33 @@ def w2a8_matmul(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
     product = (q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype)
+    factors = (None if low is None else low.contiguous(), None if up is None else up.contiguous())
     if residual is None or gate is None:
-        return w2a8_gemm(*product)
+        return w2a8_gemm(*product, None, None, *factors)
     if residual.shape[0] == 1:
-        rows = residual[0]
-        return w2a8_gemm(*product, rows if rows.stride(-1) == 1 else rows.contiguous(), gate[0].contiguous())
-    return block.gated_residual(residual, gate, w2a8_gemm(*product).view(residual.shape)).flatten(0, 1)
+        rows = residual[0] if residual.stride(-1) == 1 else residual[0].contiguous()
+        return w2a8_gemm(*product, rows, gate[0].contiguous(), *factors)
+    y = w2a8_gemm(*product, None, None, *factors)
+    return block.gated_residual(residual, gate, y.view(residual.shape)).flatten(0, 1)
 
 
 def _supports_matmul(
     q: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, *rest: Any
 ) -> bool:
     return dtype in _FLOATS and (q.dtype == torch.int8 or _has_fp8(q.device))
+
+
+def _supports_down(q: Tensor, x_scale: Tensor, down: Tensor) -> bool:
+    return down.dtype in _FLOATS and (q.dtype == torch.int8 or _has_fp8(q.device))
+
+
+def _supports_low_rank_add(y: Tensor, *rest: Any) -> bool:
+    return y.dtype in _FLOATS
 
 
 def _supports_adaln(x: Tensor, *rest: Any) -> bool:
@@ -168,6 +181,8 @@ BACKEND = Backend(
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
+        "low_rank_down": Kernel(low_rank_down, _supports_down),
+        "low_rank_add_": Kernel(low_rank_add_, _supports_low_rank_add),
         "adaln": Kernel(block.adaln, _supports_adaln),
         "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
         "gelu": Kernel(block.gelu, _supports_gelu),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritflow.kernels import tuning
 from tritflow.kernels.triton.decode import decode
+from tritflow.kernels.triton.low_rank import add_low_rank, constants
 
 
 @triton.jit
@@ -34,6 +35,8 @@ def w2a8_kernel(
     bias_ptr,
     residual_ptr,
     gate_ptr,
+    low_ptr,
+    up_ptr,
     out_ptr,
     M,
     N,
@@ -41,12 +44,18 @@ def w2a8_kernel(
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FP8: tl.constexpr,
     PACKED_ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate[n] * that."""
+    """One tile of out[m, n] = (q[m] . T[n]) * weight_scale[n] * x_scale[m] + bias[n], or residual + gate[n] * that.
+
+    With a RANK that is not 0, see `add_low_rank`.
+    """
     BLOCKS: tl.constexpr = (K + 127) // 128
     rows_m, rows_n, in_m, in_n = _tile(tl.program_id(0), tl.program_id(1), M, N, BLOCK_M, BLOCK_N)
     # The weight is the first operand, so that decoded trits can stay in registers.
@@ -73,6 +82,9 @@ def w2a8_kernel(
     out = sums * scale_n[:, None] * scale_m[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
+    if RANK:
+        first_n = tl.program_id(1) * BLOCK_N
+        out = add_low_rank(out, low_ptr, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
     if HAS_RESIDUAL:
         out *= tl.load(gate_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
     out = tl.trans(out)
@@ -161,9 +173,11 @@ def w2a8_gemm(
     dtype: torch.dtype,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
-    """(q @ T^T) * weight_scale * x_scale + bias, or residual + gate * that.
+    """(q @ T^T) * weight_scale * x_scale + bias (+ low @ up^T), or residual + gate * that.
 
     Args:
         q: int8 or float8_e4m3fn [M, K], contiguous.
@@ -174,6 +188,8 @@ def w2a8_gemm(
         dtype: of the result.
         residual: [M, N], last dimension contiguous, or None.
         gate: [N], contiguous; together with `residual`.
+        low: [M, S * R], contiguous, or None.
+        up: [N, R], contiguous; together with `low`.
         blocks: tile sizes and launch options; by default the tuned ones.
 
     Returns:
@@ -194,6 +210,8 @@ def w2a8_gemm(
             weight_scale if bias is None else bias,
             out if residual is None else residual,
             out if gate is None else gate,
+            out if low is None else low,
+            out if up is None else up,
             out,
             tokens,
             out_features,
@@ -201,6 +219,7 @@ def w2a8_gemm(
             K=in_features,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
+            **constants(up, low, blocks["BLOCK_N"]),
             FP8=fp8,
             PACKED_ASM=PACKED_ASM,
             **blocks,

@@ -1,0 +1,123 @@
+"""Low-rank updates beside ternary products (LoRA): `tritflow::low_rank_down` and `tritflow::low_rank_add_`.
+
+y + B (A x): `low_rank_down` computes A x from rows that were quantized for the ternary product, so that nobody has to
+keep the full ones; B is added inside the product's epilogue (`w2a8_matmul`'s `low` and `up`), or by `low_rank_add_`.
+
+Layers of one input that are one product keep factors of their own: of S layers with as many rows each, `low` holds
+S groups of R columns side by side, and the layer's rows of `up` [N, R] meet their own group. S = low columns / R.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow.kernels import reference
+from tritflow.kernels.backends import select
+from tritflow.kernels.ops import _dispatched
+
+_LIB = torch.library.Library("tritflow", "FRAGMENT")
+
+RANK_UNIT = 16
+"""R is a multiple of it: what one step of a 16-bit matrix product takes. Pad with zeros."""
+
+
+def check_low_rank(low: Tensor | None, up: Tensor | None, tokens: int, rows: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless low [tokens, S * R] and up [rows, R] fit together, or both are None."""
+    if low is None and up is None:
+        return
+    if low is None or up is None:
+        raise ValueError("low and up come together or not at all")
+    rank = up.shape[-1] if up.dim() == 2 else 0
+    if rank < 1 or rank % RANK_UNIT or up.shape[0] != rows or up.dtype != dtype:
+        raise ValueError(
+            f"up must be {dtype} [{rows}, R] with R a multiple of {RANK_UNIT}, not {up.dtype} {list(up.shape)}"
+        )
+    groups = low.shape[-1] // rank
+    if low.dim() != 2 or low.shape != (tokens, groups * rank) or not groups or rows % groups or low.dtype != dtype:
+        raise ValueError(
+            f"low must be {dtype} [{tokens}, S * {rank}] with S a divisor of {rows} rows, "
+            f"not {low.dtype} {list(low.shape)}"
+        )
+
+
+def _check_down(q: Tensor, x_scale: Tensor, down: Tensor) -> None:
+    if q.dim() != 2 or q.dtype not in reference.QTYPE.values():
+        raise ValueError(f"q must be an int8 or float8_e4m3fn matrix, not {q.dtype} {list(q.shape)}")
+    if x_scale.shape != (q.shape[0],):
+        raise ValueError(f"x_scale must have shape [{q.shape[0]}], not {list(x_scale.shape)}")
+    if down.dim() != 2 or down.shape[1] != q.shape[1] or not down.is_floating_point():
+        raise ValueError(f"down must be a float matrix [columns, {q.shape[1]}], not {down.dtype} {list(down.shape)}")
+
+
+def _low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
+    _check_down(q, x_scale, down)
+    args = (q, x_scale, down)
+    out: Tensor = select("low_rank_down", "auto", q.device, args)(*args)
+    return out
+
+
+def _low_rank_down_fake(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
+    _check_down(q, x_scale, down)
+    return down.new_empty((q.shape[0], down.shape[0]))
+
+
+def _low_rank_add(y: Tensor, low: Tensor, up: Tensor) -> None:
+    if y.dim() != 2 or not y.is_contiguous():
+        raise ValueError(f"y must be a contiguous matrix, not {list(y.shape)} with strides {list(y.stride())}")
+    check_low_rank(low, up, *y.shape, y.dtype)
+    select("low_rank_add_", "auto", y.device, (y, low, up))(y, low, up)
+
+
+def _low_rank_add_fake(y: Tensor, low: Tensor, up: Tensor) -> None:
+    check_low_rank(low, up, *y.shape, y.dtype)
+
+
+_LIB.define(
+    "low_rank_down(Tensor q, Tensor x_scale, Tensor down) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.define(
+    "low_rank_add_(Tensor(a!) y, Tensor low, Tensor up) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.impl("low_rank_down", _low_rank_down, "CompositeExplicitAutograd")
+_LIB.impl("low_rank_add_", _low_rank_add, "CompositeExplicitAutograd")
+torch.library.register_fake("tritflow::low_rank_down", _low_rank_down_fake, lib=_LIB)
+torch.library.register_fake("tritflow::low_rank_add_", _low_rank_add_fake, lib=_LIB)
+_DOWN: Any = torch.ops.tritflow.low_rank_down.default
+_ADD: Any = torch.ops.tritflow.low_rank_add_.default
+
+
+def low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
+    """`(q @ down^T) * x_scale[:, None]`: the first factor on rows that are quantized already; float32 sums.
+
+    Args:
+        q: int8 or float8_e4m3fn [M, K], as `quantize_activation` gives it.
+        x_scale: float32 [M].
+        down: float [C, K]. Where the rows were quantized with an `input_scale`, divide by it.
+
+    Returns:
+        [M, C] in down.dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    out: Tensor = (_DOWN if _dispatched(q, None) else _low_rank_down)(q, x_scale, down)
+    return out
+
+
+def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
+    """`y += low @ up^T`, in place, rounded once; groups of rows as the module describes them.
+
+    Args:
+        y: contiguous [M, N].
+        low: [M, S * R] in y.dtype.
+        up: [N, R] in y.dtype, R a multiple of 16.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    (_ADD if _dispatched(y, None) else _low_rank_add)(y, low, up)

@@ -1,0 +1,180 @@
+"""Low-rank updates in plain Triton: the first factor on quantized rows, the second onto a tile of sums."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr, GROUPS: tl.constexpr):
+    CHUNK: tl.constexpr = 32 if RANK % 32 == 0 else 16
+    for r in tl.static_range(0, RANK, CHUNK):
+        c = r + tl.arange(0, CHUNK)
+        up = tl.load(up_ptr + rows_n[:, None] * RANK + c[None, :], mask=mine[:, None], other=0)
+        at = low_ptr + rows_m[:, None] * (GROUPS * RANK) + group * RANK + c[None, :]
+        low = tl.load(at, mask=in_m[:, None], other=0)
+        acc = tl.dot(up, tl.trans(low), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    low_ptr,
+    up_ptr,
+    first_n,
+    rows_m,
+    rows_n,
+    in_m,
+    in_n,
+    N,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """float32 [BLOCK_N, BLOCK_M] + up[rows_n] . low[rows_m]^T, every group of rows with its RANK columns of low.
+
+    ALIGNED: no tile has rows of two groups.
+    """
+    group_rows = N // GROUPS
+    if ALIGNED:
+        acc = _add_group(acc, low_ptr, up_ptr, first_n // group_rows, rows_m, rows_n, in_m, in_n, RANK, GROUPS)
+    else:
+        for group in tl.static_range(0, GROUPS):
+            mine = in_n & (rows_n // group_rows == group)
+            acc = _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK, GROUPS)
+    return acc
+
+
+def constants(up: Tensor | None, low: Tensor | None, block_n: int) -> dict[str, int | bool]:
+    """RANK, GROUPS and ALIGNED of `add_low_rank`; RANK is 0 without factors."""
+    if up is None or low is None:
+        return {"RANK": 0, "GROUPS": 1, "ALIGNED": True}
+    groups = low.shape[1] // up.shape[1]
+    return {"RANK": up.shape[1], "GROUPS": groups, "ALIGNED": groups == 1 or up.shape[0] // groups % block_n == 0}
+
+
+@triton.jit
+def low_rank_add_kernel(
+    y_ptr,
+    low_ptr,
+    up_ptr,
+    M,
+    N,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of y += low @ up^T."""
+    first_n = tl.program_id(1) * BLOCK_N
+    rows_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    in_m, in_n = rows_m < M, rows_n < N
+    at = y_ptr + rows_m[:, None] * N + rows_n[None, :]
+    inside = in_m[:, None] & in_n[None, :]
+    y = tl.load(at, mask=inside, other=0).to(tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    acc = add_low_rank(acc, low_ptr, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
+    tl.store(at, (y + tl.trans(acc)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
+    """See `tritflow.kernels.low_rank_add_`."""
+    tokens, features = y.shape
+    if y.numel():
+        low_rank_add_kernel[(triton.cdiv(tokens, 64), triton.cdiv(features, 128))](
+            y,
+            low.contiguous(),
+            up.contiguous(),
+            tokens,
+            features,
+            BLOCK_M=64,
+            BLOCK_N=128,
+            **constants(up, low, 128),
+            num_warps=4,
+        )
+
+
+@triton.jit
+def low_rank_down_kernel(
+    q_ptr,
+    x_scale_ptr,
+    down_ptr,
+    out_ptr,
+    M,
+    COLUMNS: tl.constexpr,
+    K: tl.constexpr,
+    FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of out[m, c] = x_scale[m] * sum_k q[m, k] down[c, k]; bound by reading q."""
+    DTYPE: tl.constexpr = down_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_m, in_c = rows < M, c < COLUMNS
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for block in range((K + BLOCK_K - 1) // BLOCK_K):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        if K % BLOCK_K == 0:
+            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None], other=0)
+            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None], other=0)
+        else:
+            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None] & (k < K)[None, :], other=0)
+            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None] & (k < K)[None, :], other=0)
+        if FP8:
+            x = q.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        else:
+            x = q.to(DTYPE)
+        acc = tl.dot(x, tl.trans(down), acc, input_precision="ieee")
+    acc *= tl.load(x_scale_ptr + rows, mask=in_m, other=0)[:, None]
+    at = out_ptr + rows[:, None] * COLUMNS + c[None, :]
+    tl.store(at, acc.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
+
+
+def down_blocks(tokens: int, columns: int, bits: int) -> dict[str, int]:
+    """Tile sizes and launch options; fixed choices, so that the same shape gives the same bits.
+
+    Args:
+        tokens: M.
+        columns: C.
+        bits: of an element of the factor.
+    """
+    block_c = max(16, min(64, triton.next_power_of_2(columns)))
+    narrow = tokens <= 1024  # a few tokens would leave most of the GPU idle
+    return {
+        "BLOCK_M": 16 if narrow else 32,
+        "BLOCK_C": block_c,
+        "BLOCK_K": 128 if block_c == 64 or bits == 32 else 256,
+        "num_warps": 2 if narrow and block_c == 16 else 4,
+        "num_stages": 2 if bits == 32 else 4,
+    }
+
+
+def low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor, blocks: dict[str, int] | None = None) -> Tensor:
+    """See `tritflow.kernels.low_rank_down`; `blocks` replaces `down_blocks`."""
+    (tokens, in_features), columns = q.shape, down.shape[0]
+    out = torch.empty((tokens, columns), dtype=down.dtype, device=q.device)
+    if blocks is None:
+        blocks = down_blocks(tokens, columns, 8 * down.itemsize)
+    if out.numel():
+        fp8 = q.dtype == torch.float8_e4m3fn
+        q = q.contiguous()
+        low_rank_down_kernel[(triton.cdiv(tokens, blocks["BLOCK_M"]), triton.cdiv(columns, blocks["BLOCK_C"]))](
+            q.view(torch.uint8) if fp8 else q,
+            x_scale,
+            down.contiguous(),
+            out,
+            tokens,
+            COLUMNS=columns,
+            K=in_features,
+            FP8=fp8,
+            **blocks,
+        )
+    return out
