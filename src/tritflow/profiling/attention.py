@@ -31,9 +31,7 @@ DTYPES = ("int8", "float8_e4m3fn")
 RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
 KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
-    {"overlap": overlap, "codes": codes, "ones": ones}
-    for overlap in (False, True)
-    for codes, ones in ((True, True), (True, False), (False, True), (False, False))
+    {"consumers": consumers, "sum_by_mma": by_mma} for consumers in (2, 3) for by_mma in (True, False)
 ]
 """Configurations of the Hopper kernel that are tried."""
 _SETS = 3

@@ -26,21 +26,18 @@ class AttentionConfig:
     """One way to run the kernel.
 
     Attributes:
-        overlap: which of the two orders of work (see `hopper.attention`).
-        codes: write weights in e4m3's bits at once instead of by exp2; faster, and a little less accurate.
-        ones: sum weights by a product with ones, after they are rounded.
+        consumers: warpgroups of 64 queries a block, 2 or 3.
         stages: of 128 keys and values in shared memory.
+        sum_by_mma: sum weights by a product with ones instead of one by one.
     """
 
-    overlap: bool = False
-    codes: bool = True
-    ones: bool = True
+    consumers: int = 3
     stages: int = 3
+    sum_by_mma: bool = True
 
     @property
     def name(self) -> str:
-        words = ["overlapping" if self.overlap else "in turn", "codes" if self.codes else "exp2"]
-        return ", ".join([*words, *(["ones"] if self.ones else []), f"{self.stages} stages"])
+        return f"{self.consumers} consumers, {self.stages} stages" + (", sums by mma" if self.sum_by_mma else "")
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -52,9 +49,8 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "BLOCK": BLOCK,
         "QMAX": QMAX[dtype],
         "FLOOR": AMAX_FLOOR,
-        "OVERLAP": config.overlap,
-        "CODES": config.codes,
-        "ONES": config.ones,
+        "CONSUMERS": config.consumers,
+        "SUM_BY_MMA": config.sum_by_mma,
     }
 
 
@@ -70,7 +66,8 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_block, v_block = [KEYS, features], [features, KEYS]
     swizzled = gl.NVMMASharedLayout.get_default_for
-    attention_kernel[(triton.cdiv(tokens, 128), batch * heads)](
+    config = config or AttentionConfig()
+    attention_kernel[(triton.cdiv(tokens, 64 * config.consumers), batch * heads)](
         q,
         TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, element)),
         TensorDescriptor(v8, list(v8.shape), [v8.shape[1], 1], v_block, swizzled(v_block, gl.float8e4nv)),
@@ -81,7 +78,7 @@ def attend(
         *q.stride()[:3],
         *out.stride()[:3],
         heads,
-        **constants(tokens, dtype, config or AttentionConfig()),
+        **constants(tokens, dtype, config),
         num_warps=4,
     )
     return out
