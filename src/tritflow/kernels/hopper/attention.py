@@ -2,9 +2,7 @@
 
 One block is a copying warp (TMA, a ring of stages) and two or three consumers of one warpgroup, 64 queries each. A
 consumer makes a tile's weights, then waits for their product with the values and for the next tile's product of
-queries and keys; meanwhile the others make weights. Instructions issued by one warp alone come slowly (each waits for
-the one before), so three consumers, which share the tensor cores better, are worth more than the larger share of queries
-that the last wave of blocks leaves idle.
+queries and keys; meanwhile the others make weights.
 """
 
 from __future__ import annotations
