@@ -37,7 +37,7 @@ def _row_sums(p, shrink):
 @gluon.jit
 def _attend(
     q, q_scale, k_scale, v_exponent, buffers,
-    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, SUM_BY_MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
     _q_bufs, k_bufs, v_bufs, full, empty = buffers
@@ -63,11 +63,16 @@ def _attend(
     for i in range(TILES - 1):
         next_scale = q_scale * gl.load(k_scale + (i + 1) * BN // BLOCK)
         next_exponent = gl.load(v_exponent + (i + 1) * BN // BLOCK)
+        if AHEAD:
+            mbarrier.wait(full.index(stage), phase)
+            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
         p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, a_layout, not SUM_BY_MMA)
         acc = scaled(acc, alpha)
-        mbarrier.wait(full.index(stage), phase)
+        if not AHEAD:
+            mbarrier.wait(full.index(stage), phase)
         acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
-        s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
+        if not AHEAD:
+            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
         if SUM_BY_MMA:
             many = scaled(many, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
         else:
@@ -97,7 +102,7 @@ def _attend(
 def _consume(
     PART: gl.constexpr, operands, buffers,
     S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, QMAX: gl.constexpr,
-    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, SUM_BY_MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries."""
     q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
@@ -111,7 +116,7 @@ def _consume(
     q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
     k_scale += bh * (PADDED // BLOCK)
     v_exponent += bh * (PADDED // BLOCK)
-    acc, sums = _attend(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, SUM_BY_MMA)
+    acc, sums = _attend(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, SUM_BY_MMA, AHEAD)
     store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 
@@ -138,7 +143,7 @@ def attention_kernel(
     QMAX: gl.constexpr,
     FLOOR: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    SUM_BY_MMA: gl.constexpr,
+    SUM_BY_MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):
     """64 queries a consumer, of one head; launch with 4 warps (the first consumer) on [S / (64 CONSUMERS), B H].
 
@@ -168,11 +173,11 @@ def attention_kernel(
             [
                 (
                     _consume,
-                    (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA),
+                    (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA, AHEAD),
                 ),
                 (
                     _consume,
-                    (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA),
+                    (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA, AHEAD),
                 ),
                 (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
             ],
@@ -184,15 +189,15 @@ def attention_kernel(
             [
                 (
                     _consume,
-                    (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA),
+                    (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA, AHEAD),
                 ),
                 (
                     _consume,
-                    (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA),
+                    (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA, AHEAD),
                 ),
                 (
                     _consume,
-                    (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA),
+                    (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, CONSUMERS, SUM_BY_MMA, AHEAD),
                 ),
                 (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
             ],

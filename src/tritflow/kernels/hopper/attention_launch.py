@@ -29,15 +29,19 @@ class AttentionConfig:
         consumers: warpgroups of 64 queries a block, 2 or 3.
         stages: of 128 keys and values in shared memory.
         sum_by_mma: sum weights by a product with ones instead of one by one.
+        ahead: multiply queries with the next tile's keys while this tile's weights are made.
     """
 
     consumers: int = 3
     stages: int = 3
     sum_by_mma: bool = True
+    ahead: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.consumers} consumers, {self.stages} stages" + (", sums by mma" if self.sum_by_mma else "")
+        return f"{self.consumers} consumers, {self.stages} stages" + (", sums by mma" if self.sum_by_mma else "") + (
+            ", ahead" if self.ahead else ""
+        )
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "FLOOR": AMAX_FLOOR,
         "CONSUMERS": config.consumers,
         "SUM_BY_MMA": config.sum_by_mma,
+        "AHEAD": config.ahead,
     }
 
 
