@@ -43,6 +43,7 @@ TILES = [
     {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 7, "lag": 0},
     {"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1},
     {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 6, "lag": 1},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 8, "lag": 1},
 ]
 
 

@@ -46,6 +46,7 @@ TILES = [
     ({"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1}, "fp8"),
     ({"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1}, "int8"),
     ({"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1}, "bf16"),
+    ({"consumers": 3, "block_m": 64, "block_n": 192, "stages": 7, "lag": 1}, "bf16"),
 ]
 
 

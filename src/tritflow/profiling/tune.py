@@ -57,6 +57,8 @@ HOPPER: list[dict[str, Any]] = [
     {"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1},
     {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 6, "lag": 1},
     {"consumers": 2, "block_m": 128, "block_n": 128, "stages": 8, "lag": 1, "group": 4},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 8, "lag": 1},
+    {"consumers": 4, "block_m": 64, "block_n": 256, "stages": 8, "lag": 0},
 ]
 HOPPER_16: list[dict[str, Any]] = [
     {"stages": 4, "lag": 1},
@@ -65,6 +67,7 @@ HOPPER_16: list[dict[str, Any]] = [
     {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1},
     {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 3, "lag": 1},
     {"consumers": 2, "block_m": 128, "block_n": 128, "stages": 5, "lag": 1, "group": 4},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 7, "lag": 1},
 ]
 """Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 

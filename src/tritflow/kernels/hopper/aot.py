@@ -125,11 +125,12 @@ def compile_w2a8(
 def compile_consumers(config: Config, *, activation_dtype: str = "int8") -> Compiled:
     """The product of a configuration that has ``consumers``."""
     name, element = _ACTIVATIONS[activation_dtype]
+    first = min(config.block_m, 128)
     signature = {
-        "x_desc": _descriptor(name, element, [128, 128]),
+        "x_desc": _descriptor(name, element, [first, 128]),
         "more_desc": _descriptor(name, element, [64, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [64, 32]),
-        "out_desc": _descriptor("bf16", gl.bfloat16, [128, 64]),
+        "out_desc": _descriptor("bf16", gl.bfloat16, [first, 64]),
         "more_out_desc": _descriptor("bf16", gl.bfloat16, [64, 64]),
         "x_scale": "*fp32",
         "weight_scale": "*bf16",

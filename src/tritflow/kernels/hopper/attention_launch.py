@@ -39,8 +39,10 @@ class AttentionConfig:
 
     @property
     def name(self) -> str:
-        return f"{self.consumers} consumers, {self.stages} stages" + (", sums by mma" if self.sum_by_mma else "") + (
-            ", ahead" if self.ahead else ""
+        return (
+            f"{self.consumers} consumers, {self.stages} stages"
+            + (", sums by mma" if self.sum_by_mma else "")
+            + (", ahead" if self.ahead else "")
         )
 
 

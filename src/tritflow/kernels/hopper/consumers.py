@@ -1,8 +1,8 @@
-"""The matrix product of `hopper.gemm` in tiles of 128 or 192 tokens by 128, 192 or 256 weight rows.
+"""The matrix product of `hopper.gemm` in tiles of 64, 128 or 192 tokens by 128, 192 or 256 weight rows.
 
 Same operands, same decoding, one consumer for every 64 weight rows. 192 x 192 is what fills 132 multiprocessors where
 the tiles of 128 x 256 leave a last wave mostly empty (24 x 16 tiles of a [4608, 3072] output are 2.91 waves, 36 x 12
-are 3.27), and each decoded weight meets half as many tokens more. Tensors have powers of two for sizes, so 192 tokens
+are 3.27), and each decoded weight meets half as many tokens more. 64 x 192 does the same for 512 tokens. Tensors have powers of two for sizes, so 192 tokens
 are 128 and 64. Which tile comes when is computed from the block's number, so that nothing has to come from memory
 before the first copy is asked for.
 """
@@ -91,8 +91,9 @@ def _multiply(
     bits: gl.constexpr = dtype.primitive_bitwidth
     acc_type: gl.constexpr = gl.int32 if dtype == gl.int8 else gl.float32
     unit: gl.constexpr = 0.015625 if dtype == gl.int8 else 0.5  # what a weight of +1 reads as is 1 / unit
+    FIRST: gl.constexpr = x_bufs.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 256 // bits]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, FIRST, 256 // bits]
     )
     more_mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 256 // bits]
@@ -113,7 +114,7 @@ def _multiply(
         b = w
         if HAS_BIAS:
             b = gl.load(bias + rows, mask=rows < N, other=0.0).to(gl.float32)
-        acc = gl.zeros((64, 128), acc_type, mma)
+        acc = gl.zeros((64, FIRST), acc_type, mma)
         more = gl.zeros((64, 64), acc_type, more_mma)
         for k in range(steps):
             mbarrier.wait(full.index(stage), phase)
@@ -165,12 +166,14 @@ def consumers_kernel(
 ):  # fmt: skip
     """Launch with 4 warps (the first consumer) and at most a block a tile.
 
-    x_desc [M, K], blocks [128, 128]; more_desc the same, blocks [64, 128]; w_desc [N, K / 4] uint8, blocks [64, 32];
-    out_desc and more_out_desc [M, N], blocks [128, 64] and [64, 64]; steps of 128 K; the rest as in `gemm.w2a8_kernel`.
+    x_desc [M, K], blocks [min(BM, 128), 128]; more_desc the same, blocks [64, 128]; w_desc [N, K / 4] uint8, blocks
+    [64, 32]; out_desc and more_out_desc [M, N], blocks [min(BM, 128), 64] and [64, 64]; steps of 128 K; the rest as in
+    `gemm.w2a8_kernel`.
     """
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 128, 128], x_desc.layout)
+    FIRST: gl.constexpr = x_desc.block_type.shape[0]
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, FIRST, 128], x_desc.layout)
     w_bufs = gl.allocate_shared_memory(gl.uint8, [STAGES * CONSUMERS, 64, 32], w_desc.layout)
-    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 128, 64], out_desc.layout)
+    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, FIRST, 64], out_desc.layout)
     more_bufs = x_bufs
     more_out_bufs = out_bufs
     if BM == 192:

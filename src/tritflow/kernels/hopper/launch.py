@@ -31,7 +31,7 @@ class Config:
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
     start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
 
-    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 128 or 192 tokens by 64 weight rows a
+    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 64, 128 or 192 tokens by 64 weight rows a
     consumer; ``split`` and ``persistent`` mean nothing there.
     """
 
@@ -46,7 +46,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.consumers:
-            if self.consumers not in (2, 3, 4) or self.block_m not in (128, 192) or self.block_n != 64 * self.consumers:
+            if (
+                self.consumers not in (2, 3, 4)
+                or self.block_m not in (64, 128, 192)
+                or self.block_n != 64 * self.consumers
+            ):
                 raise ValueError(f"no such tile: {self.block_m}x{self.block_n} with {self.consumers} consumers")
             if not 0 <= self.lag * (self.consumers - 1) < self.stages:
                 raise ValueError(f"lag={self.lag} is too long for stages={self.stages}: the ring would never drain")
@@ -254,12 +258,12 @@ def _launch_consumers(
 ) -> None:
     (m, n), k = out.shape, x.shape[1]
     dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
-    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    tiles, first = -(-m // config.block_m) * -(-n // config.block_n), min(config.block_m, 128)
     consumers_kernel[(min(tiles, _multiprocessors(x.device)),)](
-        _descriptor(x, [128, 128], dtype),
+        _descriptor(x, [first, 128], dtype),
         _descriptor(x, [64, 128], dtype),
         _descriptor(weight, [64, 32], gl.uint8),
-        _descriptor(out, [128, 64], out_dtype),
+        _descriptor(out, [first, 64], out_dtype),
         _descriptor(out, [64, 64], out_dtype),
         x_scale,
         weight_scale,
