@@ -37,7 +37,7 @@ def _row_sums(p, shrink):
 @gluon.jit
 def _attend(
     q, q_scale, k_scale, v_exponent, buffers,
-    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, SUM_BY_MMA: gl.constexpr, AHEAD: gl.constexpr,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
     _q_bufs, k_bufs, v_bufs, full, empty = buffers
@@ -66,14 +66,14 @@ def _attend(
         if AHEAD:
             mbarrier.wait(full.index(stage), phase)
             s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
-        p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, a_layout, not SUM_BY_MMA)
+        p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, a_layout, not MMA)
         acc = scaled(acc, alpha)
         if not AHEAD:
             mbarrier.wait(full.index(stage), phase)
         acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
         if not AHEAD:
             s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
-        if SUM_BY_MMA:
+        if MMA:
             many = scaled(many, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
         else:
             sums = sums * alpha + row * gl.exp2(0.0 - exponent)
@@ -85,11 +85,11 @@ def _attend(
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    p, m, alpha, row = weigh(s, m, scale, exponent, (TILES - 1) * BN, S % BN != 0, S, a_layout, not SUM_BY_MMA)
+    p, m, alpha, row = weigh(s, m, scale, exponent, (TILES - 1) * BN, S % BN != 0, S, a_layout, not MMA)
     acc = scaled(acc, alpha)
     mbarrier.wait(full.index(stage), phase)
     acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
-    if SUM_BY_MMA:
+    if MMA:
         many = scaled(many, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
         sums = gl.convert_layout(gl.max(many, axis=1), rows)
     else:
@@ -102,7 +102,7 @@ def _attend(
 def _consume(
     PART: gl.constexpr, operands, buffers,
     S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, QMAX: gl.constexpr,
-    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, SUM_BY_MMA: gl.constexpr, AHEAD: gl.constexpr,
+    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries."""
     q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
@@ -116,7 +116,7 @@ def _consume(
     q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
     k_scale += bh * (PADDED // BLOCK)
     v_exponent += bh * (PADDED // BLOCK)
-    acc, sums = _attend(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, SUM_BY_MMA, AHEAD)
+    acc, sums = _attend(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, MMA, AHEAD)
     store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 
@@ -143,7 +143,7 @@ def attention_kernel(
     QMAX: gl.constexpr,
     FLOOR: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    SUM_BY_MMA: gl.constexpr,
+    MMA: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
     """64 queries a consumer, of one head; launch with 4 warps (the first consumer) on [S / (64 CONSUMERS), B H].
@@ -170,103 +170,15 @@ def attention_kernel(
     buffers = (q_bufs, k_bufs, v_bufs, full, empty)
     # Written out twice, since a tuple that has a name holds no constants.
     if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        gl.constexpr(0),
-                        operands,
-                        buffers,
-                        S,
-                        PADDED,
-                        STAGES,
-                        BLOCK,
-                        QMAX,
-                        FLOOR,
-                        CONSUMERS,
-                        SUM_BY_MMA,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        gl.constexpr(1),
-                        operands,
-                        buffers,
-                        S,
-                        PADDED,
-                        STAGES,
-                        BLOCK,
-                        QMAX,
-                        FLOOR,
-                        CONSUMERS,
-                        SUM_BY_MMA,
-                        AHEAD,
-                    ),
-                ),
-                (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
-            ],
-            [4, 1],
-            [232, 24],
-        )
+        gl.warp_specialize([
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, MMA, AHEAD)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, MMA, AHEAD)),
+            (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
+        ], [4, 1], [232, 24])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        gl.constexpr(0),
-                        operands,
-                        buffers,
-                        S,
-                        PADDED,
-                        STAGES,
-                        BLOCK,
-                        QMAX,
-                        FLOOR,
-                        CONSUMERS,
-                        SUM_BY_MMA,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        gl.constexpr(1),
-                        operands,
-                        buffers,
-                        S,
-                        PADDED,
-                        STAGES,
-                        BLOCK,
-                        QMAX,
-                        FLOOR,
-                        CONSUMERS,
-                        SUM_BY_MMA,
-                        AHEAD,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        gl.constexpr(2),
-                        operands,
-                        buffers,
-                        S,
-                        PADDED,
-                        STAGES,
-                        BLOCK,
-                        QMAX,
-                        FLOOR,
-                        CONSUMERS,
-                        SUM_BY_MMA,
-                        AHEAD,
-                    ),
-                ),
-                (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+        gl.warp_specialize([
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
+            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
+            (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip

@@ -56,7 +56,7 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "QMAX": QMAX[dtype],
         "FLOOR": AMAX_FLOOR,
         "CONSUMERS": config.consumers,
-        "SUM_BY_MMA": config.sum_by_mma,
+        "MMA": config.sum_by_mma,
         "AHEAD": config.ahead,
     }
 

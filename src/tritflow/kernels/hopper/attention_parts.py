@@ -7,9 +7,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 _MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: a float this large holds a whole number in its low bits
-# 2^y in e4m3's own bits: 8 y + 120, rounded, is the code of about 2^(8 + y), at most 6 % off. Inputs are divided by 128,
-# so that a saturating fma clamps to [0, 1]; adding 1.5 * 2^16 rounds to 128ths and leaves the code in the lowest byte of
-# an otherwise empty half, and two such halves are put together by a multiplication.
+# 2^y in e4m3's own bits: 8 y + 120, rounded, is the code of about 2^(8 + y), at most 6 % off. Inputs are divided by
+# 128, so that a saturating fma clamps to [0, 1]; adding 1.5 * 2^16 rounds to 128ths and leaves the code in the lowest
+# byte of an otherwise empty half, and two such halves are put together by a multiplication.
 _CODES = gl.constexpr(
     """
     {

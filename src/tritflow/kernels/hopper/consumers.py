@@ -2,9 +2,9 @@
 
 Same operands, same decoding, one consumer for every 64 weight rows. 192 x 192 is what fills 132 multiprocessors where
 the tiles of 128 x 256 leave a last wave mostly empty (24 x 16 tiles of a [4608, 3072] output are 2.91 waves, 36 x 12
-are 3.27), and each decoded weight meets half as many tokens more. 64 x 192 does the same for 512 tokens. Tensors have powers of two for sizes, so 192 tokens
-are 128 and 64. Which tile comes when is computed from the block's number, so that nothing has to come from memory
-before the first copy is asked for.
+are 3.27), and each decoded weight meets half as many tokens more; 64 x 192 does the same for 512 tokens. Tensors have
+powers of two for sizes, so 192 tokens are 128 and 64. Which tile comes when is computed from the block's number, so
+that nothing has to come from memory before the first copy is asked for.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Config:
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
     start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
 
-    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 64, 128 or 192 tokens by 64 weight rows a
-    consumer; ``split`` and ``persistent`` mean nothing there.
+    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 64, 128 or 192 tokens by 64 weight rows
+    a consumer; ``split`` and ``persistent`` mean nothing there.
     """
 
     block_m: int = 128
