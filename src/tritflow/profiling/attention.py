@@ -32,10 +32,10 @@ RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLA
 KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
     {"consumers": 2},
-    {"consumers": 2, "sum_by_mma": False},
     {"consumers": 2, "ahead": True},
     {"consumers": 3},
-    {"consumers": 3, "sum_by_mma": False},
+    {"consumers": 3, "keys": 64},
+    {"consumers": 3, "keys": 64, "sum_by_mma": False},
 ]
 """Configurations of the Hopper kernel that are tried."""
 _SETS = 3

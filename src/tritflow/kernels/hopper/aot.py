@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tritflow.kernels.hopper.attention import attention_kernel
-from tritflow.kernels.hopper.attention_launch import KEYS, AttentionConfig, constants
+from tritflow.kernels.hopper.attention_launch import AttentionConfig, constants
 from tritflow.kernels.hopper.consumers import consumers_kernel
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.launch import Config
@@ -157,8 +157,8 @@ def compile_attention(
     kind, element = ("i8", gl.int8) if dtype == "int8" else ("fp8e4nv", gl.float8e4nv)
     signature = {
         "q_ptr": f"*{x_dtype}",
-        "k_desc": _descriptor(kind, element, [KEYS, features]),
-        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, KEYS]),
+        "k_desc": _descriptor(kind, element, [config.keys, features]),
+        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, config.keys]),
         "k_scale": "*fp32",
         "v_exponent": "*fp32",
         "out_ptr": f"*{x_dtype}",

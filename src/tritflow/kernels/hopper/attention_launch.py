@@ -17,18 +17,15 @@ from tritflow.kernels.reference import AMAX_FLOOR, QMAX
 from tritflow.kernels.triton.attention import Quantized, logit_factor, quantize
 from tritflow.kernels.triton.block import contiguous_features
 
-KEYS = 128
-"""Of a tile."""
-
-
 @dataclass(frozen=True)
 class AttentionConfig:
     """One way to run the kernel.
 
     Attributes:
         consumers: warpgroups of 64 queries a block, 2 or 3.
-        stages: of 128 keys and values in shared memory.
+        stages: of `keys` keys and values in shared memory.
         sum_by_mma: sum weights by a product with ones instead of one by one.
+        keys: of a tile, 64 or 128.
         ahead: multiply queries with the next tile's keys while this tile's weights are made.
     """
 
@@ -36,11 +33,12 @@ class AttentionConfig:
     stages: int = 3
     sum_by_mma: bool = True
     ahead: bool = False
+    keys: int = 128
 
     @property
     def name(self) -> str:
         return (
-            f"{self.consumers} consumers, {self.stages} stages"
+            f"{self.consumers} consumers, {self.keys} keys, {self.stages} stages"
             + (", sums by mma" if self.sum_by_mma else "")
             + (", ahead" if self.ahead else "")
         )
@@ -71,9 +69,9 @@ def attend(
         raise ValueError("Hopper's attention takes values in e4m3")
     dtype, element = ("int8", gl.int8) if k8.dtype == torch.int8 else ("float8_e4m3fn", gl.float8e4nv)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_block, v_block = [KEYS, features], [features, KEYS]
-    swizzled = gl.NVMMASharedLayout.get_default_for
     config = config or AttentionConfig()
+    k_block, v_block = [config.keys, features], [features, config.keys]
+    swizzled = gl.NVMMASharedLayout.get_default_for
     attention_kernel[(triton.cdiv(tokens, 64 * config.consumers), batch * heads)](
         q,
         TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, element)),
