@@ -17,6 +17,7 @@ from tritflow.kernels.reference import AMAX_FLOOR, QMAX
 from tritflow.kernels.triton.attention import Quantized, logit_factor, quantize
 from tritflow.kernels.triton.block import contiguous_features
 
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """One way to run the kernel.
