@@ -31,12 +31,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
 SKINNY: dict[str, dict[str, int]] = {
-    "1 warp": {"parts": 1, "chunk": 256},
     "2 warps": {"parts": 2, "chunk": 64},
-    "2 warps, 128 bytes": {"parts": 2, "chunk": 128},
+    "2 warps, 32 rows": {"parts": 2, "chunk": 64, "rows": 32},
     "4 warps": {"parts": 4, "chunk": 64},
     "4 warps, 56 registers": {"parts": 4, "chunk": 64, "registers": 56},
-    "8 warps": {"parts": 8, "chunk": 64},
+    "4 warps, 32 rows": {"parts": 4, "chunk": 64, "rows": 32},
+    "4 warps, 32 rows, 96 registers": {"parts": 4, "chunk": 64, "rows": 32, "registers": 96},
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 
