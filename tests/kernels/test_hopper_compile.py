@@ -88,7 +88,7 @@ def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk):
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True}
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True, "EARLY": False}
     compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=parts)
     assert compiled.spills == 0
     assert compiled.shared <= 4096  # the sums of the warps

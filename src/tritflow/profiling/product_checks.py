@@ -118,7 +118,7 @@ def compile_variant(variant: str, kind: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin}
 
 
-def check_skinny(settings: dict[str, int]) -> dict[str, Any]:
+def check_skinny(settings: dict[str, Any]) -> dict[str, Any]:
     """A setting of the product with few rows against float64."""
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 

@@ -30,13 +30,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
-SKINNY: dict[str, dict[str, int]] = {
+SKINNY: dict[str, dict[str, Any]] = {
     "2 warps": {"parts": 2, "chunk": 64},
     "2 warps, 32 rows": {"parts": 2, "chunk": 64, "rows": 32},
     "4 warps": {"parts": 4, "chunk": 64},
     "4 warps, 56 registers": {"parts": 4, "chunk": 64, "registers": 56},
     "4 warps, 32 rows": {"parts": 4, "chunk": 64, "rows": 32},
     "4 warps, 32 rows, 96 registers": {"parts": 4, "chunk": 64, "rows": 32, "registers": 96},
+    "4 warps, early": {"parts": 4, "chunk": 64, "early": True},
+    "2 warps, early": {"parts": 2, "chunk": 64, "early": True},
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 
@@ -191,7 +193,7 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
 
     found.append(Candidate("triton", lambda i: w2a16_linear(x, wp[i], scale, backend="triton"), sets))
 
-    def product(settings: dict[str, int]) -> Callable[[int], Tensor]:
+    def product(settings: dict[str, Any]) -> Callable[[int], Tensor]:
         return lambda i: w2a16_skinny(x, wp[i], scale, **settings)
 
     if m <= 8:

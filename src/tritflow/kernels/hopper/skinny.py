@@ -79,6 +79,7 @@ def w2a16_skinny_kernel(
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """out[0:M, row:row + ROWS] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
 
@@ -90,6 +91,12 @@ def w2a16_skinny_kernel(
     layout: gl.constexpr = _bytes_layout(PARTS, ROWS, CHUNK)
     KC: gl.constexpr = CHUNK * 4
     x_layout: gl.constexpr = _inputs_layout(PARTS, KC)
+    if EARLY:
+        # Let the next kernel's blocks be placed already, and wait for all that the kernel before this one has written.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     SPAN: gl.constexpr = PARTS * CHUNK
 
     row = gl.program_id(0) * ROWS
@@ -177,11 +184,13 @@ def w2a16_skinny(
     parts: int = 4,
     rows: int = 16,
     registers: int | None = None,
+    early: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
     ``parts`` warps (1, 2, 4 or 8) share ``rows`` weight rows (16 or 32); each asks for ``chunk`` bytes of a row at a time (64 to 256).
-    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor.
+    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
+    kernel before is still running (they wait for its end before they read anything).
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -204,7 +213,9 @@ def w2a16_skinny(
         PARTS=parts,
         ROWS=rows,
         HAS_BIAS=bias is not None,
+        EARLY=early,
         num_warps=parts,
         maxnreg=registers,
+        launch_pdl=early,
     )
     return out
