@@ -7,7 +7,7 @@ from tritflow.kernels.hopper import why_not_compile
 reason = why_not_compile()
 compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
 
-CONFIGS = [{"consumers": 2}, {"consumers": 3}, {"consumers": 2, "sum_by_mma": False}]
+CONFIGS = [{}, {"ahead": False}, {"sum_by_mma": False}, {"consumers": 3, "keys": 64, "ahead": False}]
 
 
 def _check(compiled):
@@ -28,12 +28,14 @@ def test_products_are_asynchronous_and_nothing_spills(config, kind):
     _check(compiled)
     # Products in flight read weights from registers.
     assert in_flight_overwrites(compiled.sass) == []
-    # Queries with keys in front of the loop and in it, weights with values in it and behind it.
-    products = config["consumers"] * 4 * 2
+    settings = AttentionConfig(**config)
+    # A product is four slices of 32 of what is summed, two for weights of 64 keys. Queries with keys before the loop,
+    # twice in it and, for an even number of tiles, once behind it; weights with values as often.
+    logits, values = settings.consumers * 4 * 4, settings.consumers * settings.keys // 32 * 4
     if kind == "int8":
-        assert (compiled.count("IGMMA"), compiled.count("QGMMA")) == (products, products)
+        assert (compiled.count("IGMMA"), compiled.count("QGMMA")) == (logits, values)
     else:
-        assert compiled.count("QGMMA") == 2 * products
+        assert compiled.count("QGMMA") == logits + values
 
 
 @compiles

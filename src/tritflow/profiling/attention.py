@@ -31,11 +31,11 @@ DTYPES = ("int8", "float8_e4m3fn")
 RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
 KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
-    {"consumers": 2},
-    {"consumers": 2, "ahead": True},
-    {"consumers": 3},
+    {"ahead": False},
+    {},
+    {"sum_by_mma": False},
+    {"consumers": 3, "keys": 64, "ahead": False},
     {"consumers": 3, "keys": 64},
-    {"consumers": 3, "keys": 64, "sum_by_mma": False},
 ]
 """Configurations of the Hopper kernel that are tried."""
 _SETS = 3

@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tritflow.kernels.hopper.attention_parts import load_tiles, quantize_queries, scaled, store_rows, weigh
 
+_SUMMING = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
+
 
 @gluon.constexpr_function
 def _mma(columns):
@@ -28,73 +30,99 @@ def _mma(columns):
 @gluon.jit
 def _row_sums(p, shrink):
     """Sums of weights times shrink, in every of eight columns: a product with ones, by the instructions of one warp."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
-    a = gl.convert_layout(p, gl.DotOperandLayout(0, mma, 4), assert_trivial=True)
-    ones = gl.full((p.shape[1], 8), 1.0, gl.float32, gl.DotOperandLayout(1, mma, 4)).to(gl.float8e4nv)
-    return scaled(mma_v2(a, ones, gl.zeros((64, 8), gl.float32, mma)), shrink)
+    a = gl.convert_layout(p, gl.DotOperandLayout(0, _SUMMING, 4), assert_trivial=True)
+    ones = gl.full((p.shape[1], 8), 1.0, gl.float32, gl.DotOperandLayout(1, _SUMMING, 4)).to(gl.float8e4nv)
+    return scaled(mma_v2(a, ones, gl.zeros((64, 8), gl.float32, _SUMMING)), shrink)
+
+
+@gluon.jit
+def _weighted(s, state, scale, exponent, v, n, MASK: gl.constexpr, S: gl.constexpr, MMA: gl.constexpr):
+    """Makes a tile's weights of its logits and begins their product with its values v; state is (acc, m, sums)."""
+    acc, m, sums = state
+    mma: gl.constexpr = _mma(v.shape[0])
+    p, m, alpha, row = weigh(s, m, scale, exponent, n, MASK, S, mma, not MMA)
+    acc = warpgroup_mma(p, v.permute((1, 0)), scaled(acc, alpha), is_async=True)
+    if MMA:
+        sums = scaled(sums, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
+    else:
+        sums = sums * alpha + row * gl.exp2(0.0 - exponent)
+    return acc, m, sums
+
+
+@gluon.jit
+def _step(
+    s, state, scale, exponent, q, i, stage, phase, scales, buffers,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Tile i's weights and values, and the logits of tile i + 1."""
+    q_scale, k_scale, v_exponent = scales
+    _q_bufs, k_bufs, v_bufs, full, empty = buffers
+    BN: gl.constexpr = k_bufs.shape[1]
+    no_logits = gl.zeros((64, BN), gl.int32 if q.dtype == gl.int8 else gl.float32, _mma(BN))
+    next_scale = q_scale * gl.load(k_scale + (i + 1) * BN // BLOCK)
+    next_exponent = gl.load(v_exponent + (i + 1) * BN // BLOCK)
+    mbarrier.wait(full.index(stage), phase)
+    k = k_bufs.index(stage).permute((1, 0))
+    if AHEAD:
+        following = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
+        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S, MMA)
+    else:
+        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S, MMA)
+        following = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
+    acc, following = warpgroup_mma_wait(0, deps=[acc, following])
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return following, (acc, m, sums), next_scale, next_exponent, stage, phase
 
 
 @gluon.jit
 def _attend(
-    q, q_scale, k_scale, v_exponent, buffers,
+    q, scales, buffers,
     S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
+    q_scale, k_scale, v_exponent = scales
     _q_bufs, k_bufs, v_bufs, full, empty = buffers
     D: gl.constexpr = k_bufs.shape[2]
     BN: gl.constexpr = k_bufs.shape[1]
     TILES: gl.constexpr = (S + BN - 1) // BN
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, _mma(D), 4)
-    rows: gl.constexpr = gl.SliceLayout(1, a_layout)
-    m = gl.full((64,), float("-inf"), gl.float32, rows)
-    sums = gl.zeros((64,), gl.float32, rows)
-    summing: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
-    many = gl.zeros((64, 8), gl.float32, summing)
-    no_logits = gl.zeros((64, BN), gl.int32 if q.dtype == gl.int8 else gl.float32, _mma(BN))
+    rows: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, _mma(D), 4))
     acc = gl.zeros((64, D), gl.float32, _mma(D))
+    m = gl.full((64,), float("-inf"), gl.float32, rows)
+    if MMA:
+        sums = gl.zeros((64, 8), gl.float32, _SUMMING)
+    else:
+        sums = gl.zeros((64,), gl.float32, rows)
+    state = (acc, m, sums)
     scale = q_scale * gl.load(k_scale)
     exponent = gl.load(v_exponent)
+    no_logits = gl.zeros((64, BN), gl.int32 if q.dtype == gl.int8 else gl.float32, _mma(BN))
     mbarrier.wait(full.index(0), 0)
     s = warpgroup_mma(q, k_bufs.index(0).permute((1, 0)), no_logits, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(empty.index(0), count=1)
     stage = 1
     phase = 0
-    for i in range(TILES - 1):
-        next_scale = q_scale * gl.load(k_scale + (i + 1) * BN // BLOCK)
-        next_exponent = gl.load(v_exponent + (i + 1) * BN // BLOCK)
-        if AHEAD:
-            mbarrier.wait(full.index(stage), phase)
-            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
-        p, m, alpha, row = weigh(s, m, scale, exponent, i * BN, False, S, a_layout, not MMA)
-        acc = scaled(acc, alpha)
-        if not AHEAD:
-            mbarrier.wait(full.index(stage), phase)
-        acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
-        if not AHEAD:
-            s_next = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), no_logits, use_acc=False, is_async=True)
-        if MMA:
-            many = scaled(many, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
-        else:
-            sums = sums * alpha + row * gl.exp2(0.0 - exponent)
-        acc, s = warpgroup_mma_wait(0, deps=[acc_next, s_next])
-        mbarrier.arrive(empty.index(stage), count=1)
-        scale = next_scale
-        exponent = next_exponent
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
-    p, m, alpha, row = weigh(s, m, scale, exponent, (TILES - 1) * BN, S % BN != 0, S, a_layout, not MMA)
-    acc = scaled(acc, alpha)
+    # Two tiles a turn, so that logits that are made and logits that are read change places without being moved.
+    for i in range(0, (TILES - 1) // 2 * 2, 2):
+        s, state, scale, exponent, stage, phase = _step(
+            s, state, scale, exponent, q, i, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+        )
+        s, state, scale, exponent, stage, phase = _step(
+            s, state, scale, exponent, q, i + 1, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+        )
+    if TILES % 2 == 0:
+        s, state, scale, exponent, stage, phase = _step(
+            s, state, scale, exponent, q, TILES - 2, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+        )
     mbarrier.wait(full.index(stage), phase)
-    acc_next = warpgroup_mma(p, v_bufs.index(stage).permute((1, 0)), acc, is_async=True)
+    acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), (TILES - 1) * BN, S % BN != 0, S, MMA)
+    acc = warpgroup_mma_wait(0, deps=[acc])
     if MMA:
-        many = scaled(many, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
-        sums = gl.convert_layout(gl.max(many, axis=1), rows)
-    else:
-        sums = sums * alpha + row * gl.exp2(0.0 - exponent)
-    acc = warpgroup_mma_wait(0, deps=[acc_next])
+        sums = gl.convert_layout(gl.max(sums, axis=1), rows)
     return acc, sums + scale * 0.0
 
 
@@ -116,7 +144,7 @@ def _consume(
     q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
     k_scale += bh * (PADDED // BLOCK)
     v_exponent += bh * (PADDED // BLOCK)
-    acc, sums = _attend(q, q_scale, k_scale, v_exponent, buffers, S, STAGES, BLOCK, MMA, AHEAD)
+    acc, sums = _attend(q, (q_scale, k_scale, v_exponent), buffers, S, STAGES, BLOCK, MMA, AHEAD)
     store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 

@@ -30,10 +30,10 @@ class AttentionConfig:
         ahead: multiply queries with the next tile's keys while this tile's weights are made.
     """
 
-    consumers: int = 3
+    consumers: int = 2
     stages: int = 3
     sum_by_mma: bool = True
-    ahead: bool = False
+    ahead: bool = True
     keys: int = 128
 
     @property

@@ -104,10 +104,11 @@ def _across(rows, shape: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, a_layout: gl.constexpr, SUM: gl.constexpr):
+def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: gl.constexpr, SUM: gl.constexpr):
     """Weights of one tile (e4m3, keys in the order of the values), new maximum, factor for older sums, row sums."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     rows: gl.constexpr = gl.SliceLayout(1, a_layout)
     s = s.to(gl.float32)
     if MASK:

@@ -188,7 +188,8 @@ def w2a16_skinny(
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
-    ``parts`` warps (1, 2, 4 or 8) share ``rows`` weight rows (16 or 32); each asks for ``chunk`` bytes of a row at a time (64 to 256).
+    ``parts`` warps (1, 2, 4 or 8) share ``rows`` weight rows (16 or 32); each asks for ``chunk`` bytes of a row at a
+    time (64 to 256).
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
     kernel before is still running (they wait for its end before they read anything).
     """
