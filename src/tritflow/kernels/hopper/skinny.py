@@ -47,7 +47,7 @@ def _inputs_layout(parts, columns):
 
 @gluon.constexpr_function
 def _warps(parts):
-    bases = []
+    bases: list[list[int]] = []
     part = 1
     while part < parts:
         bases = [*bases, [part, 0, 0]]
