@@ -179,11 +179,20 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     """Times and errors at one shape.
 
     Returns {"shape": [1, tokens, heads, features], "microseconds": {name: {"p20", "p50", "p80"}} (8-bit contenders also
-    as "NAME, in all"), "tflops", "speedup" over cuDNN, "errors": {kind of inputs: {name: relative error}}}; a contender
-    that fails has {"error": ...} for its time.
+    as "NAME, in all"), "tflops", "speedup" over cuDNN, "among_products": {name: {"microseconds", "speedup"}}, "errors":
+    {kind of inputs: {name: relative error}}}; a contender that fails has {"error": ...} for its time.
+
+    Attention that runs for long is slower, since the clock follows the power. "among_products" is how a model calls it:
+    each call after a bf16 product, whose own time is taken off.
     """
     sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
     candidates = []
+    x, w = (torch.randn(size, 3072, device=sets[0][0].device).bfloat16() for size in (shape[0], 12288))
+    mixed: list[Candidate] = []
+
+    def after_a_product(run: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        return lambda i: (torch.mm(x, w.T), run(i))[1]
+
     for contender in contenders:
         try:
             prepared = [contender.prepare(*given) for given in sets]
@@ -198,10 +207,14 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
             return contender(*sets[i])
 
         candidates.append(Candidate(contender.name, alone, _SETS))
+        mixed.append(Candidate(contender.name, after_a_product(alone), _SETS))
         if contender.name not in RIVALS:
             candidates.append(Candidate(f"{contender.name}, in all", in_all, _SETS))
     times = graph_times(candidates, rounds=rounds)
     medians = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    product = Candidate("product", lambda i: torch.mm(x, w.T), _SETS)
+    both = {name: t["p50"] for name, t in graph_times([*mixed, product], rounds=rounds).items() if "p50" in t}
+    among = {name: us - both["product"] for name, us in both.items() if name != "product"}
     errors: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         given = inputs(shape, kind, 7)
@@ -211,6 +224,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     base = medians.get("cudnn bf16")
     for name, us in medians.items():
         ratio = "" if base is None else f" {base / us:.3f}x"
+        if name in among:
+            ratio += f" (among products {among[name]:.1f} us {among.get('cudnn bf16', 0.0) / among[name]:.3f}x)"
         rest = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
         say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {rest}")
     return {
@@ -218,6 +233,10 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
         "microseconds": times,
         "tflops": {name: round(work / us, 1) for name, us in medians.items()},
         "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
+        "among_products": {
+            name: {"microseconds": us, "speedup": among["cudnn bf16"] / us if "cudnn bf16" in among else None}
+            for name, us in among.items()
+        },
         "errors": errors,
     }
 
