@@ -179,8 +179,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     """Times and errors at one shape.
 
     Returns {"shape": [1, tokens, heads, features], "microseconds": {name: {"p20", "p50", "p80"}} (8-bit contenders also
-    as "NAME, in all"), "tflops", "speedup" over cuDNN, "among_products": {name: {"microseconds", "speedup"}}, "errors":
-    {kind of inputs: {name: relative error}}}; a contender that fails has {"error": ...} for its time.
+    as "NAME, in all"), "tflops", "speedup" over cuDNN, "contenders": {name: see `_rows`}, "errors": {kind of inputs:
+    {name: relative error}}}; a contender that fails has {"error": ...} for its time.
 
     Attention that runs for long is slower, since the clock follows the power. "among_products" is how a model calls it:
     each call after a bf16 product, whose own time is taken off.
@@ -233,12 +233,27 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
         "microseconds": times,
         "tflops": {name: round(work / us, 1) for name, us in medians.items()},
         "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
-        "among_products": {
-            name: {"microseconds": us, "speedup": among["cudnn bf16"] / us if "cudnn bf16" in among else None}
-            for name, us in among.items()
-        },
+        "contenders": _rows(medians, among, errors["normal"]),
         "errors": errors,
     }
+
+
+def _rows(medians: dict[str, float], among: dict[str, float], errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """By contender: microseconds alone, with quantization and among products, ratios to cuDNN's, the error."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in errors:
+        row: dict[str, Any] = {"error": errors[name]}
+        for kind, times, key in (
+            ("alone", medians, name),
+            ("in_all", medians, f"{name}, in all"),
+            ("among_products", among, name),
+        ):
+            if key in times:
+                row[kind] = times[key]
+                if "cudnn bf16" in times:
+                    row[f"{kind}_speedup"] = times["cudnn bf16"] / times[key]
+        found[name] = row
+    return found
 
 
 def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:
