@@ -1,4 +1,4 @@
-"""What test_sanitizer_gpu.py runs under compute-sanitizer: every kind of product on small shapes; cubins go to a folder."""
+"""What test_sanitizer_gpu.py runs under compute-sanitizer: products of small shapes; cubins go to a folder."""
 
 from __future__ import annotations
 

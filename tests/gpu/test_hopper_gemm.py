@@ -37,11 +37,27 @@ def _expected(q, scale, trits, row, bias):
 
 
 NARROW = {"split": 1, "block_n": 128, "stages": 8, "lag": 2}
+SQUARE = {"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1}
+TILES = [
+    SQUARE,
+    {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 7, "lag": 0},
+    {"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1},
+    {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 6, "lag": 1},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 8, "lag": 1},
+]
 
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"split": 1}, {"lag": 0}, {"persistent": False, "stages": 4, "lag": 0}, NARROW, {"split": 1, "block_m": 64}],
+    [
+        {},
+        {"split": 1},
+        {"lag": 0},
+        {"persistent": False, "stages": 4, "lag": 0},
+        NARROW,
+        {"split": 1, "block_m": 64},
+        *TILES,
+    ],
 )
 def test_int8_is_exact(config):
     from tritflow.kernels.hopper.launch import Config, w2a8_gemm
@@ -69,20 +85,21 @@ def test_random_shapes_are_exact():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", [(4608, 3072, 3072), (512, 3072, 12288)])
-def test_a_thousand_launches_give_the_same_bits(shape, dtype):
-    from tritflow.kernels.hopper.launch import w2a8_gemm
+@pytest.mark.parametrize("config", [None, SQUARE])
+def test_a_thousand_launches_give_the_same_bits(shape, dtype, config):
+    from tritflow.kernels.hopper.launch import Config, w2a8_gemm
 
     q, scale, trits, row, bias = _inputs(*shape, dtype=dtype)
-    packed = pack_2bit(trits)
-    first = w2a8_gemm(q, scale, packed, row, bias)
+    packed, config = pack_2bit(trits), None if config is None else Config(**config)
+    first = w2a8_gemm(q, scale, packed, row, bias, config=config)
     out = torch.empty_like(first)
     for _ in range(1000):
         out.fill_(float("nan"))
-        w2a8_gemm(q, scale, packed, row, bias, out=out)
+        w2a8_gemm(q, scale, packed, row, bias, out=out, config=config)
         assert torch.equal(out, first)
 
 
-@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW])
+@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW, *TILES])
 def test_fp8_is_near_the_dense_product(config):
     from tritflow.kernels.hopper.launch import Config, w2a8_gemm
 
@@ -104,7 +121,7 @@ def test_fp8_is_near_the_dense_product(config):
             assert error <= 1.5 * (dense.double() - expected).norm() / expected.norm(), shape
 
 
-@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW | {"stages": 5}])
+@pytest.mark.parametrize("config", [{}, {"split": 1}, NARROW | {"stages": 5}, TILES[1] | {"stages": 4}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_activations(config, dtype):
     from tritflow.kernels.hopper.launch import Config, w2a16_gemm

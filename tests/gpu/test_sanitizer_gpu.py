@@ -1,9 +1,10 @@
 """compute-sanitizer: memcheck is clean, and racecheck sees nothing but how the compiler starts partitions.
 
-Triton writes a byte a warp into shared memory that says which partition comes next, between two `barrier.sync 1` of all
-warps; the waiting warps read it. racecheck does not follow those barriers, since the warps arrive at different
-instructions: it reports the same of a kernel whose partitions share nothing. So a report is accepted if its read is the
-kernel's one byte load from shared memory, and its write goes to the same 16 bytes.
+Triton keeps a byte a warp in shared memory that says which partition comes next. The first partition's warps write it, all
+warps meet at `barrier.sync 1`, the others read it, all meet there again before anything runs and once more before it is
+written anew: never both between two of these barriers. racecheck reports it all the same; the warps arrive at them from
+different instructions. So a report is accepted if its read is a one byte load, which the kernels themselves never do, and
+its writes go to the same 16 bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def test_memcheck_is_clean(tmp_path: Path) -> None:
 @needs_sanitizer
 def test_racecheck_sees_only_the_start_of_partitions(tmp_path: Path) -> None:
     text = _run("racecheck", tmp_path)
-    reports = [part for part in text.split("========= Error:")[1:]]
+    reports = text.split("========= Error:")[1:]
     print(text)
     for report in reports:
         accesses = [(kind, name, int(offset, 16)) for kind, name, offset in _HAZARD.findall(report)]

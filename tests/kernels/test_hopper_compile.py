@@ -41,6 +41,31 @@ def test_products_are_asynchronous_and_nothing_spills(config, dtype):
         assert compiled.count("LDSM") > 0
 
 
+TILES = [
+    ({"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1}, "int8"),
+    ({"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1}, "fp8"),
+    ({"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1}, "int8"),
+    ({"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1}, "bf16"),
+    ({"consumers": 3, "block_m": 64, "block_n": 192, "stages": 7, "lag": 1}, "bf16"),
+]
+
+
+@compiles
+@pytest.mark.parametrize(("config", "dtype"), TILES)
+def test_tiles_of_many_consumers_fit_registers_and_shared_memory(config, dtype):
+    from tritflow.kernels.hopper.aot import compile_consumers, in_flight_overwrites
+    from tritflow.kernels.hopper.launch import Config
+
+    settings = Config(**config)
+    compiled = compile_consumers(settings, activation_dtype=dtype)
+    assert (compiled.spills, compiled.stack, compiled.notes) == (0, 0, ())
+    assert compiled.shared <= 227 * 1024
+    assert in_flight_overwrites(compiled.sass) == []
+    opcode = {"int8": "IGMMA", "fp8": "QGMMA", "bf16": "HGMMA"}[dtype]
+    products = settings.consumers * (2 if settings.block_m == 192 else 1)
+    assert compiled.count(opcode) == products * (8 if dtype == "bf16" else 4)
+
+
 @compiles
 @pytest.mark.parametrize(("config", "dtype"), CASES)
 def test_a_low_rank_update_is_one_more_product_of_16_bits(config, dtype):
@@ -63,12 +88,12 @@ def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk):
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "HAS_BIAS": True}
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True, "EARLY": False}
     compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=parts)
     assert compiled.spills == 0
     assert compiled.shared <= 4096  # the sums of the warps
     assert compiled.count("LDG.E.EF.128") == 24 // parts  # 16 rows x 768 bytes in 16-byte pieces a lane
-    assert compiled.count("LDG.E.128") == 96 // parts  # and the activations of 8 rows
+    assert compiled.count("LDG.E.128") == 96 // parts  # and the activations of 8 rows, in eighths of a lane
 
 
 @compiles
@@ -108,6 +133,10 @@ def test_configurations_that_cannot_run_are_refused():
         Config(block_m=96)
     with pytest.raises(ValueError, match="lag must be below"):
         Config(lag=6)
+    with pytest.raises(ValueError, match="no such tile"):
+        Config(consumers=3, block_m=192, block_n=256)
+    with pytest.raises(ValueError, match="would never drain"):
+        Config(consumers=3, block_m=192, block_n=192, stages=4, lag=2)
     with pytest.raises(ValueError, match="split=1"):
         Config(block_n=128, split=2)
 

@@ -18,8 +18,11 @@ def on_cpu(monkeypatch):
 
     def times(candidates, rounds):
         for candidate in candidates:
-            assert candidate.run(0).shape == (1, *SHAPE)
-        return {c.name: {"p20": 1.0, "p50": float(i + 1), "p80": 99.0} for i, c in enumerate(candidates)}
+            assert candidate.name == "product" or candidate.run(0).shape == (1, *SHAPE)
+        # A product takes half a microsecond.
+        extra = 0.5 if candidates[-1].name == "product" else 0.0
+        found = {c.name: {"p20": 1.0, "p50": i + 1 + extra, "p80": 99.0} for i, c in enumerate(candidates)}
+        return found | ({"product": {"p50": extra}} if extra else {})
 
     monkeypatch.setattr(bench, "graph_times", times)
 
@@ -36,6 +39,9 @@ def test_measure_states_times_ratios_and_errors(on_cpu):
     assert list(result["microseconds"]) == ["cudnn bf16", "eight", "eight, in all"]
     assert result["speedup"] == {"cudnn bf16": 1.0, "eight": 0.5, "eight, in all": 0.333}
     assert result["tflops"]["cudnn bf16"] == round(4e-6 * 160 * 160 * 2 * 32, 1)
+    row = result["contenders"]["eight"]
+    assert (row["alone"], row["in_all"], row["in_all_speedup"]) == (2.0, 3.0, pytest.approx(1 / 3))
+    assert (row["among_products"], row["among_products_speedup"]) == (2.0, 0.5)
     for kind in bench.KINDS:
         assert result["errors"][kind]["cudnn bf16"] < 0.01
         assert 0.01 < result["errors"][kind]["eight"] < 0.08

@@ -36,7 +36,8 @@ def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "PRODUCTS", [(64, 128), (32, 128)])
     tiles = {"BLOCK_M": 128}
 
-    def product(name, m, n, k, backends, milliseconds):
+    def product(name, m, n, k, backends, milliseconds, broken):
+        assert broken == {"hopper lag=1": "hangs"}
         if n == 32:
             return {"triton": {"error": "no"}}
         times = {"p20": 1.0, "p80": 9.0}
@@ -47,6 +48,7 @@ def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(bench, "tune_product", product)
+    monkeypatch.setattr(bench, "precompile", lambda names, *_: {name: {"hopper lag=1": "hangs"} for name in names})
     lines = []
     path = tmp_path / "tuned.json"
     found = bench.tune(path, names=("w2a8 int8",), tokens=(512,), say=lines.append)
@@ -54,5 +56,6 @@ def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
     assert '"numpy"' not in path.read_text()
     assert found["w2a8 int8 512x64x128"]["triton"] == {"p20": 1.0, "p50": 4.0, "p80": 9.0}
     assert found["w2a8 int8 512x32x128"] == {"triton": {"error": "no"}}
-    assert "nothing ran" in lines[1]
+    assert "left out: hangs" in lines[0]
+    assert "nothing ran" in lines[2]
     assert bench.tune(path, seconds=-1.0, say=lines.append) == {}

@@ -31,9 +31,11 @@ DTYPES = ("int8", "float8_e4m3fn")
 RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
 KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
-    {"overlap": overlap, "codes": codes, "ones": ones}
-    for overlap in (False, True)
-    for codes, ones in ((True, True), (True, False), (False, True), (False, False))
+    {"ahead": False},
+    {},
+    {"sum_by_mma": False},
+    {"consumers": 3, "keys": 64, "ahead": False},
+    {"consumers": 3, "keys": 64},
 ]
 """Configurations of the Hopper kernel that are tried."""
 _SETS = 3
@@ -177,11 +179,20 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     """Times and errors at one shape.
 
     Returns {"shape": [1, tokens, heads, features], "microseconds": {name: {"p20", "p50", "p80"}} (8-bit contenders also
-    as "NAME, in all"), "tflops", "speedup" over cuDNN, "errors": {kind of inputs: {name: relative error}}}; a contender
-    that fails has {"error": ...} for its time.
+    as "NAME, in all"), "tflops", "speedup" over cuDNN, "contenders": {name: see `_rows`}, "errors": {kind of inputs:
+    {name: relative error}}}; a contender that fails has {"error": ...} for its time.
+
+    Attention that runs for long is slower, since the clock follows the power. "among_products" is how a model calls it:
+    each call after a bf16 product, whose own time is taken off.
     """
     sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
     candidates = []
+    x, w = (torch.randn(size, 3072, device=sets[0][0].device).bfloat16() for size in (shape[0], 12288))
+    mixed: list[Candidate] = []
+
+    def after_a_product(run: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        return lambda i: (torch.mm(x, w.T), run(i))[1]
+
     for contender in contenders:
         try:
             prepared = [contender.prepare(*given) for given in sets]
@@ -196,10 +207,14 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
             return contender(*sets[i])
 
         candidates.append(Candidate(contender.name, alone, _SETS))
+        mixed.append(Candidate(contender.name, after_a_product(alone), _SETS))
         if contender.name not in RIVALS:
             candidates.append(Candidate(f"{contender.name}, in all", in_all, _SETS))
     times = graph_times(candidates, rounds=rounds)
     medians = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    product = Candidate("product", lambda i: torch.mm(x, w.T), _SETS)
+    both = {name: t["p50"] for name, t in graph_times([*mixed, product], rounds=rounds).items() if "p50" in t}
+    among = {name: us - both["product"] for name, us in both.items() if name != "product"}
     errors: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         given = inputs(shape, kind, 7)
@@ -209,6 +224,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     base = medians.get("cudnn bf16")
     for name, us in medians.items():
         ratio = "" if base is None else f" {base / us:.3f}x"
+        if name in among:
+            ratio += f" (among products {among[name]:.1f} us {among.get('cudnn bf16', 0.0) / among[name]:.3f}x)"
         rest = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
         say(f"{name:48} {us:8.1f} us {work / us:7.1f} TFLOP/s{ratio}  {rest}")
     return {
@@ -216,8 +233,27 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
         "microseconds": times,
         "tflops": {name: round(work / us, 1) for name, us in medians.items()},
         "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
+        "contenders": _rows(medians, among, errors["normal"]),
         "errors": errors,
     }
+
+
+def _rows(medians: dict[str, float], among: dict[str, float], errors: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """By contender: microseconds alone, with quantization and among products, ratios to cuDNN's, the error."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in errors:
+        row: dict[str, Any] = {"error": errors[name]}
+        for kind, times, key in (
+            ("alone", medians, name),
+            ("in_all", medians, f"{name}, in all"),
+            ("among_products", among, name),
+        ):
+            if key in times:
+                row[kind] = times[key]
+                if "cudnn bf16" in times:
+                    row[f"{kind}_speedup"] = times["cudnn bf16"] / times[key]
+        found[name] = row
+    return found
 
 
 def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:

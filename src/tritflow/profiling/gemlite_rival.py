@@ -32,6 +32,7 @@ def product(trits: Tensor, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     layer = maker(device="cuda:0", dtype=torch.bfloat16).from_weights(
         trits.to(torch.bfloat16), torch.tensor(0.5, device=trits.device)
     )
+    layer = layer.to(trits.device)  # A16W158_INT leaves its scales on the CPU
     tensors, meta = layer.get_tensor_args(), layer.get_meta_args()
     bits, input_dtype = meta[1], meta[5]
     if kind != "int8":

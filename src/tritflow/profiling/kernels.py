@@ -57,7 +57,7 @@ CHECK_SHAPES = [
 ]
 _KINDS = {
     "int8": [v for v in VARIANTS if not v.startswith("16-bit")],
-    "fp8": ["wide", "narrow"],
+    "fp8": ["wide", "narrow", "192 x 192"],
     "bf16": [v for v in VARIANTS if v.startswith("16-bit")],
 }
 RIVAL = "fp8 row gauss fast"
@@ -258,22 +258,21 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     return run
 
 
-def _double_block(products: dict[str, Any]) -> dict[str, float]:
-    """The eight products of a double block one after another: the dense library's time over ours."""
+def _double_block(products: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The eight products of a double block one after another: microseconds of the dense library and of ours."""
     times = [products.get("x".join(map(str, shape)), {}).get("microseconds", {}) for shape in DOUBLE_BLOCK]
-    pairs = {"int8 / fp8 row": (RIVAL, "int8 hopper"), "fp8 / fp8 row": (RIVAL, "fp8 hopper")}
-    return {
-        name: sum(t[a]["p50"] for t in times) / sum(t[b]["p50"] for t in times)
-        for name, (a, b) in pairs.items()
-        if all("p50" in t.get(a, {}) and "p50" in t.get(b, {}) for t in times)
-    }
+    found = {}
+    for kind in ("int8", "fp8"):
+        pairs = [(t.get(RIVAL, {}).get("p50"), t.get(f"{kind} hopper", {}).get("p50")) for t in times]
+        if all(dense and ternary for dense, ternary in pairs):
+            dense, ternary = (sum(column) for column in zip(*pairs, strict=True))
+            found[kind] = {"dense": dense, "ternary": ternary, "ratio": dense / ternary}
+    return found
 
 
 def _against_gemlite(result: dict[str, Any]) -> dict[str, Any]:
     us = {name.split()[-1]: t["p50"] for name, t in result.get("times", {}).items() if "p50" in t}
-    if len(us) == 2:
-        return {**result, "speedup": us["gemlite"] / us["tritflow"]}
-    return result
+    return {**result, **us, "speedup": us["gemlite"] / us["tritflow"]} if len(us) == 2 else result
 
 
 def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:

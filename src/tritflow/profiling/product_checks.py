@@ -94,14 +94,18 @@ def compile_variant(variant: str, kind: str) -> dict[str, Any]:
     from tritflow.kernels.hopper import launch
 
     config = None if variant == "hopper" else launch.Config(**VARIANTS[variant])
-    kernel = launch.w2a8_kernel
+    kernels = {name: getattr(launch, name) for name in ("w2a8_kernel", "consumers_kernel")}
     begin = time.perf_counter()
 
     class Compiler:
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            return lambda *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
-    launch.w2a8_kernel = Compiler()
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
+
+    for name, kernel in kernels.items():
+        setattr(launch, name, Compiler(kernel))
     try:
         for m, n, k in [(128, 256, 128), (4608, 3072, 3072)]:
             q, scale = quantized(m, k, activation_dtype(kind))
@@ -109,11 +113,12 @@ def compile_variant(variant: str, kind: str) -> dict[str, Any]:
             weight = torch.zeros(n, k // 4, device="cuda", dtype=torch.uint8)
             hopper(q, scale, weight, row, row, config=config)
     finally:
-        launch.w2a8_kernel = kernel
+        for name, kernel in kernels.items():
+            setattr(launch, name, kernel)
     return {"seconds": time.perf_counter() - begin}
 
 
-def check_skinny(settings: dict[str, int]) -> dict[str, Any]:
+def check_skinny(settings: dict[str, Any]) -> dict[str, Any]:
     """A setting of the product with few rows against float64."""
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 

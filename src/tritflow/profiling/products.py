@@ -21,19 +21,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide, split 1": {"split": 1, "group": 4},
     "one tile": {"split": 1, "stages": 4, "lag": 0, "persistent": False},
     "narrow": {**_NARROW, "stages": 8, "lag": 2},
+    "192 x 192": {"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1},
+    "128 x 192": {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 7, "lag": 1},
     "16-bit wide": {"stages": 4, "lag": 1},
     "16-bit narrow": {**_NARROW, "stages": 5, "lag": 1},
+    "16-bit 128 x 192": {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1},
 }
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
-SKINNY: dict[str, dict[str, int]] = {
-    "1 warp": {"parts": 1, "chunk": 256},
+SKINNY: dict[str, dict[str, Any]] = {
     "2 warps": {"parts": 2, "chunk": 64},
-    "2 warps, 128 bytes": {"parts": 2, "chunk": 128},
+    "2 warps, 32 rows": {"parts": 2, "chunk": 64, "rows": 32},
     "4 warps": {"parts": 4, "chunk": 64},
     "4 warps, 56 registers": {"parts": 4, "chunk": 64, "registers": 56},
-    "8 warps": {"parts": 8, "chunk": 64},
+    "4 warps, 32 rows": {"parts": 4, "chunk": 64, "rows": 32},
+    "4 warps, 32 rows, 96 registers": {"parts": 4, "chunk": 64, "rows": 32, "registers": 96},
+    "4 warps, early": {"parts": 4, "chunk": 64, "early": True},
+    "2 warps, early": {"parts": 2, "chunk": 64, "early": True},
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 
@@ -188,7 +193,7 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
 
     found.append(Candidate("triton", lambda i: w2a16_linear(x, wp[i], scale, backend="triton"), sets))
 
-    def product(settings: dict[str, int]) -> Callable[[int], Tensor]:
+    def product(settings: dict[str, Any]) -> Callable[[int], Tensor]:
         return lambda i: w2a16_skinny(x, wp[i], scale, **settings)
 
     if m <= 8:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from tritflow import results
 from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
 from tritflow.kernels.hopper import why_not as hopper_why_not
 from tritflow.kernels.tuning import Choice
+from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.products import quantized, random_trits
 from tritflow.profiling.timing import Candidate, graph_times
 
@@ -48,11 +51,23 @@ HOPPER: list[dict[str, Any]] = [
     {"split": 1, "block_n": 128, "stages": 8, "group": 4, "lag": 2},
     {"split": 1, "block_n": 128, "stages": 8, "group": 8, "lag": 2},
     {"split": 1, "block_m": 64, "stages": 8},
+    {"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 1},
+    {"consumers": 3, "block_m": 192, "block_n": 192, "stages": 5, "lag": 0, "group": 4},
+    {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 7, "lag": 1},
+    {"consumers": 4, "block_m": 128, "block_n": 256, "stages": 6, "lag": 1},
+    {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 6, "lag": 1},
+    {"consumers": 2, "block_m": 128, "block_n": 128, "stages": 8, "lag": 1, "group": 4},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 8, "lag": 1},
+    {"consumers": 4, "block_m": 64, "block_n": 256, "stages": 8, "lag": 0},
 ]
 HOPPER_16: list[dict[str, Any]] = [
     {"stages": 4, "lag": 1},
     {"stages": 4, "lag": 2, "group": 4},
     {"split": 1, "block_n": 128, "stages": 5, "group": 4, "lag": 1},
+    {"consumers": 3, "block_m": 128, "block_n": 192, "stages": 4, "lag": 1},
+    {"consumers": 2, "block_m": 192, "block_n": 128, "stages": 3, "lag": 1},
+    {"consumers": 2, "block_m": 128, "block_n": 128, "stages": 5, "lag": 1, "group": 4},
+    {"consumers": 3, "block_m": 64, "block_n": 192, "stages": 7, "lag": 1},
 ]
 """Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 
@@ -127,13 +142,58 @@ def _expected(x: Tensor, scale: Tensor | None, weight: Tensor, row: Tensor, bias
 
 
 @torch.inference_mode()
-def tune_product(name: str, m: int, n: int, k: int, backends: tuple[str, ...], milliseconds: float) -> dict[str, Any]:
-    """Times of every choice that computes the right thing: label -> choice and microseconds, or an error."""
+def handle(task: Task) -> dict[str, Any]:
+    """A worker's task: compile a choice and run it once on a small product."""
+    inputs = _inputs(task["name"], 256, 384, 512)[0]
+    run = runner(Choice(task["backend"], task["config"]))
+    error = ((run(*inputs).float() - _expected(*inputs)).norm() / _expected(*inputs).norm()).item()
+    return {} if error < 0.01 else {"error": f"wrong: relative error {error:.3g}"}
+
+
+def precompile(names: tuple[str, ...], backends: tuple[str, ...], deadline: float) -> dict[str, dict[str, str]]:
+    """Compile all choices, many at a time, each in a process that may crash or hang: name -> label -> error."""
+    tasks: list[Task] = [
+        {"name": name, "backend": choice.backend, "config": choice.config}
+        for name in names
+        for choice in choices(name, backends)
+    ]
+    errors: dict[str, dict[str, str]] = {name: {} for name in names}
+
+    def note(task: Task, result: dict[str, Any]) -> None:
+        if "error" in result:
+            errors[task["name"]][Choice(task["backend"], task["config"]).label] = result["error"]
+
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+    threads = [
+        threading.Thread(
+            target=run_isolated,
+            args=("tritflow.profiling.tune", tasks[i::workers]),
+            kwargs={"silence": 60.0, "deadline": deadline, "on_result": note},
+        )
+        for i in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@torch.inference_mode()
+def tune_product(
+    name: str, m: int, n: int, k: int, backends: tuple[str, ...], milliseconds: float, broken: dict[str, str]
+) -> dict[str, Any]:
+    """Times of every choice that computes the right thing: label -> choice and microseconds, or an error.
+
+    `broken`: label -> error of those that are not to be tried.
+    """
     inputs = _inputs(name, m, n, k)
     truth = _expected(*inputs[0])
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {label: {"error": error} for label, error in broken.items()}
     ready: dict[str, tuple[Choice, Candidate]] = {}
     for choice in choices(name, backends):
+        if choice.label in broken:
+            continue
         try:
             run = runner(choice)
             error = ((run(*inputs[0]).float() - truth).norm() / truth.norm()).item()
@@ -187,12 +247,16 @@ def tune(
     kept = {key: versions[key] for key in ("torch", "triton", "tritflow") if key in versions}
     deadline = time.monotonic() + seconds
     everything: dict[str, Any] = {}
+    broken = precompile(names, backends, deadline)
+    for name, errors in broken.items():
+        for label, error in errors.items():
+            say(f"{name}: {label} is left out: {error}")
     for m in tokens:
         for name in names:
             for n, k in PRODUCTS:
                 if time.monotonic() > deadline:
                     return everything
-                found = tune_product(name, m, n, k, backends, milliseconds)
+                found = tune_product(name, m, n, k, backends, milliseconds, broken[name])
                 key = tuning.entry(name, m, n, k)
                 everything[key] = {
                     label: {x: y for x, y in result.items() if x != "choice"} for label, result in found.items()
@@ -218,7 +282,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backend", action="append", help="triton, scratch, hopper; may be repeated (all)")
     parser.add_argument("--name", action="append", help="'w2a8 int8', 'w2a8 float8_e4m3fn', w2a16; may be repeated")
     parser.add_argument("--tokens", action="append", type=int, help="may be repeated")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.worker:
+        serve(options.worker, handle)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs a CUDA device, and this machine shows none")
     times = tune(

@@ -19,7 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tritflow.kernels.hopper.attention import attention_kernel
-from tritflow.kernels.hopper.attention_launch import KEYS, AttentionConfig, constants
+from tritflow.kernels.hopper.attention_launch import AttentionConfig, constants
+from tritflow.kernels.hopper.consumers import consumers_kernel
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.launch import Config
 
@@ -90,13 +91,14 @@ def _instructions(listing: str) -> str:
     return "\n".join(line for line in lines if line.endswith(";"))
 
 
+_ACTIVATIONS = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}
+
+
 def compile_w2a8(
     config: Config, *, activation_dtype: str = "int8", has_bias: bool = True, has_low: bool = False
 ) -> Compiled:
     """The product of a configuration; ``activation_dtype`` is "int8", "fp8" or "bf16"."""
-    name, element = {"int8": ("i8", gl.int8), "fp8": ("fp8e4nv", gl.float8e4nv), "bf16": ("bf16", gl.bfloat16)}[
-        activation_dtype
-    ]
+    name, element = _ACTIVATIONS[activation_dtype]
     signature = {
         "x_desc": _descriptor(name, element, [config.block_m, 128]),
         "w_desc": _descriptor("u8", gl.uint8, [config.block_n, 32]),
@@ -120,6 +122,34 @@ def compile_w2a8(
     return compile_gluon(w2a8_kernel, signature, constants, num_warps=4)
 
 
+def compile_consumers(config: Config, *, activation_dtype: str = "int8") -> Compiled:
+    """The product of a configuration that has ``consumers``."""
+    name, element = _ACTIVATIONS[activation_dtype]
+    first = min(config.block_m, 128)
+    signature = {
+        "x_desc": _descriptor(name, element, [first, 128]),
+        "more_desc": _descriptor(name, element, [64, 128]),
+        "w_desc": _descriptor("u8", gl.uint8, [64, 32]),
+        "out_desc": _descriptor("bf16", gl.bfloat16, [first, 64]),
+        "more_out_desc": _descriptor("bf16", gl.bfloat16, [64, 64]),
+        "x_scale": "*fp32",
+        "weight_scale": "*bf16",
+        "bias": "*bf16",
+        "M": "i32",
+        "N": "i32",
+        "steps": "i32",
+    }
+    constants = {
+        "BM": config.block_m,
+        "STAGES": config.stages,
+        "CONSUMERS": config.consumers,
+        "GROUP": config.group,
+        "LAG": config.lag,
+        "HAS_BIAS": True,
+    }
+    return compile_gluon(consumers_kernel, signature, constants, num_warps=4)
+
+
 def compile_attention(
     config: AttentionConfig, *, dtype: str = "int8", tokens: int = 4608, features: int = 128, x_dtype: str = "bf16"
 ) -> Compiled:
@@ -127,8 +157,8 @@ def compile_attention(
     kind, element = ("i8", gl.int8) if dtype == "int8" else ("fp8e4nv", gl.float8e4nv)
     signature = {
         "q_ptr": f"*{x_dtype}",
-        "k_desc": _descriptor(kind, element, [KEYS, features]),
-        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, KEYS]),
+        "k_desc": _descriptor(kind, element, [config.keys, features]),
+        "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, config.keys]),
         "k_scale": "*fp32",
         "v_exponent": "*fp32",
         "out_ptr": f"*{x_dtype}",

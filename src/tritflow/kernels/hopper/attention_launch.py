@@ -17,30 +17,32 @@ from tritflow.kernels.reference import AMAX_FLOOR, QMAX
 from tritflow.kernels.triton.attention import Quantized, logit_factor, quantize
 from tritflow.kernels.triton.block import contiguous_features
 
-KEYS = 128
-"""Of a tile."""
-
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """One way to run the kernel.
 
     Attributes:
-        overlap: which of the two orders of work (see `hopper.attention`).
-        codes: write weights in e4m3's bits at once instead of by exp2; faster, and a little less accurate.
-        ones: sum weights by a product with ones, after they are rounded.
-        stages: of 128 keys and values in shared memory.
+        consumers: warpgroups of 64 queries a block, 2 or 3.
+        stages: of `keys` keys and values in shared memory.
+        sum_by_mma: sum weights by a product with ones instead of one by one.
+        keys: of a tile, 64 or 128.
+        ahead: multiply queries with the next tile's keys while this tile's weights are made.
     """
 
-    overlap: bool = False
-    codes: bool = True
-    ones: bool = True
+    consumers: int = 2
     stages: int = 3
+    sum_by_mma: bool = True
+    ahead: bool = True
+    keys: int = 128
 
     @property
     def name(self) -> str:
-        words = ["overlapping" if self.overlap else "in turn", "codes" if self.codes else "exp2"]
-        return ", ".join([*words, *(["ones"] if self.ones else []), f"{self.stages} stages"])
+        return (
+            f"{self.consumers} consumers, {self.keys} keys, {self.stages} stages"
+            + (", sums by mma" if self.sum_by_mma else "")
+            + (", ahead" if self.ahead else "")
+        )
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -52,9 +54,9 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "BLOCK": BLOCK,
         "QMAX": QMAX[dtype],
         "FLOOR": AMAX_FLOOR,
-        "OVERLAP": config.overlap,
-        "CODES": config.codes,
-        "ONES": config.ones,
+        "CONSUMERS": config.consumers,
+        "MMA": config.sum_by_mma,
+        "AHEAD": config.ahead,
     }
 
 
@@ -68,9 +70,10 @@ def attend(
         raise ValueError("Hopper's attention takes values in e4m3")
     dtype, element = ("int8", gl.int8) if k8.dtype == torch.int8 else ("float8_e4m3fn", gl.float8e4nv)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_block, v_block = [KEYS, features], [features, KEYS]
+    config = config or AttentionConfig()
+    k_block, v_block = [config.keys, features], [features, config.keys]
     swizzled = gl.NVMMASharedLayout.get_default_for
-    attention_kernel[(triton.cdiv(tokens, 128), batch * heads)](
+    attention_kernel[(triton.cdiv(tokens, 64 * config.consumers), batch * heads)](
         q,
         TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, element)),
         TensorDescriptor(v8, list(v8.shape), [v8.shape[1], 1], v_block, swizzled(v_block, gl.float8e4nv)),
@@ -81,7 +84,7 @@ def attend(
         *q.stride()[:3],
         *out.stride()[:3],
         heads,
-        **constants(tokens, dtype, config or AttentionConfig()),
+        **constants(tokens, dtype, config),
         num_warps=4,
     )
     return out

@@ -1,4 +1,4 @@
-"""What both orders of `hopper.attention` are made of: copying, queries, a tile's weights, the output."""
+"""What `hopper.attention` is made of: copying, queries, a tile's weights, the output."""
 
 from __future__ import annotations
 
@@ -7,31 +7,53 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 _MAGIC = gl.constexpr(12582912.0)  # 1.5 * 2^23: a float this large holds a whole number in its low bits
-_EXPONENT = gl.constexpr(1.329227995784916e36)  # 2^120, between e4m3's bits moved into a float and their value
+# 2^y in e4m3's own bits: 8 y + 120, rounded, is the code of about 2^(8 + y), at most 6 % off. Inputs are divided by
+# 128, so that a saturating fma clamps to [0, 1]; adding 1.5 * 2^16 rounds to 128ths and leaves the code in the lowest
+# byte of an otherwise empty half, and two such halves are put together by a multiplication.
+_CODES = gl.constexpr(
+    """
+    {
+    .reg .f32 f<4>;
+    .reg .b32 b<4>, lo, hi;
+    fma.rn.sat.f32 f0, $1, $5, $9;
+    fma.rn.sat.f32 f1, $2, $6, $10;
+    fma.rn.sat.f32 f2, $3, $7, $11;
+    fma.rn.sat.f32 f3, $4, $8, $12;
+    add.rn.f32 f0, f0, 0f47C00000;
+    add.rn.f32 f1, f1, 0f47C00000;
+    add.rn.f32 f2, f2, 0f47C00000;
+    add.rn.f32 f3, f3, 0f47C00000;
+    mov.b32 b0, f0;
+    mov.b32 b1, f1;
+    mov.b32 b2, f2;
+    mov.b32 b3, f3;
+    mad.lo.u32 lo, b1, 256, b0;
+    mad.lo.u32 hi, b3, 256, b2;
+    prmt.b32 $0, lo, hi, 0x5410;
+    }
+    """
+)
 
 
 @gluon.jit
-def load_tiles(
-    k_desc, v_desc, buffers, S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr
-):
-    """The copying warp: slot j of the ring gets the keys of tile j and the values of tile j - 1, or j - 2."""
-    _q_bufs, k_bufs, v_bufs, _p_bufs, _ones, full, empty = buffers
+def load_tiles(k_desc, v_desc, buffers, S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr):
+    """The copying warp: slot j of the ring gets the keys of tile j and the values of tile j - 1."""
+    _q_bufs, k_bufs, v_bufs, full, empty = buffers
     BN: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]
     TILES: gl.constexpr = (S + BN - 1) // BN
-    BEHIND: gl.constexpr = 2 if OVERLAP and TILES > 1 else 1
     bh = gl.program_id(1)
     stage = 0
     phase = 1
-    for i in range(TILES + BEHIND):
+    for i in range(TILES + 1):
         mbarrier.wait(empty.index(stage), phase)
         bar = full.index(stage)
         keys = i < TILES
-        values = i >= BEHIND
+        values = i >= 1
         mbarrier.expect(bar, BN * D * 2, pred=keys & values)
         mbarrier.expect(bar, BN * D, pred=keys ^ values)
         tma.async_copy_global_to_shared(k_desc, [bh * PADDED + i * BN, 0], bar, k_bufs.index(stage), pred=keys)
-        tma.async_copy_global_to_shared(v_desc, [bh * D, (i - BEHIND) * BN], bar, v_bufs.index(stage), pred=values)
+        tma.async_copy_global_to_shared(v_desc, [bh * D, (i - 1) * BN], bar, v_bufs.index(stage), pred=values)
         stage += 1
         if stage == STAGES:
             stage = 0
@@ -82,33 +104,34 @@ def _across(rows, shape: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, CODES: gl.constexpr, SUM: gl.constexpr):
+def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: gl.constexpr, SUM: gl.constexpr):
     """Weights of one tile (e4m3, keys in the order of the values), new maximum, factor for older sums, row sums."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    rows: gl.constexpr = gl.SliceLayout(1, a_layout)
     s = s.to(gl.float32)
     if MASK:
         t = n + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
         s = gl.where(gl.expand_dims(t < S, 0), s, float("-inf"))
-    new = gl.maximum(m, gl.ceil(gl.fma(_row_max(s), scale, exponent)))
+    new = gl.maximum(m, gl.ceil(gl.fma(gl.convert_layout(_row_max(s), rows, assert_trivial=True), scale, exponent)))
     alpha = gl.exp2(m - new) + scale * 0.0  # a maximum may drop a NaN; scale * 0 brings it back
     top = exponent - new
+    # Each thread keeps its numbers, which become those of four neighbouring keys.
+    s = gl.reshape(gl.permute(gl.reshape(s, (ROWS, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (ROWS, BN))
+    s = gl.convert_layout(s, a_layout, assert_trivial=True)
+    p = gl.inline_asm_elementwise(
+        _CODES,
+        "=r,f,f,f,f,f,f,f,f,f,f,f,f",
+        [s, _across(scale * 0.0625, s.shape), _across(top * 0.0625 + 0.9375, s.shape)],
+        dtype=gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
     sums = alpha
-    if CODES:
-        # 2^y in e4m3's own bits: 8 y + 120 rounded is the code of about 2^(8 + y), at most 6 % off. All constants but
-        # the slope are whole numbers, so that nothing but s is rounded.
-        code = gl.fma(s, _across(scale * 8.0, s.shape), _across(top * 8.0 + (120.0 + _MAGIC), s.shape))
-        code = gl.maximum(code, _MAGIC).to(gl.int32, bitcast=True)
-        if SUM:
-            sums = _row_sum((code << 20).to(gl.float32, bitcast=True)) * _EXPONENT
-        p = code.to(gl.uint8).to(gl.float8e4nv, bitcast=True)
-    else:
-        wide = gl.exp2(gl.fma(s, _across(scale, s.shape), _across(top + 8.0, s.shape)))
-        if SUM:
-            sums = _row_sum(wide)
-        p = wide.to(gl.float8e4nv)
-    p = gl.permute(gl.reshape(p, (ROWS, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
-    return gl.reshape(p, (ROWS, BN)), new, alpha, sums
+    if SUM:
+        sums = _row_sum(p.to(gl.float32))
+    return p, new, alpha, sums
 
 
 @gluon.jit

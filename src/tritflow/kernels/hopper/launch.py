@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tritflow.kernels import tuning
+from tritflow.kernels.hopper.consumers import consumers_kernel
 from tritflow.kernels.hopper.gemm import w2a8_kernel
 from tritflow.kernels.hopper.schedule import NARROW, Schedule, make_schedule
 from tritflow.kernels.low_rank_op import RANK_UNIT
@@ -29,6 +30,9 @@ class Config:
     ``block_m`` tokens by ``block_n`` weight rows a tile; ``stages`` of 128 K in shared memory; ``split`` 2 decodes
     one half of a consumer's rows while the other half is multiplied; ``lag`` steps between the consumers at the
     start; ``group`` token tiles share a band; ``persistent`` keeps one block a multiprocessor.
+
+    With ``consumers`` (2, 3 or 4) it is `hopper.consumers` that runs: tiles of 64, 128 or 192 tokens by 64 weight rows
+    a consumer; ``split`` and ``persistent`` mean nothing there.
     """
 
     block_m: int = 128
@@ -38,8 +42,19 @@ class Config:
     lag: int = 3
     group: int = 8
     persistent: bool = True
+    consumers: int = 0
 
     def __post_init__(self) -> None:
+        if self.consumers:
+            if (
+                self.consumers not in (2, 3, 4)
+                or self.block_m not in (64, 128, 192)
+                or self.block_n != 64 * self.consumers
+            ):
+                raise ValueError(f"no such tile: {self.block_m}x{self.block_n} with {self.consumers} consumers")
+            if not 0 <= self.lag * (self.consumers - 1) < self.stages:
+                raise ValueError(f"lag={self.lag} is too long for stages={self.stages}: the ring would never drain")
+            return
         if self.block_m not in (64, 128) or self.block_n not in (128, 256) or self.split not in (1, 2):
             raise ValueError(f"no such tile: block_m={self.block_m}, block_n={self.block_n}, split={self.split}")
         if self.block_n // 2 // self.split < 64:
@@ -49,6 +64,8 @@ class Config:
 
     @property
     def name(self) -> str:
+        if self.consumers:
+            return f"{self.block_m}x{self.block_n}x{self.stages} c{self.consumers} l{self.lag} g{self.group}"
         text = f"{self.block_m}x{self.block_n}x{self.stages} s{self.split} l{self.lag} g{self.group}"
         return text + ("" if self.persistent else " one-tile")
 
@@ -131,8 +148,8 @@ def w2a8_gemm(
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
-    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no tile
-    across two layers' rows. Raises ValueError for tensors that do not fit together.
+    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no
+    tile across two layers' rows. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
@@ -186,6 +203,11 @@ def _gemm(
         return out
     x, weight, weight_scale = _aligned(x), _aligned(weight), weight_scale.contiguous()
     config = config or choose(m, n, k, x.dtype, x.device)
+    if config.consumers:
+        if low is None:
+            _launch_consumers(x, x_scale, weight, weight_scale, bias, out, config)
+            return out
+        config = shortest(m, n, k, bits, _multiprocessors(x.device))  # that kernel adds no low-rank update
     schedule, table, starts = _tables(m, n, k, config, x.device)
     bm, bn = config.block_m, config.block_n
 
@@ -223,3 +245,37 @@ def _gemm(
         num_warps=4,
     )
     return out
+
+
+def _launch_consumers(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    config: Config,
+) -> None:
+    (m, n), k = out.shape, x.shape[1]
+    dtype, out_dtype = _DTYPES[x.dtype], _DTYPES[out.dtype]
+    tiles, first = -(-m // config.block_m) * -(-n // config.block_n), min(config.block_m, 128)
+    consumers_kernel[(min(tiles, _multiprocessors(x.device)),)](
+        _descriptor(x, [first, 128], dtype),
+        _descriptor(x, [64, 128], dtype),
+        _descriptor(weight, [64, 32], gl.uint8),
+        _descriptor(out, [first, 64], out_dtype),
+        _descriptor(out, [64, 64], out_dtype),
+        x_scale,
+        weight_scale,
+        weight_scale if bias is None else bias.contiguous(),
+        m,
+        n,
+        -(-k // 128),
+        BM=config.block_m,
+        STAGES=config.stages,
+        CONSUMERS=config.consumers,
+        GROUP=config.group,
+        LAG=config.lag,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )

@@ -16,21 +16,21 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from tritflow.kernels.assembly import HALVES
 
 TOKENS = 8
-ROWS = 16
-
 _DECODE = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _bytes_layout(parts, chunk):
-    """[parts, 16, chunk] bytes: a warp a part; lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
+def _bytes_layout(parts, rows, chunk):
+    """[parts, rows, chunk] bytes, a warp a part; lane (row % 8, 16 bytes of 64) holds those of rows r, r + 8, ..."""
     registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 8, 0]]
+    if rows == 32:
+        registers = [*registers, [0, 16, 0]]
     piece = 64
     while piece < chunk:
         registers = [*registers, [0, 0, piece]]
         piece *= 2
     lanes = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, _warps(parts), [], [parts, 16, chunk])
+    return gl.DistributedLinearLayout(registers, lanes, _warps(parts), [], [parts, rows, chunk])
 
 
 @gluon.constexpr_function
@@ -47,7 +47,7 @@ def _inputs_layout(parts, columns):
 
 @gluon.constexpr_function
 def _warps(parts):
-    bases = []
+    bases: list[list[int]] = []
     part = 1
     while part < parts:
         bases = [*bases, [part, 0, 0]]
@@ -77,23 +77,31 @@ def w2a16_skinny_kernel(
     BYTES: gl.constexpr,
     CHUNK: gl.constexpr,
     PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
+    """out[0:M, row:row + ROWS] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
 
     PARTS * CHUNK bytes of each row at a time, CHUNK a warp; the warps' sums are added at the end.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, 1, 1], instr_shape=[1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    layout: gl.constexpr = _bytes_layout(PARTS, CHUNK)
+    layout: gl.constexpr = _bytes_layout(PARTS, ROWS, CHUNK)
     KC: gl.constexpr = CHUNK * 4
     x_layout: gl.constexpr = _inputs_layout(PARTS, KC)
+    if EARLY:
+        # Let the next kernel's blocks be placed already, and wait for all that the kernel before this one has written.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     SPAN: gl.constexpr = PARTS * CHUNK
 
-    row = gl.program_id(0) * 16
+    row = gl.program_id(0) * ROWS
     parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    rows = row + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     bytes_ = gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     part = gl.expand_dims(gl.expand_dims(parts, 1), 2)
     columns = part * CHUNK + gl.expand_dims(gl.expand_dims(bytes_, 0), 1)
@@ -114,15 +122,15 @@ def w2a16_skinny_kernel(
     slots = gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
     tokens = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, x_layout)))
     x_column = gl.expand_dims(gl.expand_dims(x_parts, 1), 2) * KC + gl.expand_dims(gl.expand_dims(slots, 0), 2)
-    # Columns past M repeat the last row, and are not written: cheaper than zeros.
-    token = gl.expand_dims(gl.expand_dims(gl.minimum(tokens, M - 1), 0), 1)
+    token = gl.expand_dims(gl.expand_dims(tokens, 0), 1)
+    there = (token < M).broadcast_to((PARTS, KC, 8))
     x_at = x + (x_column + token * K)
     if K % 8 == 0:
         x_at = gl.max_contiguous(gl.multiple_of(x_at, (1, 16, 1)), (1, 8, 1))
 
     # Two sums, since each mma waits for the one before it on the same sum.
-    acc = gl.zeros((PARTS, 16, 8), gl.float32, mma)
-    other = gl.zeros((PARTS, 16, 8), gl.float32, mma)
+    acc = gl.zeros((PARTS, ROWS, 8), gl.float32, mma)
+    other = gl.zeros((PARTS, ROWS, 8), gl.float32, mma)
     for c in gl.static_range(0, BYTES, SPAN):
         packed = w0
         w0 = w1
@@ -130,9 +138,10 @@ def w2a16_skinny_kernel(
         if c + 3 * SPAN < BYTES:
             w2 = _packed(at, columns, inside, c + 3 * SPAN, BYTES, SPAN)
         if (c + SPAN) * 4 > K:
-            values = gl.load(x_at + c * 4, mask=(x_column + c * 4 < K).broadcast_to((PARTS, KC, 8)), other=0.0)
+            values = gl.load(x_at + c * 4, mask=there & (x_column + c * 4 < K), other=0.0)
         else:
-            values = gl.load(x_at + c * 4)
+            # Whatever the registers hold for rows past M: it stays in columns that are not written.
+            values = gl.load(x_at + c * 4, mask=there)
         # K is (piece, c high, f, c low, i, b high, b low); both operands take (piece, i, f, b high, c, b low).
         values = gl.reshape(values, (PARTS, CHUNK // 64, 2, 4, 2, 4, 2, 2, 8))
         values = gl.reshape(gl.permute(values, (0, 1, 5, 3, 6, 2, 4, 7, 8)), (PARTS, KC, 8))
@@ -147,14 +156,14 @@ def w2a16_skinny_kernel(
         )
         fields = gl.join(gl.join(f0, f2), gl.join(f1, f3))
         # (part, row, piece, c, i, b high, b low, f high, f low)
-        bits = gl.reshape(fields, (PARTS, 16, CHUNK // 64, 4, 4, 2, 2, 2, 2))
-        a = gl.reshape(gl.permute(bits, (0, 1, 2, 4, 7, 8, 5, 3, 6)), (PARTS, 16, KC))
+        bits = gl.reshape(fields, (PARTS, ROWS, CHUNK // 64, 4, 4, 2, 2, 2, 2))
+        a = gl.reshape(gl.permute(bits, (0, 1, 2, 4, 7, 8, 5, 3, 6)), (PARTS, ROWS, KC))
         a = gl.convert_layout(a, a_layout, assert_trivial=True)
         acc, other = other, mma_v2(a, b, acc)
 
     total: gl.constexpr = gl.SliceLayout(0, mma)
     y = gl.sum(acc + other, axis=0)
-    out_rows = row + gl.arange(0, 16, gl.SliceLayout(1, total))
+    out_rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, total))
     out_tokens = gl.arange(0, 8, gl.SliceLayout(0, total))
     scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0).to(gl.float32) * 0.5
     y = y * gl.expand_dims(scale, 1)
@@ -173,12 +182,16 @@ def w2a16_skinny(
     *,
     chunk: int = 64,
     parts: int = 4,
+    rows: int = 16,
     registers: int | None = None,
+    early: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
-    ``parts`` warps share 16 weight rows (1, 2, 4 or 8); each asks for ``chunk`` bytes of a row at a time (64 to 256).
-    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor.
+    ``parts`` warps (1, 2, 4 or 8) share ``rows`` weight rows (16 or 32); each asks for ``chunk`` bytes of a row at a
+    time (64 to 256).
+    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
+    kernel before is still running (they wait for its end before they read anything).
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -187,7 +200,7 @@ def w2a16_skinny(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out
-    w2a16_skinny_kernel[(-(-n // ROWS),)](
+    w2a16_skinny_kernel[(-(-n // rows),)](
         x.contiguous(),
         weight.contiguous(),
         weight_scale,
@@ -199,8 +212,11 @@ def w2a16_skinny(
         BYTES=weight.shape[1],
         CHUNK=chunk,
         PARTS=parts,
+        ROWS=rows,
         HAS_BIAS=bias is not None,
+        EARLY=early,
         num_warps=parts,
         maxnreg=registers,
+        launch_pdl=early,
     )
     return out

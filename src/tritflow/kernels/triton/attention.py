@@ -249,7 +249,14 @@ class Quantized(NamedTuple):
 
 
 def quantize(
-    q: Tensor | None, k: Tensor, v: Tensor, dtype: str, scale: float | None = None, *, values: bool = True
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    dtype: str,
+    scale: float | None = None,
+    *,
+    values: bool = True,
+    warps: int = 4,
 ) -> Quantized:
     """Queries (or none), keys and values (if `values`) [B, S, H, D] into 8 bits, in one launch.
 
@@ -292,7 +299,7 @@ def quantize(
         SAMPLE=SAMPLE,
         D=features,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=warps,
     )
     return Quantized(q8, k8, v8, q_scale, k_scale, v_exponent)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
-from tritflow.kernels.triton.quantize import store_quantized
+from tritflow.kernels.triton.quantize import store_quantized, store_quantized_rows
 
 
 def contiguous_features(x: Tensor) -> Tensor:
@@ -42,25 +42,34 @@ def adaln_kernel(
     QUANTIZE: tl.constexpr,
     FP8: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One token: (x - mean) / sqrt(var + EPS) * (1 + scale) + shift, stored as it is or quantized."""
-    row = tl.program_id(0).to(tl.int64)
-    batch = row // tokens
+    """ROWS tokens of a picture: (x - mean) / sqrt(var + EPS) * (1 + scale) + shift, as they are or quantized."""
+    batch = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
-    inside = k < K
-    x = tl.load(x_ptr + batch * stride_b + (row - batch * tokens) * stride_s + k, mask=inside, other=0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / K
-    centred = tl.where(inside, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / K + EPS)
-    scale = tl.load(scale_ptr + batch * scale_stride + k, mask=inside, other=0).to(tl.float32)
-    shift = tl.load(shift_ptr + batch * shift_stride + k, mask=inside, other=0).to(tl.float32)
-    y = centred * rstd * (1.0 + scale) + shift
+    there = t < tokens
+    inside = there[:, None] & (k < K)[None, :]
+    at = x_ptr + batch * stride_b + t.to(tl.int64)[:, None] * stride_s + k[None, :]
+    x = tl.load(at, mask=inside, other=0).to(tl.float32)
+    # Once for all tokens, and asked for before the first sum is waited for.
+    scale = tl.load(scale_ptr + batch * scale_stride + k, mask=k < K, other=0)
+    shift = tl.load(shift_ptr + batch * shift_stride + k, mask=k < K, other=0)
+    mean = tl.sum(x, axis=1) / K
+    centred = tl.where((k < K)[None, :], x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + EPS)
+    y = centred * rstd[:, None] * (1.0 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
     if HAS_COLUMNS:
-        y *= tl.load(input_scale_ptr + k, mask=inside, other=0).to(tl.float32)
+        y *= tl.load(input_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    rows = batch * tokens + t
     if QUANTIZE:
-        store_quantized(y, k, inside, out_ptr, out_scale_ptr, row, K, QMAX, FLOOR, FP8)
+        store_quantized_rows(y, k, inside, out_ptr, out_scale_ptr, rows, there, K, QMAX, FLOOR, FP8)
     else:
-        tl.store(out_ptr + row * K + k, y.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + rows[:, None] * K + k[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+ADALN_TILE = (2, 4)
+"""Tokens of a program, and its warps for 4,096 features."""
 
 
 def _launch_adaln(
@@ -72,12 +81,14 @@ def _launch_adaln(
     out_scale: Tensor,
     dtype: str | None,
     eps: float,
+    tile: tuple[int, int] | None = None,
 ) -> None:
     batch, tokens, features = x.shape
     x, shift, scale = contiguous_features(x), contiguous_features(shift), contiguous_features(scale)
     block = triton.next_power_of_2(features)
+    rows, warps = tile or ADALN_TILE
     if batch * tokens:
-        adaln_kernel[(batch * tokens,)](
+        adaln_kernel[(triton.cdiv(tokens, rows), batch)](
             x,
             shift,
             scale,
@@ -97,7 +108,8 @@ def _launch_adaln(
             QUANTIZE=dtype is not None,
             FP8=dtype == "float8_e4m3fn",
             BLOCK_K=block,
-            num_warps=_warps(block, 2048),  # few warps with much each: measured on an H200
+            ROWS=rows,
+            num_warps=max(1, min(16, warps * block // 4096)),
         )
 
 

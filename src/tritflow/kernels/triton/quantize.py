@@ -14,6 +14,30 @@ MAX_FEATURES = 1 << 16
 
 
 @triton.jit
+def scale_of(magnitudes, axis: tl.constexpr, FLOOR: tl.constexpr):
+    """Largest of |x|, given as `magnitude` gives it; a NaN is the largest of all, or a row would look sound."""
+    amax = tl.max(magnitudes, axis=axis).to(tl.float32, bitcast=True)
+    return tl.where(amax < FLOOR, FLOOR, amax)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| of float32 as integers, which keep its order."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def rounded(scaled, FP8: tl.constexpr):
+    """As e4m3, or as int8."""
+    if FP8:
+        q = scaled.to(tl.float8e4nv)
+    else:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
+        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+    return q
+
+
+@triton.jit
 def store_quantized(
     x,
     k,
@@ -27,18 +51,32 @@ def store_quantized(
     FP8: tl.constexpr,
 ):
     """Write one row x[k] (float32, zeros where not inside): scale = max|x| / QMAX, q = round(x * (QMAX / max|x|))."""
-    # A NaN must reach the scale, or the row would look sound. Compared as integers, magnitudes keep their order and
-    # NaN is the largest of all.
-    amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
-    amax = tl.where(amax < FLOOR, FLOOR, amax)
+    amax = scale_of(magnitude(x), 0, FLOOR)
     scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
-    if FP8:
-        q = scaled.to(tl.float8e4nv)
-    else:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
-    tl.store(q_ptr + row * K + k, q, mask=inside)
+    tl.store(q_ptr + row * K + k, rounded(scaled, FP8), mask=inside)
     tl.store(scale_ptr + row, tl.div_rn(amax, tl.full((), QMAX, tl.float32)))
+
+
+@triton.jit
+def store_quantized_rows(
+    x,
+    k,
+    inside,
+    q_ptr,
+    scale_ptr,
+    rows,
+    there,
+    K: tl.constexpr,
+    QMAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """`store_quantized` of x[rows, k], for those rows that are there."""
+    amax = scale_of(magnitude(x), 1, FLOOR)
+    full = tl.full(amax.shape, QMAX, tl.float32)
+    scaled = x * tl.div_rn(full, amax)[:, None]
+    tl.store(q_ptr + rows[:, None] * K + k[None, :], rounded(scaled, FP8), mask=inside)
+    tl.store(scale_ptr + rows, tl.div_rn(amax, full), mask=there)
 
 
 @triton.jit
