@@ -95,7 +95,7 @@ def test_wrong_arguments_are_named(problem):
         w2a8_matmul(*product, low[:, :40], up)
     with pytest.raises(ValueError, match="S a divisor of 48 rows"):
         w2a8_matmul(*product, _randn(12, 80), up)
-    with pytest.raises(ValueError, match="up must be torch.float32"):
+    with pytest.raises(ValueError, match=r"up must be torch\.float32"):
         w2a8_matmul(*product, low, up.bfloat16())
     with pytest.raises(ValueError, match="contiguous matrix"):
         low_rank_add_(_randn(48, 12).t(), low, up)

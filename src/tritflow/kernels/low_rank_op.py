@@ -67,12 +67,12 @@ def _low_rank_down_fake(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
 def _low_rank_add(y: Tensor, low: Tensor, up: Tensor) -> None:
     if y.dim() != 2 or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous matrix, not {list(y.shape)} with strides {list(y.stride())}")
-    check_low_rank(low, up, *y.shape, y.dtype)
+    check_low_rank(low, up, y.shape[0], y.shape[1], y.dtype)
     select("low_rank_add_", "auto", y.device, (y, low, up))(y, low, up)
 
 
 def _low_rank_add_fake(y: Tensor, low: Tensor, up: Tensor) -> None:
-    check_low_rank(low, up, *y.shape, y.dtype)
+    check_low_rank(low, up, y.shape[0], y.shape[1], y.dtype)
 
 
 _LIB.define(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import (
@@ -19,10 +20,13 @@ from tritflow.kernels import (
     gated_residual,
     gelu,
     gelu_quantize,
+    low_rank_add_,
+    low_rank_down,
     quantize_activation,
     w2a8_matmul,
     w2a16_linear,
 )
+from tritflow.models.low_rank import LowRank, base_of
 from tritflow.modules import PackedWeight, TernaryLinear
 
 Quantized = tuple[Tensor, Tensor]
@@ -120,7 +124,7 @@ def _add(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
 
 
 class _Dense:
-    """A layer that is not ternary, as it is."""
+    """A layer that is not ternary, as it is, with peft's own way of adding a LoRA to it."""
 
     def __init__(self, linear: nn.Module) -> None:
         self.linear = linear
@@ -132,12 +136,16 @@ class _Dense:
 class _Ternary:
     """Ternary layers of one input with the same settings: rows of weights, scales and biases put below each other.
 
-    The layers keep working: their tensors become views of the joint ones, so nothing is stored twice.
+    The layers keep working: their tensors become views of the joint ones, so nothing is stored twice. LoRA adapters of
+    the layers are one low-rank update of the product.
+
+    Args:
+        linears: ternary layers, or peft's layers around them.
     """
 
-    def __init__(self, linears: Sequence[TernaryLinear]) -> None:
-        first = linears[0]
-        self.linears = tuple(linears)
+    def __init__(self, linears: Sequence[Any]) -> None:
+        self.linears: tuple[TernaryLinear, ...] = tuple(base_of(linear) for linear in linears)
+        first = self.linears[0]
         self.mode, self.activation_dtype, self.backend = first.mode, first.activation_dtype, first.backend
         self.input_scale = first.input_scale
         self.weight_scale = first.weight_scale
@@ -145,6 +153,8 @@ class _Ternary:
         self.weight: Tensor = first.weight
         if len(linears) > 1:
             self._join()
+        # Full rows are what an adapter was made for; quantized ones carry the input scale.
+        self.low_rank = LowRank.of(linears, self.input_scale if self.mode == "w2a8" else None)
         # cuBLAS wants float32 scales; converting them would be a launch of its own before every product.
         self.scale = self.weight_scale.float()
 
@@ -166,10 +176,19 @@ class _Ternary:
     def __call__(self, rows: Rows, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         if self.mode == "w2a16":
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
+            if self.low_rank is not None:
+                down, up = self.low_rank.made(rows.dtype)
+                low = F.linear(rows.full(), down)
+                low_rank_add_(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), up)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
+        low: Tensor | None = None
+        up: Tensor | None = None
+        if self.low_rank is not None:
+            down, up = self.low_rank.made(rows.dtype)
+            low = low_rank_down(q, scale, down)
         linear = (self.weight, self.scale, rows.dtype, self.bias)
-        y = w2a8_matmul(q, scale, *linear, residual, gate, self.backend)
+        y = w2a8_matmul(q, scale, *linear, residual, gate, low, up, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 
 
@@ -199,19 +218,20 @@ class Projection:
     Neighbours that are ternary with the same settings become one product; all others stay products of their own.
 
     Args:
-        linears: in the order of their outputs. Tensors of joined layers become views of the joint ones.
+        linears: in the order of their outputs, bare or in peft's LoRA layers that `low_rank.why_not` has nothing
+            against. Tensors of joined layers become views of the joint ones.
     """
 
     def __init__(self, *linears: nn.Module) -> None:
         runs: list[list[Any]] = []
         for linear in linears:
-            last = runs[-1][-1] if runs else None
-            if isinstance(linear, TernaryLinear) and isinstance(last, TernaryLinear) and _alike(last, linear):
+            base, last = base_of(linear), base_of(runs[-1][-1]) if runs else None
+            if isinstance(base, TernaryLinear) and isinstance(last, TernaryLinear) and _alike(last, base):
                 runs[-1].append(linear)
             else:
                 runs.append([linear])
         self.parts: list[_Part] = [
-            _Ternary(run) if isinstance(run[0], TernaryLinear) else _Dense(run[0]) for run in runs
+            _Ternary(run) if isinstance(base_of(run[0]), TernaryLinear) else _Dense(run[0]) for run in runs
         ]
 
     def __call__(self, rows: Rows, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:

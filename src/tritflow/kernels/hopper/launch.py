@@ -131,8 +131,8 @@ def w2a8_gemm(
 
     q [M, K] int8 or float8_e4m3fn, x_scale fp32 [M], weight uint8 [N, 32 * ceil(K / 128)] (``formats.packing``),
     weight_scale and bias [N] of any float type. int8 sums are exact; e4m3 sums are those of the tensor cores' own
-    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no tile
-    across two layers' rows. Raises ValueError for tensors that do not fit together.
+    accumulation. ``low`` and ``up`` are bf16 and come as ``w2a8_matmul`` takes them, with R a multiple of 16 and no
+    tile across two layers' rows. Raises ValueError for tensors that do not fit together.
     """
     if q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"activations must be int8 or float8_e4m3fn, got {q.dtype}")
