@@ -109,6 +109,10 @@ class FusedFlux1:
         """Join projections and gather modulation layers, on the device where the model is now."""
         t = self.transformer
         self.device = t.proj_out.weight.device
+        # A plan that is replaced lets go of its joint weights and its graphs' memory first.
+        self.doubles, self.singles = [], []
+        if self.graph is not None:
+            self.graph.forget()
         self.doubles = [DoubleBlock(block, self.attention) for block in t.transformer_blocks]
         self.singles = [SingleBlock(block, self.attention) for block in t.single_transformer_blocks]
         linears = [
@@ -119,8 +123,6 @@ class FusedFlux1:
         if self.offload_modulation and self.device.type == "cuda":
             self.modulation.offload_()
         self._rope = None
-        if self.graph is not None:
-            self.graph.forget()
         self._slots = list(_linear_slots(t))
         self._signature = self._sign()
 

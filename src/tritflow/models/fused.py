@@ -174,21 +174,17 @@ class _Ternary:
             start = rows.stop
 
     def __call__(self, rows: Rows, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+        down, up = (None, None) if self.low_rank is None else self.low_rank.made(rows.dtype)
         if self.mode == "w2a16":
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
-            if self.low_rank is not None:
-                down, up = self.low_rank.made(rows.dtype)
+            if down is not None and up is not None:
                 low = F.linear(rows.full(), down)
                 low_rank_add_(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), up)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
-        low: Tensor | None = None
-        up: Tensor | None = None
-        if self.low_rank is not None:
-            down, up = self.low_rank.made(rows.dtype)
-            low = low_rank_down(q, scale, down)
+        factor = None if down is None else low_rank_down(q, scale, down)
         linear = (self.weight, self.scale, rows.dtype, self.bias)
-        y = w2a8_matmul(q, scale, *linear, residual, gate, low, up, self.backend)
+        y = w2a8_matmul(q, scale, *linear, residual, gate, factor, up, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 
 
