@@ -54,7 +54,7 @@ def test_every_backend_adds_the_update(shape, groups, rank, backend, gated):
                 raise
             pytest.skip(str(error))
         expected = reference.w2a8_matmul(*args)
-        assert_close(found, expected, 4e-3)
+        assert_close(found, expected, 8e-3)  # passes of their own round once more each
         assert_close(
             found - w2a8_matmul(*args[:-2], backend=backend), expected - reference.w2a8_matmul(*args[:-2]), 3e-2
         )
