@@ -14,6 +14,7 @@ from tritflow.cli.main import app
 from tritflow.evaluation import throughput
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.scorers import dpt_depth, llava_judge, mask2former
+from tritflow.report.tables import build, load_specs, markdown
 from tritflow.results import read
 
 
@@ -48,20 +49,25 @@ def test_every_scorer_is_timed(tmp_path: Path) -> None:
     arguments = ["bench", "scorers", "--pictures", "6", "--size", "64", "--batch-size", "4"]
     done = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
-    run = json.loads(done.stdout)
-    assert list(run["scorers"]) == list(throughput.MAKE)
-    assert all(v > 0 for found in run["scorers"].values() for v in found.values())
-    assert run["reading_per_second"] > 0
-    assert read(next(tmp_path.glob("scorers-*.json")), "scorers")[0]["size"] == 64
+    runs = json.loads(done.stdout)
+    assert [r["label"] for r in runs] == list(throughput.MAKE)
+    assert all(v > 0 for r in runs for v in r["per_second"].values())
+    assert set(runs[0]["per_second"]) == {"overlapped", "without_reading", "reading_alone"}
+    assert {r["dtype"] for r in runs} == {"float32"}
+    kept = read(next(tmp_path.glob("scorers-*.json")), "scorers")
+    assert [(r["label"], r["size"]) for r in kept] == [(r["label"], 64) for r in runs]
+    text = markdown(build(load_specs()["scorers"], kept))
+    assert text.count("| mask2former |") == 1
+    assert "random weights" in text
     words = CliRunner().invoke(app, [*arguments, "--scorer", "dpt"])
     assert words.exit_code == 0, words.output
     assert "dpt" in words.stdout
-    assert "pictures a second" in words.stdout
+    assert "pictures a second while PNGs are read" in words.stdout
 
 
 def test_unknown_scorers_are_refused() -> None:
     with pytest.raises(EvaluationError, match="no scorer 'owl'"):
-        throughput.measure(["owl"])
+        next(throughput.measure(["owl"]))
 
 
 @pytest.mark.parametrize(

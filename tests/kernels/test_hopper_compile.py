@@ -57,16 +57,18 @@ def test_a_low_rank_update_is_one_more_product_of_16_bits(config, dtype):
 
 
 @compiles
-def test_the_skinny_kernel_needs_no_shared_memory():
+@pytest.mark.parametrize(("parts", "chunk"), [(1, 256), (4, 64)])
+def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": 64, "HAS_BIAS": True}
-    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=1)
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "HAS_BIAS": True}
+    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=parts)
     assert compiled.spills == 0
-    assert compiled.shared == 0
-    assert compiled.count("LDG.E.128") == 24  # 16 rows x 768 bytes in 16-byte pieces a lane
+    assert compiled.shared <= 4096  # the sums of the warps
+    assert compiled.count("LDG.E.EF.128") == 24 // parts  # 16 rows x 768 bytes in 16-byte pieces a lane
+    assert compiled.count("LDG.E.128") == 96 // parts  # and the activations of 8 rows
 
 
 @compiles

@@ -29,7 +29,7 @@ def _answer(task: Task) -> dict[str, Any]:
         times: dict[str, Any] = {name: {"p20": us, "p50": us, "p80": us} for name, us in TIMES.items()}
         return {"times": times | {"int8 broken": {"error": "does not run"}}}
     if task["kind"] == "skinny":
-        return {"times": {"bf16 gauss": {"p50": 32.0}, "skinny 256": {"p50": 8.0}, "triton": {"p50": 16.0}}}
+        return {"times": {"bf16 gauss": {"p50": 32.0}, "skinny, 4 warps": {"p50": 8.0}, "triton": {"p50": 16.0}}}
     return {"copy_tb_s": float("inf")} if task["kind"] == "ceilings" else {}
 
 
@@ -73,7 +73,7 @@ def test_a_run_holds_ratios_and_means_and_no_infinity(
     assert ratios["int8 / bf16"] == pytest.approx(2.25)
     assert ratios["w2a16 / bf16"] == pytest.approx(0.9)
     assert run["means"]["fp8 / fp8 row"] == pytest.approx(0.8)
-    assert run["few_rows"]["1x18432x3072"]["fastest"] == "skinny 256"
+    assert run["few_rows"]["1x18432x3072"]["fastest"] == "skinny, 4 warps"
     assert run["few_rows"]["1x18432x3072"]["ratios"] == {"w2a16 / bf16": 4.0}
     assert run["checks"]["int8 narrow"]["wrong"] == 1
     text = kernels.table((4608, 9216, 3072), run["products"]["4608x9216x3072"]["microseconds"])

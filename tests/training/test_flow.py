@@ -10,7 +10,7 @@ import torch
 from tritflow.training import flow, models
 from tritflow.training.data import LatentSet, make_examples, tokenize, word_tokenizers
 from tritflow.training.patches import PatchHead
-from tritflow.training.reading import InventedWords
+from tritflow.training.words import InventedWords
 
 TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
 

@@ -11,11 +11,12 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from PIL import Image
 
@@ -35,10 +36,13 @@ from tritflow.evaluation.images import (
     read_manifest,
     read_meta,
 )
+from tritflow.formats.atomic import disk_full, is_disk_full
 from tritflow.results import canonical, write_atomically
 
-# zlib's fastest level: 128x128 pictures cost a third of the default's time and grow by a few per cent.
-_PNG_LEVEL = 1
+# zlib's fastest level, and of PNG's filtered rows nothing but runs: against the default strategy a quarter less time
+# and an eighth fewer bytes, both in detailed pictures and in flat ones, since filtered rows hardly repeat elsewhere.
+_PNG: dict[str, int] = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+_BUFFER = 256 << 10
 # meta.json keys that say how pictures were made; a difference means that they may not share a folder.
 _IDENTITY = (
     "suite",
@@ -59,16 +63,60 @@ def seed_of(base_seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") & 0x7FFFFFFF
 
 
+class Sink(Protocol):
+    """Takes a file's bytes piece by piece."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+
+Encode = Callable[[Image.Image, Sink], None]
+"""Writes a picture's file into a sink."""
+
+
+def write_png(picture: Image.Image, sink: Sink) -> None:
+    """Write an RGB picture as PNG, without metadata."""
+    plain = picture if picture.mode == "RGB" else picture.convert("RGB")
+    # PIL asks no more of a file than `write`.
+    plain.save(cast("io.BytesIO", sink), "PNG", **_PNG)
+
+
 def encode_png(picture: Image.Image) -> bytes:
-    """PNG bytes of an RGB picture, without metadata."""
+    """The bytes of `write_png`."""
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    write_png(picture, buffer)
     return buffer.getvalue()
 
 
+class FileSink:
+    """A file that is hashed while it is written: each piece is in the processor's cache then, and is read once.
+
+    Attributes:
+        size: bytes so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115  (closed by `close`)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes, /) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += len(data)
+        return len(data)
+
+    def close(self) -> str:
+        """The SHA-256 of the whole file, which has reached the operating system."""
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def _replace(path: Path, data: bytes) -> None:
-    # No fsync: a picture lost with the machine is drawn again, and its manifest line carries its hash.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
@@ -145,7 +193,7 @@ def draw_images(
     versions: dict[str, str] | None = None,
     shard: tuple[int, int] = (0, 1),
     lazy: bool = False,
-    encode: Callable[[Image.Image], bytes] = encode_png,
+    encode: Encode = write_png,
     progress: Progress | None = None,
 ) -> ImageSet | None:
     """Draw whatever is missing of a suite's pictures into `folder`.
@@ -242,12 +290,23 @@ def _drawn(folder: Path) -> list[dict[str, Any]]:
     return [e for e in lines if is_whole(folder, e)]
 
 
-def _write_picture(
-    folder: Path, entry: dict[str, Any], encode: Callable[[Image.Image], bytes], picture: Image.Image
-) -> dict[str, Any]:
-    data = encode(picture)
-    _replace(folder / entry["path"], data)
-    return {**entry, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _write_picture(folder: Path, entry: dict[str, Any], encode: Encode, picture: Image.Image) -> dict[str, Any]:
+    path = folder / entry["path"]
+    temporary = _temporary(path)
+    try:
+        sink = FileSink(temporary)
+        try:
+            encode(picture, sink)
+        finally:
+            sha256 = sink.close()
+        # No fsync: a picture lost with the machine is drawn again, and its manifest line carries its hash.
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise disk_full(path) from error
+        raise
+    return {**entry, "bytes": sink.size, "sha256": sha256}
 
 
 def _note(waiting: list[Future[dict[str, Any]]], manifest: Any, done: dict[str, dict[str, Any]]) -> int:

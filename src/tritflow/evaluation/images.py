@@ -173,6 +173,8 @@ class ImageSet:
         total = len(records) * meta["samples"]
         model, names = asdict(ModelId(**meta["model"])), {r.id for r in records}
         seen = set()
+        root = folder.resolve()
+        inside: dict[Path, bool] = {}  # by parent folder: resolving each picture's path costs more than all the rest
         for entry in entries:
             where = f"{folder / entry['path']}"
             if (entry["model"], entry["model_hash"]) != (model["name"], model["hash"]):
@@ -182,7 +184,10 @@ class ImageSet:
                 )
             if entry["prompt_id"] not in names:
                 raise ImageSetError(f"{where}: its prompt '{entry['prompt_id']}' is not in {PROMPTS}")
-            if not (folder / entry["path"]).resolve().is_relative_to(folder.resolve()):
+            path = folder / entry["path"]
+            if path.parent not in inside:
+                inside[path.parent] = path.parent.resolve().is_relative_to(root)
+            if not inside[path.parent] or (path.is_symlink() and not path.resolve().is_relative_to(root)):
                 raise ImageSetError(f"{where}: lies outside its folder")
             seen.add((entry["prompt_id"], entry["sample"]))
             _check_size(folder, entry)

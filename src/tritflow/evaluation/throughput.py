@@ -7,9 +7,10 @@ is timed with it: decoding PNGs, scaling, masks, crops.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tritflow.evaluation.api import EvaluationError, PromptRecord
 from tritflow.evaluation.drawing import encode_png
 from tritflow.evaluation.images import ImageSet
 from tritflow.evaluation.scorers.detection import Detection
-from tritflow.evaluation.scorers.loading import Pixels, batches
+from tritflow.evaluation.scorers.loading import WORKERS, Pixels, batches
 from tritflow.pipelines.loading import quiet
 from tritflow.results import provenance
 
@@ -141,8 +142,8 @@ SIXTEEN_BITS = ("llava judge",)
 Look = Callable[[Sequence[Pixels]], Any]
 
 
-def _looker(name: str, source: str, device: str) -> Look:
-    """What a scorer does to a batch of pictures in a suite."""
+def _looker(name: str, source: str, device: str) -> tuple[Look, Any]:
+    """What a scorer does to a batch of pictures in a suite, and the scorer."""
     from tritflow.evaluation.scorers import blip_vqa, clip_colors, dpt_depth, llava_judge, mask2former, owlv2
 
     if name == "mask2former":
@@ -156,7 +157,7 @@ def _looker(name: str, source: str, device: str) -> Look:
         probe = detector.detect([np.zeros((256, 256, 3), np.uint8)], [()], 0.0)[0]
         if len(probe) > INSTANCES:
             detect_from[0] = probe[INSTANCES].score
-        return detect
+        return detect, detector
     if name == "clip colors":
         colors = clip_colors.ClipColors(source, device)
 
@@ -166,18 +167,18 @@ def _looker(name: str, source: str, device: str) -> Look:
             boxes = ((0, 0, w // 2, h // 2), (w // 4, h // 4, w, h))
             return colors.classify([(p, Detection("cup", 0.9, b, mask)) for p in pictures for b in boxes])
 
-        return classify
+        return classify, colors
     if name == "blip-vqa":
         vqa = blip_vqa.BlipVqa(source, device)
-        return lambda pictures: vqa.ask(pictures, [["a red cat", "a red cat"]] * len(pictures))
+        return lambda pictures: vqa.ask(pictures, [["a red cat", "a red cat"]] * len(pictures)), vqa
     if name == "owlv2":
         open_detector = owlv2.Owlv2Detector(source, device)
-        return lambda pictures: open_detector.detect(pictures, [["cat", "dog"]] * len(pictures), 0.9999)
+        return lambda pictures: open_detector.detect(pictures, [["cat", "dog"]] * len(pictures), 0.9999), open_detector
     if name == "llava judge":
         judge = llava_judge.LlavaJudge(source, device)
-        return lambda pictures: judge.grade(pictures, ["a red cat beside a dog"] * len(pictures), "complex")
+        return lambda pictures: judge.grade(pictures, ["a red cat beside a dog"] * len(pictures), "complex"), judge
     depth = dpt_depth.DptDepth(source, device)
-    return lambda pictures: depth.depth(pictures, 479, 479)
+    return lambda pictures: depth.depth(pictures, 479, 479), depth
 
 
 def measure(
@@ -188,9 +189,8 @@ def measure(
     size: int = 1024,
     batch_size: int = 8,
     make: dict[str, Callable[[], tuple[Any, Any]]] | None = None,
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Pictures a second of each scorer, and of reading alone, as a run of the topic "scorers".
+) -> Iterator[dict[str, Any]]:
+    """Pictures a second of each scorer and of reading alone: a run of the topic "scorers" for each, as it is measured.
 
     Args:
         names: which of `MAKE`; all by default.
@@ -203,7 +203,6 @@ def measure(
     for name in names:
         if name not in make:
             raise EvaluationError(f"there is no scorer '{name}'{nearest(name, list(make))} (known: {', '.join(make)})")
-    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="tritflow-scorers-") as place:
         images = _pictures(Path(place), pictures, size)
         started = time.perf_counter()
@@ -212,28 +211,38 @@ def measure(
         reading = pictures / (time.perf_counter() - started)
         for name in names or list(make):
             source = Path(place) / name.replace(" ", "-")
-            model, tokenizer = _made(make[name], device if name in SIXTEEN_BITS else "cpu")
-            with quiet():
-                model.save_pretrained(source)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(source)
-            del model
+            look, parameters, dtype = _prepared(name, make[name], source, device)
+            rates = _rates(look, images, batch_size, device)
+            del look
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
-            found[name] = _rates(_looker(name, str(source), device), images, batch_size, device)
-            if say is not None:
-                say(f"{name}: {found[name]['pictures_per_second']} pictures a second")
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()
-    return {
-        "label": f"scorers, {size}x{size}",
-        "batch_size": batch_size,
-        "pictures": pictures,
-        "size": size,
-        "reading_per_second": round(reading, 2),
-        "scorers": found,
-        **provenance(device),
-    }
+            shutil.rmtree(source)
+            yield {
+                "label": name,
+                "parameters": parameters,
+                "dtype": dtype,
+                "batch_size": batch_size,
+                "pictures": pictures,
+                "size": size,
+                "reading_workers": WORKERS,
+                "per_second": {**rates, "reading_alone": round(reading, 2)},
+                **provenance(device),
+            }
+
+
+def _prepared(name: str, make: Callable[[], tuple[Any, Any]], source: Path, device: str) -> tuple[Look, int, str]:
+    """A scorer whose seeded weights went through files as real ones do; its number of weights and their type."""
+    model, tokenizer = _made(make, device if name in SIXTEEN_BITS else "cpu")
+    with quiet():
+        model.save_pretrained(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(source)
+    parameters = sum(p.numel() for p in model.parameters())
+    del model
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    look, scorer = _looker(name, str(source), device)
+    return look, parameters, str(next(scorer.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _made(make: Callable[[], tuple[Any, Any]], device: str) -> tuple[Any, Any]:
@@ -260,7 +269,7 @@ def _rates(look: Look, images: ImageSet, batch_size: int, device: str) -> dict[s
 
     alone = _seconds(lambda: look(warm), device) / len(warm)
     return {
-        "pictures_per_second": round(len(images.entries) / _seconds(everything, device), 2),
+        "overlapped": round(len(images.entries) / _seconds(everything, device), 2),
         "without_reading": round(1 / alone, 2),
     }
 
@@ -309,12 +318,10 @@ def _pictures(folder: Path, number: int, size: int) -> ImageSet:
     return ImageSet(folder, {}, [PromptRecord(str(i), "", "") for i in range(number)], entries)
 
 
-def table(run: dict[str, Any]) -> str:
-    """The run as lines of text."""
-    rows = [f"reading PNGs alone: {run['reading_per_second']:.1f} pictures a second"]
-    for name, found in run["scorers"].items():
-        rows.append(
-            f"{name:12} {found['pictures_per_second']:8.1f} pictures a second, "
-            f"{found['without_reading']:8.1f} without reading"
-        )
-    return "\n".join(rows)
+def line(run: dict[str, Any]) -> str:
+    """A run in one line of text."""
+    rate = run["per_second"]
+    return (
+        f"{run['label']:12} {rate['overlapped']:8.1f} pictures a second while PNGs are read, "
+        f"{rate['without_reading']:.1f} without reading; reading alone {rate['reading_alone']:.1f}"
+    )

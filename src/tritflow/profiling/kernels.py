@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tritflow import results
+from tritflow.profiling import gemlite_rival, passes
 from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.product_checks import check, check_skinny, compile_backends, compile_variant
 from tritflow.profiling.products import BACKENDS, SKINNY, VARIANTS, ours, rivals, skinny
@@ -34,10 +35,14 @@ SHAPES = [
     (512, 3072, 12288),
     (512, 3072, 3072),
     (4096, 3072, 3072),
+    (4096, 9216, 3072),
     (4096, 12288, 3072),
     (4096, 3072, 12288),
+    (512, 9216, 3072),
 ]
 """(M, N, K) of FLUX.1-dev at 1024x1024: 4096 image and 512 text tokens, 4608 together; 9216 is fused q, k and v."""
+DOUBLE_BLOCK = [(m, n, k) for n, k in ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288)) for m in (4096, 512)]
+"""The eight products of a double block, image and text."""
 MAIN_SHAPES = SHAPES[:4]
 """Those that hold nearly all of a step's operations."""
 SKINNY_SHAPES = [(1, 18432, 3072), (1, 9216, 3072), (8, 18432, 3072), (50, 18432, 3072), (100, 18432, 3072)]
@@ -85,10 +90,17 @@ def handle(task: Task) -> dict[str, Any]:
         if kind == "check":
             return check(task["variant"], task["dtype"], [tuple(s) for s in task["shapes"]])
         if kind == "check skinny":
-            return check_skinny(task["chunk"])
+            return check_skinny(SKINNY[task["variant"]])
+        if kind == "passes":
+            return passes.measure(*task["shape"])
         m, n, k = task["shape"]
         if kind == "skinny":
             return {"times": graph_times(skinny(m, n, k))}
+        if kind == "compile gemlite":
+            return gemlite_rival.warm(m, n, k, task["dtype"])
+        if kind == "gemlite":
+            found, error = gemlite_rival.candidates(m, n, k, task["dtype"])
+            return {"gemlite_error": error, "times": graph_times(found)}
         candidates = rivals(m, n, k)
         for dtype, variants in task["variants"].items():
             candidates += ours(m, n, k, variants, dtype, BACKENDS)
@@ -131,13 +143,17 @@ class _Account:
                 self.passed[task["dtype"]].append(task["variant"])
             word = "right" if fine else "WRONG"
             print(f"check {task['dtype']} {task['variant']}: {word} {json.dumps(result)[:600]}", flush=True)
-        elif task["kind"] in ("gemm", "skinny") and "times" in result:
+        elif task["kind"] in ("gemm", "skinny", "gemlite") and "times" in result:
             print(table(tuple(task["shape"]), result["times"]), flush=True)
         elif not task["kind"].startswith("compile") or "error" in result:
             print(json.dumps(task), json.dumps(result)[:600], flush=True)
 
 
-def probe(out: Path, seconds: float, quick: bool = False) -> list[dict[str, Any]]:
+PARTS = ("passes", "few rows", "products", "gemlite")
+"""Of a run, in this order."""
+
+
+def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...] = PARTS) -> list[dict[str, Any]]:
     """Check every variant, time those that are right, print tables and write ``out/kernels.json`` as it goes.
 
     Returns what the file holds: {"task": ..., "result": ...} in the order in which they were done.
@@ -148,19 +164,35 @@ def probe(out: Path, seconds: float, quick: bool = False) -> list[dict[str, Any]
     module = "tritflow.profiling.kernels"
     note = _Account(out)
     shapes = SHAPES[:2] if quick else SHAPES
+    gemlite = "gemlite" in parts and gemlite_rival.installed()
+    rows = [(m, n, k) for m, n, k in SKINNY_SHAPES if m == 1]
 
-    # Of what "hopper" chooses nearly all is among the variants.
-    compiles: list[Task] = [{"kind": "compile", "variant": v, "dtype": kind} for kind, vs in _KINDS.items() for v in vs]
-    compiles += [
-        {"kind": "compile backends", "dtype": kind, "k": k} for k in sorted({k for *_, k in shapes}) for kind in _KINDS
-    ]
-    compiles += [{"kind": "check skinny", "chunk": chunk} for chunk in SKINNY]
+    compiles: list[Task] = []
+    if "products" in parts:
+        # Of what "hopper" chooses nearly all is among the variants.
+        compiles += [{"kind": "compile", "variant": v, "dtype": kind} for kind, vs in _KINDS.items() for v in vs]
+        compiles += [
+            {"kind": "compile backends", "dtype": kind, "k": k}
+            for k in sorted({k for *_, k in shapes})
+            for kind in _KINDS
+        ]
+    if "few rows" in parts:
+        compiles += [{"kind": "check skinny", "variant": v} for v in SKINNY]
+    if gemlite:
+        # It compiles anew for each K and kind of activations, and differently for one row.
+        tried = [min(shape for shape in shapes if shape[2] == k) for k in sorted({k for *_, k in shapes})]
+        compiles[:0] = [
+            {"kind": "compile gemlite", "dtype": kind, "shape": shape}
+            for shape in [*tried, rows[0]]
+            for kind in gemlite_rival.KINDS
+            if kind == "bf16" or shape[0] > 1
+        ]
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     threads = [
         threading.Thread(
             target=run_isolated,
             args=(module, compiles[i::workers]),
-            kwargs={"silence": 60, "deadline": deadline, "on_result": note},
+            kwargs={"silence": 120 if gemlite else 60, "deadline": deadline, "on_result": note},
         )
         for i in range(workers)
     ]
@@ -171,17 +203,29 @@ def probe(out: Path, seconds: float, quick: bool = False) -> list[dict[str, Any]
     print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
 
     checks: list[Task] = [{"kind": "ceilings"}]
-    checks += [
-        {"kind": "check", "variant": v, "dtype": kind, "shapes": CHECK_SHAPES}
-        for kind, vs in _KINDS.items()
-        for v in ["hopper", *vs]
-    ]
+    if "products" in parts:
+        checks += [
+            {"kind": "check", "variant": v, "dtype": kind, "shapes": CHECK_SHAPES}
+            for kind, vs in _KINDS.items()
+            for v in ["hopper", *vs]
+        ]
     run_isolated(module, checks, silence=30, deadline=deadline, on_result=note)
     # What matters most comes first, should the time run out.
-    timed: list[Task] = [
-        {"kind": "gemm", "shape": shape, "variants": note.passed, "rounds": 3, "milliseconds": 12.0} for shape in shapes
-    ]
-    timed[4:4] = [{"kind": "skinny", "shape": shape} for shape in SKINNY_SHAPES]
+    timed: list[Task] = []
+    if "products" in parts:
+        timed += [
+            {"kind": "gemm", "shape": shape, "variants": note.passed, "rounds": 3, "milliseconds": 12.0}
+            for shape in shapes
+        ]
+    if "few rows" in parts:
+        timed[4:4] = [{"kind": "skinny", "shape": shape} for shape in SKINNY_SHAPES]
+    if "passes" in parts:
+        timed[4:4] = [{"kind": "passes", "shape": shape} for shape in passes.SHAPES]
+    if gemlite:
+        timed += [{"kind": "gemlite", "dtype": "bf16", "shape": shape} for shape in rows]
+        timed += [
+            {"kind": "gemlite", "dtype": kind, "shape": shape} for shape in shapes for kind in gemlite_rival.KINDS
+        ]
     run_isolated(module, timed, silence=60, deadline=deadline, on_result=note)
     return note.records
 
@@ -191,7 +235,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
     A ratio is the rival's median over ours, so above 1 is faster. "means" are geometric means over `MAIN_SHAPES`.
     """
-    run: dict[str, Any] = {"checks": {}, "products": {}, "few_rows": {}}
+    run: dict[str, Any] = {"checks": {}, "products": {}, "few_rows": {}, "passes": {}, "gemlite": {}}
     for record in records:
         task, result = record["task"], record["result"]
         if task["kind"] == "ceilings":
@@ -199,14 +243,37 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         elif task["kind"] == "check":
             run["checks"][f"{task['dtype']} {task['variant']}"] = result
         elif task["kind"] == "check skinny":
-            run["checks"][f"few rows {task['chunk']}"] = result
+            run["checks"][f"few rows, {task['variant']}"] = result
+        elif task["kind"] == "passes":
+            run["passes"]["x".join(map(str, task["shape"]))] = result
+        elif task["kind"] == "gemlite":
+            run["gemlite"][f"{task['dtype']} " + "x".join(map(str, task["shape"]))] = _against_gemlite(result)
         elif task["kind"] in ("gemm", "skinny"):
             where = run["products" if task["kind"] == "gemm" else "few_rows"]
             where["x".join(map(str, task["shape"]))] = _entry(task["kind"], result)
     main = [run["products"].get("x".join(map(str, shape)), {}).get("ratios", {}) for shape in MAIN_SHAPES]
     names = set.intersection(*(set(ratios) for ratios in main))
     run["means"] = {name: math.exp(sum(math.log(r[name]) for r in main) / len(main)) for name in sorted(names)}
+    run["double_block"] = _double_block(run["products"])
     return run
+
+
+def _double_block(products: dict[str, Any]) -> dict[str, float]:
+    """The eight products of a double block one after another: the dense library's time over ours."""
+    times = [products.get("x".join(map(str, shape)), {}).get("microseconds", {}) for shape in DOUBLE_BLOCK]
+    pairs = {"int8 / fp8 row": (RIVAL, "int8 hopper"), "fp8 / fp8 row": (RIVAL, "fp8 hopper")}
+    return {
+        name: sum(t[a]["p50"] for t in times) / sum(t[b]["p50"] for t in times)
+        for name, (a, b) in pairs.items()
+        if all("p50" in t.get(a, {}) and "p50" in t.get(b, {}) for t in times)
+    }
+
+
+def _against_gemlite(result: dict[str, Any]) -> dict[str, Any]:
+    us = {name.split()[-1]: t["p50"] for name, t in result.get("times", {}).items() if "p50" in t}
+    if len(us) == 2:
+        return {**result, "speedup": us["gemlite"] / us["tritflow"]}
+    return result
 
 
 def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -237,10 +304,12 @@ def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def bench_gpu(device: str, seconds: float, quick: bool, note: str, out: Path) -> dict[str, Any]:
+def bench_gpu(
+    device: str, seconds: float, quick: bool, note: str, out: Path, parts: tuple[str, ...] = PARTS
+) -> dict[str, Any]:
     """A probe as a run for `tritflow.results`, with where it came from."""
     # Results hold no NaN and no infinity; what could not be formed is null.
-    text = json.dumps(summarize(probe(out, seconds, quick)))
+    text = json.dumps(summarize(probe(out, seconds, quick, parts)))
     return {
         **results.provenance(device),
         "quick": quick,
@@ -253,6 +322,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tritflow.profiling.kernels", description=__doc__)
     parser.add_argument("--probe", action="store_true", help="check and time every variant")
     parser.add_argument("--quick", action="store_true", help="two shapes only")
+    parser.add_argument("--part", action="append", choices=PARTS, help="of the run; may be repeated (all)")
     parser.add_argument("--out", type=Path, default=Path("kernel-probe"), help="folder for kernels.json")
     parser.add_argument("--results", type=Path, help="append the run to this folder of results")
     parser.add_argument("--note", default="", help="kept with the result")
@@ -264,7 +334,7 @@ def main(arguments: list[str]) -> None:
     elif options.probe:
         if not torch.cuda.is_available():
             raise SystemExit("the probe needs a CUDA device, and this machine shows none")
-        run = bench_gpu("cuda", options.seconds, options.quick, options.note, options.out)
+        run = bench_gpu("cuda", options.seconds, options.quick, options.note, options.out, tuple(options.part or PARTS))
         print(json.dumps(run["means"], indent=1))
         if options.results is not None:
             results.append(results.path_for(options.results, "kernels-cuda", run["device"]), "kernels-cuda", run)

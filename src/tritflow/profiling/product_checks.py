@@ -113,16 +113,16 @@ def compile_variant(variant: str, kind: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin}
 
 
-def check_skinny(chunk: int) -> dict[str, Any]:
+def check_skinny(settings: dict[str, int]) -> dict[str, Any]:
     """A setting of the product with few rows against float64."""
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
     report: dict[str, Any] = {"worst": 0.0}
-    for m, n, k in [(3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)]:
+    for m, n, k in [(3, 200, 272), (8, 3072, 3072), (1, 18432, 3072), (1, 9216, 3072), (5, 264, 1040)]:
         x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
         trits, sw = random_trits(n, k), torch.rand(n, device="cuda").to(torch.bfloat16)
         y = (x.double() @ trits.double().T) * sw.double()
-        out = w2a16_skinny(x, pack(trits), sw, chunk=chunk)
+        out = w2a16_skinny(x, pack(trits), sw, **settings)
         error = ((out.double() - y).norm() / y.norm()).item()
         report["worst"] = max(report["worst"], error if math.isfinite(error) else math.inf)
     report["wrong"] = int(report["worst"] > 0.005)

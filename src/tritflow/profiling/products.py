@@ -27,8 +27,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Configurations of the Hopper product that are checked and timed by name; see `hopper.launch.Config`."""
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
-SKINNY = (64, 128, 256)
-"""Bytes of a weight row that the product with few rows asks for at a time."""
+SKINNY: dict[str, dict[str, int]] = {
+    "1 warp": {"parts": 1, "chunk": 256},
+    "2 warps": {"parts": 2, "chunk": 64},
+    "2 warps, 128 bytes": {"parts": 2, "chunk": 128},
+    "4 warps": {"parts": 4, "chunk": 64},
+    "4 warps, 56 registers": {"parts": 4, "chunk": 64, "registers": 56},
+    "8 warps": {"parts": 8, "chunk": 64},
+}
+"""Settings of the product with few rows; see `hopper.skinny`."""
 
 
 def random_trits(n: int, k: int, device: str = "cuda") -> Tensor:
@@ -181,11 +188,11 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
 
     found.append(Candidate("triton", lambda i: w2a16_linear(x, wp[i], scale, backend="triton"), sets))
 
-    def product(chunk: int) -> Callable[[int], Tensor]:
-        return lambda i: w2a16_skinny(x, wp[i], scale, chunk=chunk)
+    def product(settings: dict[str, int]) -> Callable[[int], Tensor]:
+        return lambda i: w2a16_skinny(x, wp[i], scale, **settings)
 
     if m <= 8:
-        found += [Candidate(f"skinny {chunk}", product(chunk), sets) for chunk in SKINNY]
+        found += [Candidate(f"skinny, {name}", product(settings), sets) for name, settings in SKINNY.items()]
     if m >= 64:
         found.append(Candidate("hopper", lambda i: hopper(x, scale, wp[i], scale), sets))
     return found

@@ -18,11 +18,13 @@ MAX_OBJECTS = 4
 @dataclass
 class SceneBatch:
     """Scenes as tensors, `MAX_OBJECTS` slots each: kind [B, S, 3] (shape, colour, texture; shape -1 is an empty
-    slot), place [B, S, 3] (x, y, radius), ground [B] (grey level in 0..1)."""
+    slot), place [B, S, 3] (x, y, radius), ground [B] (grey level in 0..1), turn [B, S] (added to the hue of the slot's
+    colour, in turns of the circle; None: none)."""
 
     kind: Tensor
     place: Tensor
     ground: Tensor
+    turn: Tensor | None = None
 
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
@@ -40,13 +42,38 @@ class SceneBatch:
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """The same batch on another device."""
-        return SceneBatch(self.kind.to(device), self.place.to(device), self.ground.to(device))
+        turn = None if self.turn is None else self.turn.to(device)
+        return SceneBatch(self.kind.to(device), self.place.to(device), self.ground.to(device), turn)
 
     def __getitem__(self, index: slice | Tensor) -> SceneBatch:
-        return SceneBatch(self.kind[index], self.place[index], self.ground[index])
+        turn = None if self.turn is None else self.turn[index]
+        return SceneBatch(self.kind[index], self.place[index], self.ground[index], turn)
 
     def __len__(self) -> int:
         return self.kind.shape[0]
+
+
+def hue(rgb: Tensor) -> Tensor:
+    """Hue of colours [..., 3] in turns, 0..1: the angle around the axis of greys."""
+    r, g, b = rgb.unbind(-1)
+    return torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b) / (2 * math.pi) % 1
+
+
+def palette() -> Tensor:
+    """The colours of the world [8, 3], in their order."""
+    return torch.tensor([RGB[c] for c in COLORS])
+
+
+def turned(rgb: Tensor, turn: Tensor) -> Tensor:
+    """Colours [..., 3] of another hue and the same brightness; paler where the screen has none so strong."""
+    grey = rgb.mean(-1, keepdim=True)
+    away = rgb - grey
+    r, g, b = away.unbind(-1)
+    across = torch.stack([b - g, r - b, g - r], dim=-1) / math.sqrt(3)
+    angle = 2 * math.pi * turn[..., None]
+    away = away * torch.cos(angle) + across * torch.sin(angle)
+    room = torch.where(away > 0, 1 - grey, grey) / away.abs().clamp(min=1e-6)
+    return grey + away * room.amin(-1, keepdim=True).clamp(max=1)
 
 
 def shape_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +116,7 @@ def shape_distances(x: Tensor, y: Tensor) -> Tensor:
 def render(scenes: SceneBatch, size: int = 128) -> Tensor:
     """Draw a batch at `size` x `size` pixels: float tensor [B, 3, size, size] in 0..1, on the batch's device."""
     device = scenes.place.device
-    palette = torch.tensor([RGB[c] for c in COLORS], device=device)
+    colors = palette().to(device)
     axis = (torch.arange(size, device=device) + 0.5) / size
     image = scenes.ground[:, None, None, None].expand(-1, 3, size, size).clone()
     for slot in range(scenes.kind.shape[1]):
@@ -102,7 +129,10 @@ def render(scenes: SceneBatch, size: int = 128) -> Tensor:
         distance = shape_distances(x, y).gather(-1, index)[..., 0]
         cover = (0.5 - distance * safe * size).clamp(0, 1) * (shape >= 0)[:, None, None]
         tone = _texture(x * safe, y * safe, texture, size)
-        paint = palette[color.clamp(min=0)][:, :, None, None] * tone[:, None]
+        flat = colors[color.clamp(min=0)]
+        if scenes.turn is not None:
+            flat = turned(flat, scenes.turn[:, slot])
+        paint = flat[:, :, None, None] * tone[:, None]
         image = image + cover[:, None] * (paint - image)
     return image
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     run = Run(args)
     run.log(f"{world_size()} x {run.device}, torch {torch.__version__}, {len(run.words)} words")
-    examples = data.make_examples(args.examples, seed=1 + rank(), workers=run.workers)
+    examples = data.make_examples(args.examples, seed=1 + rank(), workers=run.workers, tinted=args.tinted)
     run.log(f"{len(examples)} examples")
     autoencoder = stages.train_vae(run, examples.scenes)
     latents = data.encode_set(examples, autoencoder, args.size, run.device)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tritflow.scenes import SceneBatch, render, training_examples
 from tritflow.training.models import SEQUENCE_LENGTH, build_tokenizers
+from tritflow.training.tints import tint
+from tritflow.training.words import InventedWords
 
 # Examples that a worker makes at a time.
 CHUNK = 4096
@@ -50,19 +52,29 @@ def word_tokenizers() -> tuple[Any, Any]:
     return build_tokenizers(training_words())
 
 
-def example_chunk(task: tuple[int, int, int]) -> Examples:
-    """`count` examples of chunk `number` of the stream `seed`; task is (seed, number, count). Tokens are made here,
-    in the worker: the process that trains has better things to do."""
+@lru_cache(maxsize=1)
+def invented_words() -> InventedWords:
+    """Invented words of both tokenizers, on the CPU."""
+    return InventedWords(*word_tokenizers())
+
+
+def example_chunk(task: tuple[int, int, int, float]) -> Examples:
+    """`count` examples of chunk `number` of the stream `seed`, a share of them tinted; task is (seed, number, count,
+    share). Tokens are made here, in the worker: the process that trains has better things to do."""
     torch.set_num_threads(1)
-    seed, number, count = task
-    pairs = list(itertools.islice(training_examples(seed * 1_000_003 + number), count))
+    seed, number, count, tinted = task
+    stream = seed * 1_000_003 + number
+    pairs = list(itertools.islice(training_examples(stream), count))
     clip_ids, t5_ids = tokenize([c for c, _ in pairs], *word_tokenizers())
-    return Examples(clip_ids.short(), t5_ids.short(), SceneBatch.from_scenes([s for _, s in pairs]))
+    scenes = SceneBatch.from_scenes([s for _, s in pairs])
+    if tinted > 0:
+        scenes, clip_ids, t5_ids = tint(scenes, clip_ids, t5_ids, invented_words(), tinted, stream)
+    return Examples(clip_ids.short(), t5_ids.short(), scenes)
 
 
-def make_examples(count: int, seed: int, workers: int) -> Examples:
-    """`count` training examples, made by `workers` processes; independent of their number."""
-    tasks = [(seed, i, min(CHUNK, count - i * CHUNK)) for i in range(-(-count // CHUNK))]
+def make_examples(count: int, seed: int, workers: int, tinted: float = 0.0) -> Examples:
+    """`count` training examples, made by `workers` processes; independent of their number. `tinted`: see `tint`."""
+    tasks = [(seed, i, min(CHUNK, count - i * CHUNK), tinted) for i in range(-(-count // CHUNK))]
     with ExitStack() as stack:
         results: Iterable[Examples]
         if workers <= 1:
@@ -78,6 +90,7 @@ def make_examples(count: int, seed: int, workers: int) -> Examples:
             torch.cat([p.scenes.kind for p in parts]),
             torch.cat([p.scenes.place for p in parts]),
             torch.cat([p.scenes.ground for p in parts]),
+            torch.cat([p.scenes.turn for p in parts if p.scenes.turn is not None]) if tinted > 0 else None,
         ),
     )
 

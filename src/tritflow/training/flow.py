@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tritflow.training.data import LatentSet
 from tritflow.training.loop import Trainer
 from tritflow.training.patches import PatchHead
-from tritflow.training.reading import InventedWords
+from tritflow.training.words import InventedWords
 
 CAPTION_DROPOUT = 0.1
 # Share of captions in which some words give way to invented ones, and share of those captions' words. "Three A" over
@@ -106,9 +106,11 @@ def flow_loss(
     head: PatchHead,
     share: Tensor,
     words: InventedWords | None = None,
+    hues: bool = False,
 ) -> Callable[[], Tensor]:
     """A closure that draws a batch and returns the velocity error plus `share` (of its weight) of the patch head's;
-    a tenth of the captions are dropped, and with `words` some are told in invented ones."""
+    a tenth of the captions are dropped, and with `words` some are told in invented ones, but for colours where those
+    mean `hues`."""
     device = data.latents.device
 
     def loss() -> Tensor:
@@ -118,7 +120,8 @@ def flow_loss(
         clip_ids = data.clip_ids[index] * (1 - drop) + data.empty_clip * drop
         t5_ids = data.t5_ids[index] * (1 - drop) + data.empty_t5 * drop
         if words is not None:
-            choice = words.choose(batch, INVENTED_CAPTIONS, INVENTED_WORDS)
+            # Those for colours have a meaning: hues of tinted scenes.
+            choice = words.choose(batch, INVENTED_CAPTIONS, INVENTED_WORDS, colors=not hues)
             clip_ids, t5_ids = words.replace(clip_ids, "clip", choice), words.replace(t5_ids, "t5", choice)
         noise = torch.randn_like(x0)
         sigma = draw_sigma(batch, device)
@@ -157,18 +160,19 @@ def train_flow(
     compile: bool = True,
     graph: bool = True,
     words: InventedWords | None = None,
+    hues: bool = False,
     log: Callable[[int, float, float], None] | None = None,
     box: list[Trainer] | None = None,
 ) -> Trainer:
     """Train in place for `seconds`; afterwards the parameters hold the averaged weights. The trainer is put into `box`
-    at once, for `log` to look at. `words`: for `flow_loss`."""
+    at once, for `log` to look at. `words` and `hues`: for `flow_loss`."""
     if compile:
         model.transformer.compile_repeated_blocks(fullgraph=True)
     device = data.latents.device
     head = PatchHead(model.transformer.inner_dim).to(device)
     share = torch.zeros((), device=device)
     trainer = Trainer(
-        flow_loss(model, data, batch, side, head, share, words),
+        flow_loss(model, data, batch, side, head, share, words, hues),
         [p for m in (model, head) for p in m.parameters() if p.requires_grad],
         matrices=block_matrices(model.transformer) if muon else (),
         matrix_decay=MATRIX_DECAY,

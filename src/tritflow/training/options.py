@@ -16,6 +16,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and the pipeline")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--examples", type=int, default=300_000, help="scenes rendered and encoded a GPU")
+    parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
     parser.add_argument("--vae-seconds", type=float, default=300)
     parser.add_argument("--probe-seconds", type=float, default=0, help="two GPUs: AdamW and Muon side by side first")
     parser.add_argument("--reading-seconds", type=float, default=45, help="text encoders alone, before the flow")
@@ -37,6 +38,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    if not 0 <= args.tinted <= 1:
+        parser.error(f"--tinted {args.tinted}: give a share from 0 to 1")
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"--resume {args.resume}: no such checkpoint")
     return args

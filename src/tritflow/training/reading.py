@@ -21,91 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritflow.scenes import COLORS, SHAPES, TEXTURES
-from tritflow.scenes.grammar import PLURAL, Prompt
+from tritflow.scenes import COLORS
+from tritflow.scenes.grammar import Prompt
 from tritflow.scenes.render import MAX_OBJECTS
 from tritflow.training.data import LatentSet, tokenize
 from tritflow.training.loop import Trainer
+from tritflow.training.words import CLASSES, InventedWords, word_table
 
 # T5's scores are not divided by the square root of the head's width; its query weights start that much smaller
 # instead (6.9 times at width 48). Stepped like the rest, they outgrow the others, attention collapses to single tokens,
 # and what was learned is a bag of words.
 QUERY_RATE = 0.3
-# What has a word, and the characters that stand for invented ones.
-_CLASSES = (
-    (tuple((shape, PLURAL[shape]) for shape in SHAPES), "ABCDEFGHIJKLMNOPQRSTUVWX"),
-    (tuple((color,) for color in COLORS), "0123456789YZ"),
-    (tuple((texture,) for texture in TEXTURES), "bcdfghjk"),
-)
-_KINDS, _HUES, _GRAINS = (len(real) + len(characters) for real, characters in _CLASSES)
+_KINDS, _HUES, _GRAINS = (len(real) + len(characters) for real, characters in CLASSES)
 # At a noun: which one, its colour and texture or that none was named, how many, where.
 _AT_NOUN = (_KINDS, _HUES + 1, _GRAINS + 1, MAX_OBJECTS, 3)
 _POOLED = (MAX_OBJECTS + 1, 1)
-
-
-def word_table(tokenizer: Any, words: Sequence[Sequence[str]], form: str = "▁{}") -> Tensor:
-    """Index among `words`, each with its forms, of every token id of a word-level tokenizer; -1 for other tokens."""
-    table = torch.full((len(tokenizer),), -1)
-    for index, forms in enumerate(words):
-        for word in forms:
-            token = tokenizer.convert_tokens_to_ids(form.format(word))
-            if token != tokenizer.unk_token_id:
-                table[token] = index
-    return table
-
-
-class InventedWords(nn.Module):
-    """Puts invented words in the place of a caption's nouns, colours and textures, the same wherever one stands.
-
-    Numbers of words: the real ones of all classes, one class after the other; so are those of invented ones.
-    """
-
-    def __init__(self, clip_tokenizer: Any, t5_tokenizer: Any) -> None:
-        super().__init__()
-        self.t5_table: Tensor
-        words = [forms for real, _ in _CLASSES for forms in real]
-        characters = "".join(invented for _, invented in _CLASSES)
-        for name, tokenizer, form, character in (
-            ("t5", t5_tokenizer, "▁{}", "{}"),
-            ("clip", clip_tokenizer, "{}</w>", "{}</w>"),
-        ):
-            invented = [tokenizer.convert_tokens_to_ids(character.format(c)) for c in characters]
-            self.register_buffer(f"{name}_table", word_table(tokenizer, words, form))
-            self.register_buffer(f"{name}_invented", torch.tensor(invented))
-
-    def choose(self, batch: int, captions: float = 0.5, words: float = 2 / 3) -> Tensor:
-        """For each word of each caption the number of an invented one, or -1: it stays [batch, words].
-
-        Args:
-            captions: share of them that are changed at all.
-            words: share of a changed caption's words that are.
-        """
-        device = self.t5_table.device
-        columns, first = [], 0
-        for real, characters in _CLASSES:
-            # A different one for each word: two nouns never become the same.
-            columns.append(torch.rand(batch, len(characters), device=device).argsort(1)[:, : len(real)] + first)
-            first += len(characters)
-        chosen = torch.cat(columns, 1)
-        changed = torch.rand(batch, 1, device=device) < captions
-        return torch.where(changed & (torch.rand(chosen.shape, device=device) < words), chosen, -1)
-
-    def replace(self, ids: Tensor, which: str, choice: Tensor) -> Tensor:
-        """Token ids [B, L] of the tokenizer `which` ("clip" or "t5") with the chosen words in their places."""
-        table, invented = getattr(self, f"{which}_table"), getattr(self, f"{which}_invented")
-        word = table[ids]
-        other = choice.gather(1, word.clamp(min=0))
-        return torch.where((word >= 0) & (other >= 0), invented[other.clamp(min=0)], ids)
-
-    @staticmethod
-    def renamed(index: Tensor, choice: Tensor, which: int) -> Tensor:
-        """What words `index` [B, ...] of class `which` (-1: none) are after `choice`: the real ones of the class keep
-        their numbers, invented ones come after them."""
-        begin = sum(len(real) for real, _ in _CLASSES[:which])
-        first = sum(len(characters) for _, characters in _CLASSES[:which])
-        real = len(_CLASSES[which][0])
-        other = choice[:, begin : begin + real].gather(1, index.clamp(min=0).flatten(1)).view_as(index)
-        return torch.where(index < 0, -1, torch.where(other >= 0, other - first + real, index))
 
 
 def told_before(nouns: Tensor, words: Tensor) -> Tensor:
@@ -141,8 +71,12 @@ class Reader(nn.Module):
         self.colors: Tensor
         self.textures: Tensor
         self.invented = InventedWords(*tokenizers)
-        for name, (words, _) in zip(("nouns", "colors", "textures"), _CLASSES, strict=True):
+        for name, (words, _) in zip(("nouns", "colors", "textures"), CLASSES, strict=True):
             self.register_buffer(name, word_table(tokenizers[1], words))
+        # The words of tinted scenes (`tints`) are read as what they are.
+        first, many = InventedWords.colors()
+        ids = self.invented.t5_invented[first : first + many]
+        self.colors[ids] = len(COLORS) + torch.arange(many)
         self.at_noun = nn.Linear(text_width, sum(_AT_NOUN))
         self.at_end = nn.Linear(pooled_width, sum(_POOLED))
 

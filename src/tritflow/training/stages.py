@@ -20,6 +20,7 @@ from tritflow.training.loop import rank, world_size
 from tritflow.training.run import Run
 from tritflow.training.score import draw, score
 from tritflow.training.supply import Supply
+from tritflow.training.words import InventedWords
 
 
 def train_vae(run: Run, scenes: SceneBatch) -> Any:
@@ -184,7 +185,7 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         "graph": not args.no_graph,
     }
     box: list[Any] = []
-    supply = Supply(run.pool, 1 + rank(), len(latents.latents))
+    supply = Supply(run.pool, 1 + rank(), len(latents.latents), args.tinted)
     report = reporter(
         run,
         model,
@@ -192,9 +193,17 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         box,
         renew=lambda: supply.refill(latents, autoencoder, args.size),
     )
-    words = reading.InventedWords(*run.tokenizers).to(run.device)
+    words = InventedWords(*run.tokenizers).to(run.device)
     flow.train_flow(
-        model, latents, seconds=args.flow_seconds, peak=args.peak, words=words, log=report, box=box, **common
+        model,
+        latents,
+        seconds=args.flow_seconds,
+        peak=args.peak,
+        words=words,
+        hues=args.tinted > 0,
+        log=report,
+        box=box,
+        **common,
     )
     supply.close()
     run.log(f"flow: {supply.total} examples beyond the first {len(latents.latents)}")

@@ -9,7 +9,7 @@ import typer
 
 from tritflow.cli.bench.app import app
 from tritflow.cli.bench.options import Device, Json, Note, Results, store
-from tritflow.cli.console import print_json, progress, say
+from tritflow.cli.console import print_json, progress
 
 _SUITES = """Examples:
 
@@ -78,12 +78,12 @@ def scorers(
     from tritflow.pipelines.loading import pick_device
 
     on = str(pick_device(device))
-    run = throughput.measure(
-        scorer or (), device=on, pictures=pictures, size=size, batch_size=batch_size, say=None if json else say
-    )
-    run["note"] = note
-    store(results, "scorers", [run])
+    measured = []
+    for run in throughput.measure(scorer or (), device=on, pictures=pictures, size=size, batch_size=batch_size):
+        run["note"] = note
+        measured.append(run)
+        store(results, "scorers", [run])
+        if not json:
+            print(throughput.line(run), flush=True)
     if json:
-        print_json(run)
-    else:
-        print(throughput.table(run))
+        print_json(measured)

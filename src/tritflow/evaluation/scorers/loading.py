@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,8 @@ from tritflow.evaluation.images import ImageSet
 Pixels = NDArray[np.uint8]
 Entry = dict[str, Any]
 
-WORKERS = 4
+# A thread decodes some forty pictures of 1024x1024 a second (zlib and PIL let others run meanwhile).
+WORKERS = max(2, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 AHEAD = 3
 """Batches that are read before they are asked for."""
 

@@ -22,22 +22,46 @@ _DECODE = gl.constexpr(HALVES)
 
 
 @gluon.constexpr_function
-def _bytes_layout(chunk):
-    """[16, chunk] bytes: lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
-    registers = [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]]
+def _bytes_layout(parts, chunk):
+    """[parts, 16, chunk] bytes: a warp a part; lane (row % 8, quarter of 64 bytes) holds 16 bytes of rows r and r + 8."""
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 8, 0]]
     piece = 64
     while piece < chunk:
-        registers = [*registers, [0, piece]]
+        registers = [*registers, [0, 0, piece]]
         piece *= 2
-    return gl.DistributedLinearLayout(registers, [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [], [], [16, chunk])
+    lanes = [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, _warps(parts), [], [parts, 16, chunk])
+
+
+@gluon.constexpr_function
+def _inputs_layout(parts, columns):
+    """[parts, columns, 8] activations: lane (quarter of 64 bytes, row) holds what its weights are multiplied with."""
+    registers = [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 32, 0], [0, 64, 0]]
+    piece = 256
+    while piece < columns:
+        registers = [*registers, [0, piece, 0]]
+        piece *= 2
+    lanes = [[0, 16, 0], [0, 128, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    return gl.DistributedLinearLayout(registers, lanes, _warps(parts), [], [parts, columns, 8])
+
+
+@gluon.constexpr_function
+def _warps(parts):
+    bases = []
+    part = 1
+    while part < parts:
+        bases = [*bases, [part, 0, 0]]
+        part *= 2
+    return bases
 
 
 @gluon.jit
-def _packed(at, inside, c: gl.constexpr, layout: gl.constexpr, BYTES: gl.constexpr, CHUNK: gl.constexpr):
+def _packed(at, columns, inside, c: gl.constexpr, BYTES: gl.constexpr, SPAN: gl.constexpr):
+    """A span of packed weights, that nobody reads again."""
     mask = inside
-    if c + CHUNK > BYTES:
-        mask = inside & gl.expand_dims(c + gl.arange(0, CHUNK, gl.SliceLayout(0, layout)) < BYTES, 0)
-    return gl.load(at + c, mask=mask, other=0)
+    if c + SPAN > BYTES:
+        mask = inside & (columns + c < BYTES)
+    return gl.load(at + c, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @gluon.jit(do_not_specialize=["M", "N"])
@@ -52,44 +76,67 @@ def w2a16_skinny_kernel(
     K: gl.constexpr,
     BYTES: gl.constexpr,
     CHUNK: gl.constexpr,
+    PARTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """One warp: out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; CHUNK bytes of each row at a time."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
-    layout: gl.constexpr = _bytes_layout(CHUNK)
+    """out[0:M, row:row + 16] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
+
+    PARTS * CHUNK bytes of each row at a time, CHUNK a warp; the warps' sums are added at the end.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, 1, 1], instr_shape=[1, 16, 8])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    layout: gl.constexpr = _bytes_layout(PARTS, CHUNK)
     KC: gl.constexpr = CHUNK * 4
+    x_layout: gl.constexpr = _inputs_layout(PARTS, KC)
+    SPAN: gl.constexpr = PARTS * CHUNK
 
     row = gl.program_id(0) * 16
-    rows = row + gl.arange(0, 16, gl.SliceLayout(1, layout))
-    at = gl.expand_dims(rows.to(gl.int64) * BYTES, 1) + gl.expand_dims(
-        gl.arange(0, CHUNK, gl.SliceLayout(0, layout)), 0
-    )
-    inside = gl.expand_dims(rows < N, 1)
+    parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    rows = row + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    bytes_ = gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    part = gl.expand_dims(gl.expand_dims(parts, 1), 2)
+    columns = part * CHUNK + gl.expand_dims(gl.expand_dims(bytes_, 0), 1)
+    of_row = gl.expand_dims(gl.expand_dims(rows, 0), 2)
+    at = weight + (of_row.to(gl.int64) * BYTES + columns)
+    inside = of_row < N
 
-    # Slot s of a chunk's K order: bits (b, b, c, c, f, f, i, i, piece...) of byte 64 piece + 16 c + 4 i + b, field f.
-    s = gl.arange(0, KC, gl.SliceLayout(1, b_layout))
-    byte = (s & 3) | (((s >> 6) & 3) << 2) | (((s >> 2) & 3) << 4) | ((s >> 8) << 6)
-    k_slot = (byte // 32) * 128 + ((s >> 4) & 3) * 32 + byte % 32
-    token = gl.arange(0, 8, gl.SliceLayout(0, b_layout))
-    x_at = gl.expand_dims(k_slot, 1) + gl.expand_dims(token * K, 0)
-    if K % 4 == 0:
-        x_at = gl.max_contiguous(gl.multiple_of(x_at, (4, 1)), (4, 1))
-    x_inside = gl.expand_dims(token < M, 0)
+    # Asked for before all else: their way from memory is what takes the time.
+    w0 = _packed(at, columns, inside, 0, BYTES, SPAN)
+    w1 = w0
+    if BYTES > SPAN:
+        w1 = _packed(at, columns, inside, SPAN, BYTES, SPAN)
+    w2 = w1
+    if BYTES > 2 * SPAN:
+        w2 = _packed(at, columns, inside, 2 * SPAN, BYTES, SPAN)
+
+    x_parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))
+    slots = gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
+    tokens = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, x_layout)))
+    x_column = gl.expand_dims(gl.expand_dims(x_parts, 1), 2) * KC + gl.expand_dims(gl.expand_dims(slots, 0), 2)
+    # Columns past M repeat the last row, and are not written: cheaper than zeros.
+    token = gl.expand_dims(gl.expand_dims(gl.minimum(tokens, M - 1), 0), 1)
+    x_at = x + (x_column + token * K)
+    if K % 8 == 0:
+        x_at = gl.max_contiguous(gl.multiple_of(x_at, (1, 16, 1)), (1, 8, 1))
 
     # Two sums, since each mma waits for the one before it on the same sum.
-    acc = gl.zeros((16, 8), gl.float32, mma)
-    other = gl.zeros((16, 8), gl.float32, mma)
-    following = _packed(weight + at, inside, 0, layout, BYTES, CHUNK)
-    for c in gl.static_range(0, BYTES, CHUNK):
-        packed = following
-        if c + CHUNK < BYTES:
-            following = _packed(weight + at, inside, c + CHUNK, layout, BYTES, CHUNK)
-        x_mask = x_inside
-        if c * 4 + KC > K:
-            x_mask = x_inside & gl.expand_dims(c * 4 + k_slot < K, 1)
-        b = gl.load(x + x_at + c * 4, mask=x_mask, other=0.0)
+    acc = gl.zeros((PARTS, 16, 8), gl.float32, mma)
+    other = gl.zeros((PARTS, 16, 8), gl.float32, mma)
+    for c in gl.static_range(0, BYTES, SPAN):
+        packed = w0
+        w0 = w1
+        w1 = w2
+        if c + 3 * SPAN < BYTES:
+            w2 = _packed(at, columns, inside, c + 3 * SPAN, BYTES, SPAN)
+        if (c + SPAN) * 4 > K:
+            values = gl.load(x_at + c * 4, mask=(x_column + c * 4 < K).broadcast_to((PARTS, KC, 8)), other=0.0)
+        else:
+            values = gl.load(x_at + c * 4)
+        # K is (piece, c high, f, c low, i, b high, b low); both operands take (piece, i, f, b high, c, b low).
+        values = gl.reshape(values, (PARTS, CHUNK // 64, 2, 4, 2, 4, 2, 2, 8))
+        values = gl.reshape(gl.permute(values, (0, 1, 5, 3, 6, 2, 4, 7, 8)), (PARTS, KC, 8))
+        b = gl.convert_layout(values, b_layout, assert_trivial=True)
         f0, f1, f2, f3 = gl.inline_asm_elementwise(
             _DECODE,
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
@@ -99,16 +146,18 @@ def w2a16_skinny_kernel(
             pack=4,
         )
         fields = gl.join(gl.join(f0, f2), gl.join(f1, f3))
-        # (row, piece, c, i, b, f high, f low) -> K slots (piece, i, f, c, b)
-        bits = gl.reshape(fields, (16, CHUNK // 64, 4, 4, 4, 2, 2))
-        a = gl.reshape(gl.permute(bits, (0, 1, 3, 5, 6, 2, 4)), (16, KC))
+        # (part, row, piece, c, i, b high, b low, f high, f low)
+        bits = gl.reshape(fields, (PARTS, 16, CHUNK // 64, 4, 4, 2, 2, 2, 2))
+        a = gl.reshape(gl.permute(bits, (0, 1, 2, 4, 7, 8, 5, 3, 6)), (PARTS, 16, KC))
         a = gl.convert_layout(a, a_layout, assert_trivial=True)
         acc, other = other, mma_v2(a, b, acc)
 
-    out_rows = row + gl.arange(0, 16, gl.SliceLayout(1, mma))
-    out_tokens = gl.arange(0, 8, gl.SliceLayout(0, mma))
+    total: gl.constexpr = gl.SliceLayout(0, mma)
+    y = gl.sum(acc + other, axis=0)
+    out_rows = row + gl.arange(0, 16, gl.SliceLayout(1, total))
+    out_tokens = gl.arange(0, 8, gl.SliceLayout(0, total))
     scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0).to(gl.float32) * 0.5
-    y = (acc + other) * gl.expand_dims(scale, 1)
+    y = y * gl.expand_dims(scale, 1)
     if HAS_BIAS:
         y = y + gl.expand_dims(gl.load(bias + out_rows, mask=out_rows < N, other=0.0).to(gl.float32), 1)
     where = gl.expand_dims(out_tokens * N, 0) + gl.expand_dims(out_rows, 1)
@@ -122,11 +171,14 @@ def w2a16_skinny(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    chunk: int = 256,
+    chunk: int = 64,
+    parts: int = 4,
+    registers: int | None = None,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
-    ``chunk`` is how many bytes of a weight row are asked for at a time (64, 128, 256 or 512).
+    ``parts`` warps share 16 weight rows (1, 2, 4 or 8); each asks for ``chunk`` bytes of a row at a time (64 to 256).
+    ``registers`` bounds a thread's, so that more blocks fit a multiprocessor.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -146,7 +198,9 @@ def w2a16_skinny(
         K=k,
         BYTES=weight.shape[1],
         CHUNK=chunk,
+        PARTS=parts,
         HAS_BIAS=bias is not None,
-        num_warps=1,
+        num_warps=parts,
+        maxnreg=registers,
     )
     return out

@@ -1,0 +1,56 @@
+"""Passes between products against copies of as many bytes: what share of the memory's speed do they reach?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from tritflow.profiling.timing import Candidate, graph_times
+
+SHAPES = [(4608, 3072), (4096, 3072), (512, 3072)]
+"""(tokens, features) that FLUX.1-dev normalises at 1024x1024."""
+_CACHE = 160e6  # sets of inputs together are larger
+
+
+def _sets(moved: float) -> int:
+    return max(2, min(64, math.ceil(_CACHE / moved)))
+
+
+def measure(tokens: int, features: int) -> dict[str, Any]:
+    """Microseconds, bytes and shares of the faster of two copies (the copy engine's way, and a kernel's).
+
+    Bytes are those that have to move: inputs read once, outputs written once. A copy moves as many, half of them in.
+    """
+    from tritflow.kernels import adaln_quantize, gelu_quantize, quantize_activation
+
+    shift, scale = (torch.randn(1, features, device="cuda").bfloat16() for _ in range(2))
+    moved = tokens * features * 3 + tokens * 4
+    sets = _sets(moved)
+    x = [torch.randn(1, tokens, features, device="cuda").bfloat16() for _ in range(sets)]
+    words = moved // 8
+    source = [torch.randint(0, 1 << 30, (words,), device="cuda", dtype=torch.int32) for _ in range(sets)]
+    target = [torch.empty_like(s) for s in source]
+    candidates = [
+        Candidate("copy", lambda i: target[i].copy_(source[i]), sets),
+        Candidate("copy by a kernel", lambda i: torch.bitwise_not(source[i], out=target[i]), sets),
+    ]
+
+    def ours(dtype: str) -> list[Candidate]:
+        return [
+            Candidate(f"adaln_quantize {dtype}", lambda i: adaln_quantize(x[i], shift, scale, None, dtype), sets),
+            Candidate(f"gelu_quantize {dtype}", lambda i: gelu_quantize(x[i], None, None, dtype), sets),
+            Candidate(f"quantize {dtype}", lambda i: quantize_activation(x[i], None, dtype), sets),
+        ]
+
+    candidates += [*ours("int8"), *ours("float8_e4m3fn")]
+    times = graph_times(candidates)
+    us = {name: t["p50"] for name, t in times.items() if "p50" in t}
+    best = min(us["copy"], us["copy by a kernel"])
+    return {
+        "microseconds": times,
+        "bytes": moved,
+        "copy_tb_s": moved / best / 1e6,
+        "share": {name: best / t for name, t in us.items()},
+    }
