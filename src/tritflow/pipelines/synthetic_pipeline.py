@@ -76,7 +76,7 @@ def random_pipeline(parts: tuple[Component, ...] | None = None) -> Any:
     """A stock `FluxPipeline` in bf16 with a ternary transformer, in host memory (13 GB).
 
     Args:
-        parts: of the pipeline; FLUX.1-dev's by default.
+        parts: of the pipeline; FLUX.1-dev's by default. Input features of ternary layers have to be multiples of 128.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import AutoTokenizer

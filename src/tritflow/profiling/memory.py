@@ -107,9 +107,7 @@ def table(run: dict[str, Any]) -> str:
     parts = run["plan"]["components"]
     lines = [f"{run['model']} on {run['device']}, within {gib(run['budget_bytes'])}:"]
     lines += [f"  {name:16} {gib(part['bytes']):>10}  {part['placement']}" for name, part in parts.items()]
+    inside, outside = gib(run["reserved_bytes"]), gib(run["outside_bytes"])
     end = f"{'within the budget' if run['kept'] else 'MORE THAN THE BUDGET'}; last picture {run['last_seconds']:.1f} s"
-    lines.append(
-        f"used {gib(run['used_bytes'])} ({gib(run['reserved_bytes'])} by PyTorch, {gib(run['outside_bytes'])} outside), "
-        + end
-    )
+    lines.append(f"used {gib(run['used_bytes'])} ({inside} by PyTorch, {outside} outside), {end}")
     return "\n".join(lines)
