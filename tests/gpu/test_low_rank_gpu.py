@@ -22,13 +22,14 @@ def _product(tokens, rows, features, kind, groups=1, rank=16, gated=False):
     q, scale = quantize_activation(torch.randn(tokens, features, generator=g), None, kind)
     row = (torch.rand(rows, generator=g) * features**-0.5).bfloat16()
     bias = torch.randn(rows, generator=g).bfloat16()
-    low = torch.randn(tokens, groups * rank, generator=g).bfloat16()
+    low = torch.randn(tokens, groups * rank + 16, generator=g).bfloat16()
     up = (torch.randn(rows, rank, generator=g) * rank**-0.5).bfloat16()
     rest = (None, None)
     if gated:
         rest = (torch.randn(1, tokens, rows, generator=g).bfloat16(), torch.randn(1, rows, generator=g).bfloat16())
     args = (q, scale, pack_2bit(trits), row, torch.bfloat16, bias, *rest, low, up)
-    return [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+    *rest, low, up = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+    return [*rest, low[:, 16:], up]  # several products' factors lie side by side
 
 
 SHAPES = [

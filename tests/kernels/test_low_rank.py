@@ -133,7 +133,8 @@ def test_add_kernel(groups, shape):
     from tritflow.kernels.triton.low_rank import low_rank_add_ as run
 
     tokens, rows, rank = shape
-    y, low, up = _randn(tokens, rows), _randn(tokens, groups * rank, seed=1), _randn(rows, rank, seed=2)
+    wide = _randn(tokens, groups * rank + 16, seed=1)  # several products' factors lie side by side
+    y, low, up = _randn(tokens, rows), wide[:, 16:], _randn(rows, rank, seed=2)
     expected = y.clone()
     reference.low_rank_add_(expected, low, up)
     run(y, low, up)
@@ -149,7 +150,7 @@ def test_product_kernel(problem, kind, groups, batch):
 
     p = problem(12, 60, 200)  # tiles of 64 rows, so that one lies in all groups
     q, scale = reference.quantize_activation(p["x"], None, kind)
-    low, up = _randn(12, groups * 32, seed=2), _randn(60, 32, seed=3)
+    low, up = _randn(12, groups * 32 + 16, seed=2)[:, 16:], _randn(60, 32, seed=3)
     rest = (_randn(batch, 12 // batch, 60), _randn(batch, 60, seed=1)) if batch else (None, None)
     args = (q, scale, p["weight"], p["weight_scale"], torch.float32, p["bias"], *rest, low, up)
     assert_close(backend.w2a8_matmul(*args), reference.w2a8_matmul(*args), 1e-5)

@@ -125,6 +125,20 @@ def test_several_at_once_weighed_switched_and_written_to():
     assert torch.equal(_both(fused, model, inputs)[0], plain)
 
 
+def test_one_pass_over_the_rows_of_a_single_block(monkeypatch):
+    """Query, key, value and the MLP read the same rows; the output projection reads others."""
+    from tritflow.models import fused as room
+
+    model = add_lora(ternary_transformer(mode="w2a8"))
+    fused = FusedFlux1(model)
+    passes = []
+    down = room.low_rank_down
+    monkeypatch.setattr(room, "low_rank_down", lambda q, *rest: passes.append(rest[1].shape[0]) or down(q, *rest))
+    found, expected = _both(fused, model, transformer_inputs(model))
+    assert passes == [48, 48, *[16] * 6] * 2 + [64, 16] * 2
+    assert_close(found, expected, FROM_ROWS)
+
+
 def test_loaded_before_the_plan_and_released():
     model = add_lora(ternary_transformer(mode="w2a8"))
     inputs = transformer_inputs(model)

@@ -26,7 +26,7 @@ from tritflow.kernels import (
     w2a8_matmul,
     w2a16_linear,
 )
-from tritflow.models.low_rank import LowRank, base_of
+from tritflow.models.low_rank import LowRank, Shared, base_of
 from tritflow.modules import PackedWeight, TernaryLinear
 
 Quantized = tuple[Tensor, Tensor]
@@ -46,6 +46,7 @@ class Rows:
         self._sources: tuple[Tensor | None, ...] = (x,)
         self._full: Tensor | None = None
         self._quantized: dict[tuple[str, int | None], Quantized] = {}
+        self._low: dict[int, Tensor] = {}
 
     def full(self) -> Tensor:
         """[B, S, K] in the model's dtype."""
@@ -59,6 +60,13 @@ class Rows:
         if key not in self._quantized:
             self._quantized[key] = self._quantize(dtype, input_scale, *self._taken())
         return self._quantized[key]
+
+    def low(self, shared: Shared, dtype: str, input_scale: Tensor | None) -> Tensor:
+        """[B * S, columns of all members]: first factors on the quantized rows."""
+        if id(shared) not in self._low:
+            q, scale = self.quantized(dtype, input_scale)
+            self._low[id(shared)] = low_rank_down(q, scale, shared.down(self.dtype))
+        return self._low[id(shared)]
 
     def _taken(self) -> tuple[Any, ...]:
         sources = self._sources
@@ -155,6 +163,7 @@ class _Ternary:
             self._join()
         # Full rows are what an adapter was made for; quantized ones carry the input scale.
         self.low_rank = LowRank.of(linears, self.input_scale if self.mode == "w2a8" else None)
+        self.shared = None if self.low_rank is None else Shared([self.low_rank])
         # cuBLAS wants float32 scales; converting them would be a launch of its own before every product.
         self.scale = self.weight_scale.float()
 
@@ -174,17 +183,21 @@ class _Ternary:
             start = rows.stop
 
     def __call__(self, rows: Rows, residual: Tensor | None, gate: Tensor | None) -> Tensor:
-        down, up = (None, None) if self.low_rank is None else self.low_rank.made(rows.dtype)
         if self.mode == "w2a16":
             y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
-            if down is not None and up is not None:
+            if self.low_rank is not None:
+                down, up = self.low_rank.made(rows.dtype)
                 low = F.linear(rows.full(), down)
                 low_rank_add_(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), up)
             return _add(y, residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
-        factor = None if down is None else low_rank_down(q, scale, down)
+        factors: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.low_rank is not None and self.shared is not None:
+            low = rows.low(self.shared, self.activation_dtype, self.input_scale)
+            columns = self.shared.columns(self.low_rank, rows.dtype)
+            factors = low[:, columns], self.low_rank.made(rows.dtype)[1]
         linear = (self.weight, self.scale, rows.dtype, self.bias)
-        y = w2a8_matmul(q, scale, *linear, residual, gate, factor, up, self.backend)
+        y = w2a8_matmul(q, scale, *linear, residual, gate, *factors, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 
 
@@ -240,6 +253,19 @@ class Projection:
             return self.parts[0](rows, residual, gate)
         y = torch.cat([part(rows, None, None) for part in self.parts], dim=-1)
         return _add(y, residual, gate)
+
+
+def share_low_rank_(*projections: Projection) -> None:
+    """Let products of projections that take the same rows compute their adapters' first factors in one pass."""
+    groups: dict[tuple[str, int | None], list[_Ternary]] = {}
+    for part in (part for projection in projections for part in projection.parts):
+        if isinstance(part, _Ternary) and part.low_rank is not None and part.mode == "w2a8":
+            key = part.activation_dtype, None if part.input_scale is None else id(part.input_scale)
+            groups.setdefault(key, []).append(part)
+    for parts in groups.values():
+        shared = Shared([part.low_rank for part in parts if part.low_rank is not None])
+        for part in parts:
+            part.shared = shared
 
 
 def separate_(linear: TernaryLinear) -> None:

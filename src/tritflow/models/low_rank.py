@@ -135,5 +135,29 @@ class LowRank:
         return down.to(dtype), up.to(dtype)
 
 
+class Shared:
+    """First factors of several products that read the same quantized rows: one pass over the rows for all of them.
+
+    Args:
+        members: none of them twice.
+    """
+
+    def __init__(self, members: Sequence[LowRank]) -> None:
+        self.members = list(members)
+        self._made: dict[torch.dtype, Tensor] = {}
+
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """[columns of all members, K]."""
+        if dtype not in self._made:
+            self._made[dtype] = torch.cat([member.made(dtype)[0] for member in self.members])
+        return self._made[dtype]
+
+    def columns(self, member: LowRank, dtype: torch.dtype) -> slice:
+        """Where a member's columns lie in the product with `down`."""
+        sizes = [m.made(dtype)[0].shape[0] for m in self.members]
+        index = next(i for i, m in enumerate(self.members) if m is member)
+        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+
 def _padded(rank: int) -> int:
     return -(-rank // _UNIT) * _UNIT

@@ -105,7 +105,7 @@ def w2a8_matmul(
 ) -> Tensor:
     """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
     product = (q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype)
-    factors = (None if low is None else low.contiguous(), None if up is None else up.contiguous())
+    factors = (low if low is None or low.stride(1) == 1 else low.contiguous(), None if up is None else up.contiguous())
     if residual is None or gate is None:
         return w2a8_gemm(*product, None, None, *factors)
     if residual.shape[0] == 1:

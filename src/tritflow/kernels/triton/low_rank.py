@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr, GROUPS: tl.constexpr):
+def _add_group(acc, low_ptr, low_stride, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr):
     CHUNK: tl.constexpr = 32 if RANK % 32 == 0 else 16
     for r in tl.static_range(0, RANK, CHUNK):
         c = r + tl.arange(0, CHUNK)
         up = tl.load(up_ptr + rows_n[:, None] * RANK + c[None, :], mask=mine[:, None], other=0)
-        at = low_ptr + rows_m[:, None] * (GROUPS * RANK) + group * RANK + c[None, :]
+        at = low_ptr + rows_m[:, None] * low_stride + group * RANK + c[None, :]
         low = tl.load(at, mask=in_m[:, None], other=0)
         acc = tl.dot(up, tl.trans(low), acc, input_precision="ieee")
     return acc
@@ -24,6 +24,7 @@ def _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl
 def add_low_rank(
     acc,
     low_ptr,
+    low_stride,
     up_ptr,
     first_n,
     rows_m,
@@ -41,11 +42,11 @@ def add_low_rank(
     """
     group_rows = N // GROUPS
     if ALIGNED:
-        acc = _add_group(acc, low_ptr, up_ptr, first_n // group_rows, rows_m, rows_n, in_m, in_n, RANK, GROUPS)
+        acc = _add_group(acc, low_ptr, low_stride, up_ptr, first_n // group_rows, rows_m, rows_n, in_m, in_n, RANK)
     else:
         for group in tl.static_range(0, GROUPS):
             mine = in_n & (rows_n // group_rows == group)
-            acc = _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK, GROUPS)
+            acc = _add_group(acc, low_ptr, low_stride, up_ptr, group, rows_m, rows_n, in_m, mine, RANK)
     return acc
 
 
@@ -64,6 +65,7 @@ def low_rank_add_kernel(
     up_ptr,
     M,
     N,
+    low_stride,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -79,20 +81,22 @@ def low_rank_add_kernel(
     inside = in_m[:, None] & in_n[None, :]
     y = tl.load(at, mask=inside, other=0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    acc = add_low_rank(acc, low_ptr, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
+    acc = add_low_rank(acc, low_ptr, low_stride, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
     tl.store(at, (y + tl.trans(acc)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
     """See `tritflow.kernels.low_rank_add_`."""
     tokens, features = y.shape
+    low = low if low.stride(1) == 1 else low.contiguous()
     if y.numel():
         low_rank_add_kernel[(triton.cdiv(tokens, 64), triton.cdiv(features, 128))](
             y,
-            low.contiguous(),
+            low,
             up.contiguous(),
             tokens,
             features,
+            low.stride(0),
             BLOCK_M=64,
             BLOCK_N=128,
             **constants(up, low, 128),
