@@ -17,19 +17,19 @@ def _kinds():
 
 
 def _product(tokens, rows, features, kind, groups=1, rank=16, gated=False):
-    g = torch.Generator().manual_seed(0)
-    trits = torch.randint(-1, 2, (rows, features), generator=g, dtype=torch.int8)
-    q, scale = quantize_activation(torch.randn(tokens, features, generator=g), None, kind)
-    row = (torch.rand(rows, generator=g) * features**-0.5).bfloat16()
-    bias = torch.randn(rows, generator=g).bfloat16()
-    low = torch.randn(tokens, groups * rank + 16, generator=g).bfloat16()
-    up = (torch.randn(rows, rank, generator=g) * rank**-0.5).bfloat16()
+    g = torch.Generator("cuda").manual_seed(0)
+    on = {"generator": g, "device": "cuda"}
+    trits = torch.randint(-1, 2, (rows, features), dtype=torch.int8, **on)
+    q, scale = quantize_activation(torch.randn(tokens, features, **on), None, kind)
+    row = (torch.rand(rows, **on) * features**-0.5).bfloat16()
+    bias = torch.randn(rows, **on).bfloat16()
+    low = torch.randn(tokens, groups * rank + 16, **on).bfloat16()
+    up = (torch.randn(rows, rank, **on) * rank**-0.5).bfloat16()
     rest = (None, None)
     if gated:
-        rest = (torch.randn(1, tokens, rows, generator=g).bfloat16(), torch.randn(1, rows, generator=g).bfloat16())
-    args = (q, scale, pack_2bit(trits), row, torch.bfloat16, bias, *rest, low, up)
-    *rest, low, up = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
-    return [*rest, low[:, 16:], up]  # several products' factors lie side by side
+        rest = (torch.randn(1, tokens, rows, **on).bfloat16(), torch.randn(1, rows, **on).bfloat16())
+    # Several products' factors lie side by side.
+    return [q, scale, pack_2bit(trits), row, torch.bfloat16, bias, *rest, low[:, 16:], up]
 
 
 SHAPES = [

@@ -117,29 +117,36 @@ def low_rank_down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One tile of out[m, c] = x_scale[m] * sum_k q[m, k] down[c, k]; bound by reading q."""
+    """One tile of out[m, c] = x_scale[m] * sum_k q[m, k] down[c, k]; bound by reading q.
+
+    The tile is so small that one warp could hold it: each warp sums over a part of K of its own (a batch of PARTS
+    products), and the parts are added in the end.
+    """
     DTYPE: tl.constexpr = down_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_m, in_c = rows < M, c < COLUMNS
-    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for block in range((K + BLOCK_K - 1) // BLOCK_K):
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        if K % BLOCK_K == 0:
-            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None], other=0)
-            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None], other=0)
-        else:
-            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None] & (k < K)[None, :], other=0)
-            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None] & (k < K)[None, :], other=0)
+    acc = tl.zeros((PARTS, BLOCK_M, BLOCK_C), dtype=tl.float32)
+    STEP: tl.constexpr = PARTS * BLOCK_K
+    part = tl.arange(0, PARTS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    for step in range((K + STEP - 1) // STEP):
+        k = step * STEP + part
+        in_x, in_down = in_m[None, :, None], in_c[None, :, None]
+        if K % STEP != 0:
+            in_x &= k < K
+            in_down &= k < K
+        q = tl.load(q_ptr + rows[None, :, None] * K + k, mask=in_x, other=0)
+        down = tl.load(down_ptr + c[None, :, None] * K + k, mask=in_down, other=0)
         if FP8:
             x = q.to(tl.float8e4nv, bitcast=True).to(DTYPE)
         else:
             x = q.to(DTYPE)
-        acc = tl.dot(x, tl.trans(down), acc, input_precision="ieee")
-    acc *= tl.load(x_scale_ptr + rows, mask=in_m, other=0)[:, None]
+        acc = tl.dot(x, tl.permute(down, (0, 2, 1)), acc, input_precision="ieee")
+    out = tl.sum(acc, axis=0) * tl.load(x_scale_ptr + rows, mask=in_m, other=0)[:, None]
     at = out_ptr + rows[:, None] * COLUMNS + c[None, :]
-    tl.store(at, acc.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
+    tl.store(at, out.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
 
 
 def down_blocks(tokens: int, columns: int, bits: int) -> dict[str, int]:
@@ -151,13 +158,14 @@ def down_blocks(tokens: int, columns: int, bits: int) -> dict[str, int]:
         bits: of an element of the factor.
     """
     block_c = max(16, min(64, triton.next_power_of_2(columns)))
-    narrow = tokens <= 1024  # a few tokens would leave most of the GPU idle
+    warps = 4 if bits == 32 else 8
     return {
-        "BLOCK_M": 16 if narrow else 32,
+        "BLOCK_M": 16 if tokens <= 1024 else 32,  # a few tokens would leave most of the GPU idle
         "BLOCK_C": block_c,
-        "BLOCK_K": 128 if block_c == 64 or bits == 32 else 256,
-        "num_warps": 2 if narrow and block_c == 16 else 4,
-        "num_stages": 2 if bits == 32 else 4,
+        "BLOCK_K": 32 if block_c == 64 or bits == 32 else 64,
+        "PARTS": warps,
+        "num_warps": warps,
+        "num_stages": 2 if bits == 32 else 3,
     }
 
 
