@@ -63,6 +63,8 @@ class Case:
         if "PACKED_ASM" in constants and TARGETS[target].backend != "cuda":
             constants["PACKED_ASM"] = False
             options["num_stages"] = min(options["num_stages"], 2)  # as launch_blocks has it
+        if "PARTS" in constants and TARGETS[target].backend != "cuda":
+            constants["PARTS"], options = 4, {"num_warps": 4, "num_stages": 2}  # as down_blocks has it
         source = ASTSource(self.kernel, signature, constants, attrs)
         return triton.compile(source, target=TARGETS[target], options=options)
 

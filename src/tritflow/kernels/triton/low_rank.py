@@ -149,23 +149,24 @@ def low_rank_down_kernel(
     tl.store(at, out.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
 
 
-def down_blocks(tokens: int, columns: int, bits: int) -> dict[str, int]:
+def down_blocks(tokens: int, columns: int, bits: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
     """Tile sizes and launch options; fixed choices, so that the same shape gives the same bits.
 
     Args:
         tokens: M.
         columns: C.
         bits: of an element of the factor.
+        hip: for an AMD GPU, whose blocks have 64 KiB of shared memory.
     """
     block_c = max(16, min(64, triton.next_power_of_2(columns)))
-    warps = 4 if bits == 32 else 8
+    warps = 4 if bits == 32 or hip else 8
     return {
         "BLOCK_M": 16 if tokens <= 1024 else 32,  # a few tokens would leave most of the GPU idle
         "BLOCK_C": block_c,
         "BLOCK_K": 32 if block_c == 64 or bits == 32 else 64,
         "PARTS": warps,
         "num_warps": warps,
-        "num_stages": 2 if bits == 32 else 3,
+        "num_stages": 2 if bits == 32 or hip else 3,
     }
 
 
