@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tritflow.formats.packing import pack_2bit
-from tritflow.kernels import BackendError, low_rank_add_, low_rank_down, quantize_activation, reference, w2a8_matmul
+from tritflow.kernels import (
+    BackendError,
+    low_rank_add_,
+    low_rank_down,
+    quantize_activation,
+    reference,
+    w2a8_matmul,
+    w2a16_low_rank,
+)
 from tritflow.testing import assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -59,6 +67,22 @@ def test_every_backend_adds_the_update(shape, groups, rank, backend, gated):
         assert_close(
             found - w2a8_matmul(*args[:-2], backend=backend), expected - reference.w2a8_matmul(*args[:-2]), 3e-2
         )
+
+
+@pytest.mark.parametrize("backend", ["triton", "hopper", "scratch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "groups", "rank"), SHAPES)
+def test_16_bit_products_too(shape, groups, rank, dtype, backend):
+    _, _, weight, row, _, bias, _, _, low, up = _product(*shape, "int8", groups, rank)
+    x = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
+    args = (x, weight, row, bias.to(dtype), None, low.to(dtype), up.to(dtype))
+    try:
+        found = w2a16_low_rank(*args, backend)
+    except BackendError as error:
+        if backend in ("triton", "auto"):
+            raise
+        pytest.skip(str(error))
+    assert_close(found, w2a16_low_rank(*args, "reference"), 8e-3)
 
 
 @pytest.mark.parametrize("config", [{}, {"split": 1}, {"split": 1, "block_n": 128, "stages": 8, "lag": 2}, {"lag": 0}])

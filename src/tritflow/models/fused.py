@@ -20,11 +20,11 @@ from tritflow.kernels import (
     gated_residual,
     gelu,
     gelu_quantize,
-    low_rank_add_,
     low_rank_down,
     quantize_activation,
     w2a8_matmul,
     w2a16_linear,
+    w2a16_low_rank,
 )
 from tritflow.models.low_rank import LowRank, Shared, base_of
 from tritflow.modules import PackedWeight, TernaryLinear
@@ -184,12 +184,12 @@ class _Ternary:
 
     def __call__(self, rows: Rows, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         if self.mode == "w2a16":
-            y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
-            if self.low_rank is not None:
-                down, up = self.low_rank.made(rows.dtype)
-                low = F.linear(rows.full(), down)
-                low_rank_add_(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), up)
-            return _add(y, residual, gate)
+            product = (rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale)
+            if self.low_rank is None:
+                return _add(w2a16_linear(*product, self.backend), residual, gate)
+            down, up = self.low_rank.made(rows.dtype)
+            low = F.linear(rows.full(), down).flatten(0, -2)
+            return _add(w2a16_low_rank(*product, low, up, self.backend), residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
         factors: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.low_rank is not None and self.shared is not None:

@@ -145,18 +145,20 @@ def w2a16_gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]), in x's type.
+    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]) (+ low[m, :] @ up[n, :]), in x's type.
 
-    x [M, K] bfloat16 or float16, the rest as for ``w2a8_gemm``; float32 sums. Raises ValueError for tensors that do
-    not fit together.
+    x [M, K] bfloat16 or float16, low and up of that type, the rest as for ``w2a8_gemm``; float32 sums. Raises
+    ValueError for tensors that do not fit together.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
-    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
+    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config, low, up)
 
 
 def _aligned_rows(t: torch.Tensor) -> torch.Tensor:
