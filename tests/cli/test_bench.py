@@ -29,7 +29,7 @@ def test_help_shows_the_three_benches_with_examples() -> None:
     assert shown.exit_code == 0
     for word in ("kernels", "latency", "storage", "end-to-end", "tritflow bench storage --full-size"):
         assert word in shown.stdout
-    for verb in ("kernels", "latency", "storage", "full-size", "transformer", "end-to-end"):
+    for verb in ("kernels", "latency", "storage", "full-size", "transformer", "lora", "memory", "end-to-end"):
         shown = invoke("bench", verb, "--help")
         assert shown.exit_code == 0
         assert f"tritflow bench {verb}" in shown.stdout
@@ -56,7 +56,7 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.exit_code == 3
         assert len(done.stderr.splitlines()) == 1
         assert "--device cpu" in done.stderr
-    for verb in ("transformer", "tune", "attention"):
+    for verb in ("transformer", "lora", "memory", "tune", "attention"):
         done = invoke("bench", verb)
         assert done.exit_code == 3
         assert "sees no CUDA device here" in done.stderr

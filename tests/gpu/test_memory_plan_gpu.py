@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +19,11 @@ from transformers import T5Config, T5EncoderModel
 
 from tritflow import TernaryLinear
 from tritflow.modules import swap_linears_
-from tritflow.pipelines.component_sizes import meta_model, sizes_of
+from tritflow.pipelines.component_sizes import sizes_of
 from tritflow.pipelines.memory_plan import CONTEXT, GIB, MemoryPlan, MemoryPlanError, Workload, choose_plan, plans
 from tritflow.pipelines.offloading import apply_plan, keep_plan
+from tritflow.pipelines.synthetic_pipeline import random_pipeline
 from tritflow.testing import random_linear, rope_axes, tiny_flux_folder
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from flux1_dev_components import components
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -193,41 +189,10 @@ def test_every_placement_runs(build: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def full_size(folder: Path) -> Any:
-    """FLUX.1-dev at its real size on the CPU, with repeated noise for weights; tokenizers are the tiny pipeline's."""
-    small = FluxPipeline.from_pretrained(tiny_flux_folder(folder, dtype=torch.bfloat16))
-    models: dict[str, Any] = {
-        name: meta_model(library, cls, config, torch.bfloat16)
-        for name, _, library, cls, config in components(ternary=True)
-    }
-    g = torch.Generator().manual_seed(0)
-    noise = (torch.randn(1 << 20, generator=g) * 0.02).bfloat16()
-    codes = torch.tensor([a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product((0, 1, 3), repeat=4)])
-    trits = codes[torch.randint(81, (1 << 20,), generator=g)].to(torch.uint8)
-    for model in models.values():
-        positions = {n: b.shape for n, b in model.named_buffers() if n.endswith("position_ids")}
-        model.to_empty(device="cpu").eval()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            flat = tensor.detach().view(-1)
-            if name in positions:
-                flat.copy_(torch.arange(flat.numel()))
-                continue
-            source = trits if flat.dtype == torch.uint8 else noise.to(flat.dtype)
-            flat.copy_(source.repeat(-(-flat.numel() // source.numel()))[: flat.numel()])
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        tokenizer=small.tokenizer,
-        tokenizer_2=small.tokenizer_2,
-        **models,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.slow
-def test_flux1_dev_draws_within_5_3_gib(tmp_path: Path) -> None:
+def test_flux1_dev_draws_within_5_3_gib() -> None:
     """The bar of a 6 GB card: 13 GB of random weights on the host, 1024x1024, two steps, by the driver's count."""
-    pipe = full_size(tmp_path / "flux")
+    pipe = random_pipeline()
     work = Workload(1024, 1024)
     plan = choose_plan(sizes_of(pipe), work, int(5.3 * GIB))
     assert plan.tile is None

@@ -16,6 +16,7 @@ from tritflow import TernaryLinear
 from tritflow.formats.architecture import FLUX1_DEV
 from tritflow.modules import swap_linears_
 from tritflow.pipelines.lora import LoraError
+from tritflow.pipelines.optimize import optimize
 from tritflow.testing import assert_close, dense_twin, relative_error
 
 pytest.importorskip("peft")
@@ -181,6 +182,31 @@ def test_several_weighted_disabled_and_unloaded_to_the_same_bits(pipe: Any, draw
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8)) for name in before)
     assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_fused_forward_draws_the_same(pipe: Any, draw: Any, style: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Loaded, weighed and unloaded while `optimize` is in effect; a scale a call takes the stock forward."""
+    (one, first), (two, second) = STYLES[style](pipe.transformer, 1), diffusers_style(pipe.transformer, 2)
+    expected = draw(with_update(pipe, (first, 1.0)))
+    both = draw(with_update(pipe, (first, 0.5), (second, -0.5)))
+    optimize(pipe)
+    before, plain = bits(pipe.transformer), draw(pipe)
+    pipe.load_lora_weights(one, adapter_name="one")
+    assert_close(draw(pipe), expected, SAME)
+    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.set_adapters(["one", "two"], [0.5, -0.5])
+    assert_close(draw(pipe), both, SAME)
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain)
+    pipe.enable_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(pipe.transformer).items())
+    assert "stock forward" not in caplog.text
+    pipe.load_lora_weights(one)
+    draw(pipe, joint_attention_kwargs={"scale": 0.25})
+    assert "joint_attention_kwargs are given (scale)" in caplog.text
 
 
 def with_update_of_unloaded(pipe: Any, update: Update) -> Any:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from interpreter import inside, outside, run_inside
 
-from tritflow.kernels import low_rank_add_, low_rank_down, quantize_activation, reference, w2a8_matmul
+from tritflow.kernels import (
+    low_rank_add_,
+    low_rank_down,
+    quantize_activation,
+    reference,
+    w2a8_matmul,
+    w2a16_linear,
+    w2a16_low_rank,
+)
 from tritflow.testing import assert_close
 
 KINDS = list(reference.QMAX)
@@ -55,6 +63,20 @@ def test_a_product_takes_the_update_before_gate_and_residual(problem, groups, ba
 
 
 @outside
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_16_bit_product_takes_the_update(problem, groups, backend, dtype):
+    p = problem(12, 48, 200, dtype=dtype)
+    low, up = _randn(12, groups * 16, seed=2, dtype=dtype), _randn(48, 16, seed=3, dtype=dtype)
+    product = (p["weight"], p["weight_scale"], p["bias"], p["input_scale"])
+    expected = w2a16_linear(p["x"], *product).float() + _dense_update(low.float(), up.float(), groups)
+    found = w2a16_low_rank(p["x"].view(3, 4, 200), *product, low, up, backend)
+    assert (found.shape, found.dtype) == ((3, 4, 48), dtype)
+    assert_close(found.flatten(0, 1), expected.to(dtype), 1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@outside
 def test_opcheck(problem):
     p = problem(12, 48, 200)
     q, scale = quantize_activation(p["x"])
@@ -64,6 +86,8 @@ def test_opcheck(problem):
     torch.library.opcheck(ops.low_rank_add_.default, (_randn(12, 48, seed=1), low, up))
     product = (q, scale, p["weight"], p["weight_scale"], torch.float32, p["bias"], None, None, low, up)
     torch.library.opcheck(ops.w2a8_matmul.default, product)
+    product = (p["x"], p["weight"], p["weight_scale"], None, None, low, up)
+    torch.library.opcheck(ops.w2a16_low_rank.default, product)
 
 
 @outside
@@ -95,8 +119,10 @@ def test_wrong_arguments_are_named(problem):
         w2a8_matmul(*product, low[:, :40], up)
     with pytest.raises(ValueError, match="S a divisor of 48 rows"):
         w2a8_matmul(*product, _randn(12, 80), up)
-    with pytest.raises(ValueError, match="up must be torch.float32"):
+    with pytest.raises(ValueError, match=r"up must be torch\.float32"):
         w2a8_matmul(*product, low, up.bfloat16())
+    with pytest.raises(ValueError, match="low must be"):
+        w2a16_low_rank(p["x"], p["weight"], p["weight_scale"], None, None, low[:8], up)
     with pytest.raises(ValueError, match="contiguous matrix"):
         low_rank_add_(_randn(48, 12).t(), low, up)
     with pytest.raises(ValueError, match=r"down must be a float matrix \[columns, 200\]"):
@@ -133,7 +159,8 @@ def test_add_kernel(groups, shape):
     from tritflow.kernels.triton.low_rank import low_rank_add_ as run
 
     tokens, rows, rank = shape
-    y, low, up = _randn(tokens, rows), _randn(tokens, groups * rank, seed=1), _randn(rows, rank, seed=2)
+    wide = _randn(tokens, groups * rank + 16, seed=1)  # several products' factors lie side by side
+    y, low, up = _randn(tokens, rows), wide[:, 16:], _randn(rows, rank, seed=2)
     expected = y.clone()
     reference.low_rank_add_(expected, low, up)
     run(y, low, up)
@@ -149,7 +176,7 @@ def test_product_kernel(problem, kind, groups, batch):
 
     p = problem(12, 60, 200)  # tiles of 64 rows, so that one lies in all groups
     q, scale = reference.quantize_activation(p["x"], None, kind)
-    low, up = _randn(12, groups * 32, seed=2), _randn(60, 32, seed=3)
+    low, up = _randn(12, groups * 32 + 16, seed=2)[:, 16:], _randn(60, 32, seed=3)
     rest = (_randn(batch, 12 // batch, 60), _randn(batch, 60, seed=1)) if batch else (None, None)
     args = (q, scale, p["weight"], p["weight_scale"], torch.float32, p["bias"], *rest, low, up)
     assert_close(backend.w2a8_matmul(*args), reference.w2a8_matmul(*args), 1e-5)

@@ -204,33 +204,6 @@ def test_what_it_does_not_know_takes_the_stock_forward(caplog):
     assert "gradients are asked for" in caplog.text
 
 
-def test_lora_takes_the_stock_forward_and_leaves_again(caplog):
-    peft = pytest.importorskip("peft")
-    model = ternary_transformer()
-    fused = FusedFlux1(model)
-    inputs = transformer_inputs(model)
-    with torch.no_grad():
-        plain = fused.forward(**inputs)[0]
-        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
-        expected = model(**inputs)[0]
-        assert torch.equal(fused.forward(**inputs)[0], expected)
-        assert relative_error(plain, expected) > 1e-3
-        assert "a LoRA adapter is loaded" in caplog.text
-        model.unload_lora()
-        assert torch.equal(fused.forward(**inputs)[0], plain)
-
-
-def test_a_layer_derived_from_pefts_is_a_lora_too():
-    lora = pytest.importorskip("peft.tuners.lora")
-    model = ternary_transformer()
-    model.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["to_k"]))
-    derived = type("Derived", (lora.Linear,), {"__module__": "elsewhere"})
-    for module in model.modules():
-        if type(module) is lora.Linear:
-            module.__class__ = derived
-    assert "a LoRA adapter is loaded" in why_not(model)
-
-
 def test_why_not():
     assert why_not(ternary_transformer()) is None
     assert "not a FluxTransformer2DModel" in why_not(nn.Linear(2, 2))

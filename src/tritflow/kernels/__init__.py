@@ -10,7 +10,7 @@ from tritflow.kernels.block_ops import (
     gelu_quantize,
     qk_norm_rope,
 )
-from tritflow.kernels.low_rank_op import low_rank_add_, low_rank_down
+from tritflow.kernels.low_rank_op import low_rank_add_, low_rank_down, w2a16_low_rank
 from tritflow.kernels.matmul_op import w2a8_matmul
 from tritflow.kernels.ops import quantize_activation, w2a8_linear, w2a16_linear
 
@@ -32,4 +32,5 @@ __all__ = [
     "w2a8_linear",
     "w2a8_matmul",
     "w2a16_linear",
+    "w2a16_low_rank",
 ]

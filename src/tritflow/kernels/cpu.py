@@ -428,5 +428,8 @@ BACKEND = Backend(
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
+        "w2a16_low_rank": Kernel(
+            reference.in_two_passes(w2a16_linear, reference.low_rank_add_), lambda *args: _supports_w2a16(*args[:-2])
+        ),
     },
 )

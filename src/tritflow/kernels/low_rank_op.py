@@ -1,7 +1,8 @@
-"""Low-rank updates beside ternary products (LoRA): `tritflow::low_rank_down` and `tritflow::low_rank_add_`.
+"""Low-rank updates beside ternary products (LoRA): `tritflow::low_rank_down`, `low_rank_add_` and `w2a16_low_rank`.
 
 y + B (A x): `low_rank_down` computes A x from rows that were quantized for the ternary product, so that nobody has to
-keep the full ones; B is added inside the product's epilogue (`w2a8_matmul`'s `low` and `up`), or by `low_rank_add_`.
+keep the full ones; B is added inside the product's epilogue (`low` and `up` of `w2a8_matmul` and `w2a16_low_rank`), or
+by `low_rank_add_`.
 
 Layers of one input that are one product keep factors of their own: of S layers with as many rows each, `low` holds
 S groups of R columns side by side, and the layer's rows of `up` [N, R] meet their own group. S = low columns / R.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tritflow.kernels import reference
 from tritflow.kernels.backends import select
-from tritflow.kernels.ops import _dispatched
+from tritflow.kernels.ops import _bytes, _check, _dispatched
 
 _LIB = torch.library.Library("tritflow", "FRAGMENT")
 
@@ -67,14 +68,64 @@ def _low_rank_down_fake(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
 def _low_rank_add(y: Tensor, low: Tensor, up: Tensor) -> None:
     if y.dim() != 2 or not y.is_contiguous():
         raise ValueError(f"y must be a contiguous matrix, not {list(y.shape)} with strides {list(y.stride())}")
-    check_low_rank(low, up, *y.shape, y.dtype)
+    check_low_rank(low, up, y.shape[0], y.shape[1], y.dtype)
     select("low_rank_add_", "auto", y.device, (y, low, up))(y, low, up)
 
 
 def _low_rank_add_fake(y: Tensor, low: Tensor, up: Tensor) -> None:
-    check_low_rank(low, up, *y.shape, y.dtype)
+    check_low_rank(low, up, y.shape[0], y.shape[1], y.dtype)
 
 
+def _check_w2a16(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+) -> None:
+    _check(x, weight, weight_scale, bias, input_scale)
+    check_low_rank(low, up, x.numel() // x.shape[-1], weight_scale.shape[0], x.dtype)
+
+
+def _w2a16_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    _check_w2a16(x, weight, weight_scale, bias, input_scale, low, up)
+    args = (x, _bytes(weight), weight_scale, bias, input_scale, low, up)
+    out: Tensor = select("w2a16_low_rank", backend, x.device, args)(*args)
+    return out
+
+
+def _w2a16_low_rank_fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    _check_w2a16(x, weight, weight_scale, bias, input_scale, low, up)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+_LIB.define(
+    "w2a16_low_rank(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, Tensor low,"
+    " Tensor up, str backend='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.impl("w2a16_low_rank", _w2a16_low_rank, "CompositeExplicitAutograd")
+torch.library.register_fake("tritflow::w2a16_low_rank", _w2a16_low_rank_fake, lib=_LIB)
 _LIB.define(
     "low_rank_down(Tensor q, Tensor x_scale, Tensor down) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -89,6 +140,7 @@ torch.library.register_fake("tritflow::low_rank_down", _low_rank_down_fake, lib=
 torch.library.register_fake("tritflow::low_rank_add_", _low_rank_add_fake, lib=_LIB)
 _DOWN: Any = torch.ops.tritflow.low_rank_down.default
 _ADD: Any = torch.ops.tritflow.low_rank_add_.default
+_W2A16: Any = torch.ops.tritflow.w2a16_low_rank.default
 
 
 def low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor) -> Tensor:
@@ -121,3 +173,32 @@ def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
         ValueError: shapes that do not fit together.
     """
     (_ADD if _dispatched(y, None) else _low_rank_add)(y, low, up)
+
+
+def w2a16_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """`w2a16_linear(x, ...) + low @ up^T`; not differentiable.
+
+    Args:
+        x, weight, weight_scale, bias, input_scale, backend: as for `w2a16_linear`.
+        low: [M, S * R] in x.dtype, M the product of x's leading sizes.
+        up: [N, R] in x.dtype, R a multiple of 16.
+
+    Returns:
+        [..., N] in x.dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        BackendError: the named backend does not exist, cannot run here, or does not take these arguments.
+    """
+    run = _W2A16 if _dispatched(x, bias) else _w2a16_low_rank
+    out: Tensor = run(x, weight, weight_scale, bias, input_scale, low, up, backend)
+    return out

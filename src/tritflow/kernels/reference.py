@@ -7,6 +7,7 @@ the inputs and the one rounding at the end. Tests and benchmarks import this fil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -232,6 +233,32 @@ def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
     y.copy_(y.float() + low_rank_up(low, up))
 
 
+def w2a16_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+) -> Tensor:
+    """`w2a16_linear` plus `low @ up^T`, rounded once. See `low_rank_op.w2a16_low_rank`."""
+    out = w2a16_linear(x.float(), weight, weight_scale, bias, input_scale)
+    return (out + low_rank_up(low, up).view(out.shape)).to(x.dtype)
+
+
+def in_two_passes(linear: Callable[..., Tensor], add_: Callable[..., None]) -> Callable[..., Tensor]:
+    """`w2a16_low_rank` of a backend whose product does not take the update: the product, then a pass over it."""
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        *args, low, up = rest
+        y = linear(x, *args)
+        add_(y.view(-1, y.shape[-1]), low, up)
+        return y
+
+    return run
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
     from tritflow.kernels.attention_reference import attention  # which uses this module's constants
 
@@ -259,6 +286,7 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _always),
         "low_rank_down": Kernel(low_rank_down, _always),
         "low_rank_add_": Kernel(low_rank_add_, _always),
+        "w2a16_low_rank": Kernel(w2a16_low_rank, _always),
         "attention": Kernel(_attention, _always),
     },
 )

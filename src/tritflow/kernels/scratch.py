@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritflow.kernels import reference
 from tritflow.kernels.backends import Backend, Kernel
 
 _INT_MM_TOKENS = 32  # torch._int_mm on CUDA refuses 16 and fewer: those are padded with zeros
@@ -162,12 +163,20 @@ def _supports_w2a16(x: Tensor, *args: Any) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0
 
 
+def w2a16_low_rank(x: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.w2a16_low_rank`."""
+    from tritflow.kernels.triton.low_rank import low_rank_add_
+
+    return reference.in_two_passes(w2a16_linear, low_rank_add_)(x, *rest)
+
+
 BACKEND = Backend(
     name="scratch",
     device_types=("cuda",),
     why_not=_why_not,
     kernels={
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+        "w2a16_low_rank": Kernel(w2a16_low_rank, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
     },

@@ -18,7 +18,7 @@ from tritflow.config import nearest
 from tritflow.kernels import attention as attention_8bit
 from tritflow.kernels import qk_norm_rope
 from tritflow.models.beside import beside
-from tritflow.models.fused import Activated, Modulated, Projection, Rows
+from tritflow.models.fused import Activated, Modulated, Projection, Rows, share_low_rank_
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values [B, S, H, D] to [B, S, H, D]."""
@@ -176,6 +176,7 @@ class SingleBlock:
         self.attention = attention
         self.qkv = Projection(attn.to_q, attn.to_k, attn.to_v)
         self.up = Projection(block.proj_mlp)
+        share_low_rank_(self.qkv, self.up)
         self.out = Projection(block.proj_out)
         self.norm_q, self.norm_k, self.heads = attn.norm_q, attn.norm_k, attn.heads
         self.eps: float = block.norm.norm.eps

@@ -3,23 +3,25 @@
 Blocks are those of `flux1_blocks`; text and image stay one tensor through all single blocks. Modulation comes from
 `models.modulation`.
 
-Whatever the fused forward does not know (LoRA, ControlNet residuals, IP-Adapter, gradients, ...) runs on diffusers'
-own forward; `why_not` and the log say what it was.
+LoRA adapters are part of it (`models.low_rank`). Whatever the fused forward does not know (other kinds of adapter,
+ControlNet residuals, IP-Adapter, gradients, ...) runs on diffusers' own forward; `why_not` and the log say what it was.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritflow.kernels import adaln
+from tritflow.models import low_rank
 from tritflow.models.cuda_graph import GraphedCall
 from tritflow.models.flux1_blocks import Attend, DoubleBlock, Rope, SingleBlock, attend, named_attention
 from tritflow.models.fused import separate_
+from tritflow.models.low_rank import base_of, is_adapted
 from tritflow.models.modulation import Modulation
 from tritflow.modules import TernaryLinear
 
@@ -38,10 +40,12 @@ def why_not(transformer: Any) -> str | None:
     if getattr(transformer, "gradient_checkpointing", False):
         return "gradient checkpointing is on"
     for name, module in transformer.named_modules():
+        if is_adapted(module):
+            reason = low_rank.why_not(module)
+            if reason is not None:
+                return f"{reason} at {name}"
         if not name.startswith(_BLOCKS):
             continue
-        if any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
-            return f"a LoRA adapter is loaded ({name})"
         processor = getattr(module, "processor", None)
         if processor is not None and type(processor).__name__ != _PROCESSOR:
             return f"{name} runs {type(processor).__name__} instead of {_PROCESSOR}"
@@ -52,6 +56,15 @@ def why_not(transformer: Any) -> str | None:
     if not any(isinstance(m, TernaryLinear) for m in transformer.modules()):
         return "it has no ternary layer; make one with `tritflow quantize`"
     return None
+
+
+def _linear_slots(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name) of every linear layer, bare or inside one of peft's."""
+    for leaf, child in module.named_children():
+        if is_adapted(child) or isinstance(child, nn.Linear):
+            yield module, leaf
+        else:
+            yield from _linear_slots(child)
 
 
 class FusedFlux1:
@@ -96,6 +109,10 @@ class FusedFlux1:
         """Join projections and gather modulation layers, on the device where the model is now."""
         t = self.transformer
         self.device = t.proj_out.weight.device
+        # A plan that is replaced lets go of its joint weights and its graphs' memory first.
+        self.doubles, self.singles = [], []
+        if self.graph is not None:
+            self.graph.forget()
         self.doubles = [DoubleBlock(block, self.attention) for block in t.transformer_blocks]
         self.singles = [SingleBlock(block, self.attention) for block in t.single_transformer_blocks]
         linears = [
@@ -106,15 +123,7 @@ class FusedFlux1:
         if self.offload_modulation and self.device.type == "cuda":
             self.modulation.offload_()
         self._rope = None
-        if self.graph is not None:
-            self.graph.forget()
-        self._slots = [
-            (parent, leaf)
-            for name, parent in t.named_modules()
-            if name.startswith(_BLOCKS)
-            for leaf, child in parent.named_children()
-            if isinstance(child, nn.Linear)
-        ]
+        self._slots = list(_linear_slots(t))
         self._signature = self._sign()
 
     def _sign(self) -> list[tuple[Any, ...]]:
@@ -122,6 +131,9 @@ class FusedFlux1:
         found: list[tuple[Any, ...]] = []
         for parent, leaf in self._slots:
             child: Any = parent._modules.get(leaf)
+            if is_adapted(child):
+                found.append((id(child), *low_rank.stamp(child)))
+                child = base_of(child)
             weight = getattr(child, "_parameters", {}).get("weight")
             found.append(
                 (

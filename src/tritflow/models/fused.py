@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import (
@@ -19,10 +20,13 @@ from tritflow.kernels import (
     gated_residual,
     gelu,
     gelu_quantize,
+    low_rank_down,
     quantize_activation,
     w2a8_matmul,
     w2a16_linear,
+    w2a16_low_rank,
 )
+from tritflow.models.low_rank import LowRank, Shared, base_of
 from tritflow.modules import PackedWeight, TernaryLinear
 
 Quantized = tuple[Tensor, Tensor]
@@ -42,6 +46,7 @@ class Rows:
         self._sources: tuple[Tensor | None, ...] = (x,)
         self._full: Tensor | None = None
         self._quantized: dict[tuple[str, int | None], Quantized] = {}
+        self._low: dict[int, Tensor] = {}
 
     def full(self) -> Tensor:
         """[B, S, K] in the model's dtype."""
@@ -55,6 +60,13 @@ class Rows:
         if key not in self._quantized:
             self._quantized[key] = self._quantize(dtype, input_scale, *self._taken())
         return self._quantized[key]
+
+    def low(self, shared: Shared, dtype: str, input_scale: Tensor | None) -> Tensor:
+        """[B * S, columns of all members]: first factors on the quantized rows."""
+        if id(shared) not in self._low:
+            q, scale = self.quantized(dtype, input_scale)
+            self._low[id(shared)] = low_rank_down(q, scale, shared.down(self.dtype))
+        return self._low[id(shared)]
 
     def _taken(self) -> tuple[Any, ...]:
         sources = self._sources
@@ -120,7 +132,7 @@ def _add(y: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
 
 
 class _Dense:
-    """A layer that is not ternary, as it is."""
+    """A layer that is not ternary, as it is, with peft's own way of adding a LoRA to it."""
 
     def __init__(self, linear: nn.Module) -> None:
         self.linear = linear
@@ -132,12 +144,16 @@ class _Dense:
 class _Ternary:
     """Ternary layers of one input with the same settings: rows of weights, scales and biases put below each other.
 
-    The layers keep working: their tensors become views of the joint ones, so nothing is stored twice.
+    The layers keep working: their tensors become views of the joint ones, so nothing is stored twice. LoRA adapters of
+    the layers are one low-rank update of the product.
+
+    Args:
+        linears: ternary layers, or peft's layers around them.
     """
 
-    def __init__(self, linears: Sequence[TernaryLinear]) -> None:
-        first = linears[0]
-        self.linears = tuple(linears)
+    def __init__(self, linears: Sequence[Any]) -> None:
+        self.linears: tuple[TernaryLinear, ...] = tuple(base_of(linear) for linear in linears)
+        first = self.linears[0]
         self.mode, self.activation_dtype, self.backend = first.mode, first.activation_dtype, first.backend
         self.input_scale = first.input_scale
         self.weight_scale = first.weight_scale
@@ -145,6 +161,9 @@ class _Ternary:
         self.weight: Tensor = first.weight
         if len(linears) > 1:
             self._join()
+        # Full rows are what an adapter was made for; quantized ones carry the input scale.
+        self.low_rank = LowRank.of(linears, self.input_scale if self.mode == "w2a8" else None)
+        self.shared = None if self.low_rank is None else Shared([self.low_rank])
         # cuBLAS wants float32 scales; converting them would be a launch of its own before every product.
         self.scale = self.weight_scale.float()
 
@@ -165,11 +184,20 @@ class _Ternary:
 
     def __call__(self, rows: Rows, residual: Tensor | None, gate: Tensor | None) -> Tensor:
         if self.mode == "w2a16":
-            y = w2a16_linear(rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale, self.backend)
-            return _add(y, residual, gate)
+            product = (rows.full(), self.weight, self.weight_scale, self.bias, self.input_scale)
+            if self.low_rank is None:
+                return _add(w2a16_linear(*product, self.backend), residual, gate)
+            down, up = self.low_rank.made(rows.dtype)
+            low = F.linear(rows.full(), down).flatten(0, -2)
+            return _add(w2a16_low_rank(*product, low, up, self.backend), residual, gate)
         q, scale = rows.quantized(self.activation_dtype, self.input_scale)
+        factors: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.low_rank is not None and self.shared is not None:
+            low = rows.low(self.shared, self.activation_dtype, self.input_scale)
+            columns = self.shared.columns(self.low_rank, rows.dtype)
+            factors = low[:, columns], self.low_rank.made(rows.dtype)[1]
         linear = (self.weight, self.scale, rows.dtype, self.bias)
-        y = w2a8_matmul(q, scale, *linear, residual, gate, self.backend)
+        y = w2a8_matmul(q, scale, *linear, residual, gate, *factors, self.backend)
         return y.view(*rows.batch, y.shape[-1])
 
 
@@ -199,19 +227,20 @@ class Projection:
     Neighbours that are ternary with the same settings become one product; all others stay products of their own.
 
     Args:
-        linears: in the order of their outputs. Tensors of joined layers become views of the joint ones.
+        linears: in the order of their outputs, bare or in peft's LoRA layers that `low_rank.why_not` has nothing
+            against. Tensors of joined layers become views of the joint ones.
     """
 
     def __init__(self, *linears: nn.Module) -> None:
         runs: list[list[Any]] = []
         for linear in linears:
-            last = runs[-1][-1] if runs else None
-            if isinstance(linear, TernaryLinear) and isinstance(last, TernaryLinear) and _alike(last, linear):
+            base, last = base_of(linear), base_of(runs[-1][-1]) if runs else None
+            if isinstance(base, TernaryLinear) and isinstance(last, TernaryLinear) and _alike(last, base):
                 runs[-1].append(linear)
             else:
                 runs.append([linear])
         self.parts: list[_Part] = [
-            _Ternary(run) if isinstance(run[0], TernaryLinear) else _Dense(run[0]) for run in runs
+            _Ternary(run) if isinstance(base_of(run[0]), TernaryLinear) else _Dense(run[0]) for run in runs
         ]
 
     def __call__(self, rows: Rows, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
@@ -224,6 +253,19 @@ class Projection:
             return self.parts[0](rows, residual, gate)
         y = torch.cat([part(rows, None, None) for part in self.parts], dim=-1)
         return _add(y, residual, gate)
+
+
+def share_low_rank_(*projections: Projection) -> None:
+    """Let products of projections that take the same rows compute their adapters' first factors in one pass."""
+    groups: dict[tuple[str, int | None], list[_Ternary]] = {}
+    for part in (part for projection in projections for part in projection.parts):
+        if isinstance(part, _Ternary) and part.low_rank is not None and part.mode == "w2a8":
+            key = part.activation_dtype, None if part.input_scale is None else id(part.input_scale)
+            groups.setdefault(key, []).append(part)
+    for parts in groups.values():
+        shared = Shared([part.low_rank for part in parts if part.low_rank is not None])
+        for part in parts:
+            part.shared = shared
 
 
 def separate_(linear: TernaryLinear) -> None:

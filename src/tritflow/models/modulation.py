@@ -8,13 +8,14 @@ the GPU meanwhile: with `offload` they stay in host memory and pass through the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritflow.kernels import w2a8_linear, w2a16_linear
+from tritflow.models.low_rank import base_of, factors, version
 from tritflow.modules import TernaryLinear
 
 Embed = Callable[[Tensor, Tensor | None, Tensor], Tensor]
@@ -23,14 +24,31 @@ Embed = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 _KEPT = 2  # conditionings at a time: with and without the prompt, for true classifier-free guidance
 
 
-def apply_elsewhere(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`linear(x)` on x's device, wherever the layer's tensors are; copies of them live for the call."""
+def apply_elsewhere(linear: Any, x: Tensor) -> Tensor:
+    """`linear(x)` on x's device, wherever the layer's tensors are; copies of them live for the call.
+
+    Args:
+        linear: a linear layer, or peft's LoRA layer around one.
+        x: [..., K].
+    """
     if linear.weight.device == x.device:
         out: Tensor = linear(x)
         return out
 
+    out = _base_elsewhere(base_of(linear), x)
+    for down, up, scaling in factors(linear):
+        low = F.linear(x, _here(down, x).to(x.dtype))
+        out = out + F.linear(low, _here(up, x).to(x.dtype)) * scaling
+    return out
+
+
+def _here(tensor: Tensor, x: Tensor) -> Tensor:
+    return tensor.detach().to(x.device, non_blocking=True)
+
+
+def _base_elsewhere(linear: nn.Linear, x: Tensor) -> Tensor:
     def here(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(x.device, non_blocking=True)
+        return None if tensor is None else _here(tensor, x)
 
     weight, bias = here(linear.weight), here(linear.bias)
     assert weight is not None
@@ -59,22 +77,19 @@ class _Table(NamedTuple):
 
 
 def _versions(guidance: Tensor | None, pooled: Tensor) -> tuple[int, int]:
-    return _version(pooled), -1 if guidance is None else _version(guidance)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return version(pooled), -1 if guidance is None else version(guidance)
 
 
 class Modulation:
     """All modulation layers of a model as one function of (timestep, guidance, pooled).
 
     Args:
-        linears: in the order in which `rows` puts their outputs next to each other.
+        linears: linear layers, or peft's LoRA layers around them, in the order in which `rows` puts their outputs
+            next to each other.
         embed: the model's conditioning embedder.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], embed: Embed) -> None:
+    def __init__(self, linears: Sequence[Any], embed: Embed) -> None:
         self.linears = list(linears)
         self.features = [linear.out_features for linear in linears]
         self.embed = embed
@@ -148,8 +163,9 @@ class Modulation:
             if linear.weight.device.type != "cpu":
                 moved += sum(t.nbytes for t in (*linear.parameters(), *linear.buffers()))
                 linear.to("cpu")
-            if isinstance(linear, TernaryLinear) and torch.cuda.is_available() and not linear.packed.is_pinned():
-                linear.set_packed_(linear.packed.pin_memory())
+            base = base_of(linear)
+            if isinstance(base, TernaryLinear) and torch.cuda.is_available() and not base.packed.is_pinned():
+                base.set_packed_(base.packed.pin_memory())
         return moved
 
     def restore_(self, device: torch.device) -> None:

@@ -30,8 +30,9 @@ def optimize(
 
     Query, key and value become one product, activations are quantized once for all layers that read them, every
     step's modulation is computed before the first step and its weights leave the GPU, and a step is replayed as one
-    CUDA graph. Nothing stored changes; `deoptimize` undoes it. What the fused forward does not know (LoRA,
-    ControlNet, IP-Adapter, gradients) takes the stock forward of diffusers, with one line in the log.
+    CUDA graph. Nothing stored changes; `deoptimize` undoes it. LoRAs may be loaded, weighed and unloaded before and
+    after. What the fused forward does not know (other adapters, ControlNet, IP-Adapter, gradients) takes the stock
+    forward of diffusers, with one line in the log.
 
     Call it before offloading is switched on, when the pipeline is on its device, or with `device`.
 
@@ -51,7 +52,8 @@ def optimize(
 
     Raises:
         ValueError: an unknown attention.
-        OptimizeError: the model is dense, of another family, hooked (offloading), training, or has a LoRA loaded.
+        OptimizeError: the model is dense, of another family, hooked (offloading), training, or has an adapter loaded
+            that is more than a LoRA (DoRA, LoHa, ...).
     """
     transformer = getattr(pipe, "transformer", pipe)
     if _ATTRIBUTE in transformer.__dict__:

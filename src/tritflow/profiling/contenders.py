@@ -31,11 +31,14 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "W2A8 int8 optimized, hopper, int8 hopper attention": _optimized("w2a8", "hopper", attention=("int8", "hopper")),
     "W2A8 int8 optimized, hopper, fp8 hopper attention": _optimized("w2a8", "hopper", attention=(_FP8, "hopper")),
     "W2A8 int8 optimized": _optimized("w2a8", "auto"),
+    "W2A8 int8 optimized, LoRA r16": _optimized("w2a8", "auto", lora=16),
     "fp8 compiled": {"kind": "fp8", "compiled": True},
     "W2A8 int8 stock": {"kind": "ternary", "dtype": "int8", "backend": "auto"},
     "W2A16 optimized, scratch": _optimized("w2a16", "scratch"),
     "W2A16 optimized, hopper": _optimized("w2a16", "hopper"),
     "W2A16 optimized, triton": _optimized("w2a16", "triton"),
+    "W2A8 fp8 optimized, LoRA r16": _optimized("w2a8", "auto", _FP8, lora=16),
+    "W2A16 optimized, LoRA r16": _optimized("w2a16", "auto", lora=16),
     "W2A16 stock": {"kind": "ternary", "mode": "w2a16", "backend": "auto"},
 }
 """In the order of their importance, should the time run out."""

@@ -17,8 +17,9 @@ import torch
 
 from tritflow import results
 from tritflow.pipelines.generate import generate, save_pictures
-from tritflow.pipelines.loading import generation_defaults, load_pipeline, pick_device, quiet
+from tritflow.pipelines.loading import configure_, generation_defaults, load_pipeline, pick_device, quiet
 from tritflow.pipelines.optimize import is_optimized, optimize
+from tritflow.pipelines.synthetic_pipeline import RANDOM, random_pipeline
 from tritflow.profiling.latency import PROMPT, quantiles, resident_bytes
 
 STAGES = ("text", "transformer", "vae", "png", "rest", "total")
@@ -74,8 +75,15 @@ def _once(pipe: Any, device: torch.device, folder: Path, seed: int, steps: int |
     return {"stages": stages, "steps": [s * 1e3 for s in taken["transformer"]]}
 
 
+def _random(mode: str | None, backend: str | None) -> Any:
+    pipe = random_pipeline()
+    if mode is not None or backend is not None:
+        configure_(pipe, mode=mode, backend=backend)
+    return pipe
+
+
 def measure(
-    model: str | Path = "small-student",
+    model: str | Path | None = "small-student",
     *,
     base: str | Path | None = None,
     device: str | None = None,
@@ -91,7 +99,8 @@ def measure(
     """Draw pictures one at a time with a model folder's own settings, and time every part.
 
     Args:
-        model, base, device, dtype, mode, backend: see `pipelines.loading.load_pipeline`.
+        model: see `pipelines.loading.load_pipeline`; None for FLUX.1-dev's configs with random weights.
+        base, device, dtype, mode, backend: see `pipelines.loading.load_pipeline`.
         optimized: whether `tritflow.optimize` is called first.
         num_inference_steps: of the sampler; the model folder's own by default.
         rounds: pictures that count, after the first.
@@ -111,12 +120,17 @@ def measure(
     if rounds < 1:
         raise ValueError("end-to-end needs at least one round")
     on = pick_device(device)
+    # What is random is there before the clock starts: loading then means its way from host memory to the device.
+    ready: Any = _random(mode, backend) if model is None else None
     begin = time.perf_counter()
     with quiet():
         # With `optimized` the modulation layers stay in host memory, so the pipeline is moved by `optimize`.
         home = "cpu" if optimized else str(on)
         kind = dtype or ("bfloat16" if on.type != "cpu" else "float32")
-        pipe = load_pipeline(model, base=base, device=home, dtype=kind, mode=mode, backend=backend)
+        if model is None:
+            pipe = ready.to(home)
+        else:
+            pipe = load_pipeline(model, base=base, device=home, dtype=kind, mode=mode, backend=backend)
         if optimized:
             optimize(pipe, device=on)
     loaded = _now(on) - begin
@@ -132,7 +146,7 @@ def measure(
     defaults = generation_defaults(pipe)
     return {
         **results.provenance(str(on)),
-        "model": Path(model).name,
+        "model": RANDOM if model is None else Path(model).name,
         "optimized": is_optimized(pipe),
         "dtype": kind,
         "mode": mode,

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from tritflow.profiling.contenders import (
 )
 from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.latency import quantiles
+from tritflow.profiling.lora import Beside
+from tritflow.profiling.lora import line as lora_line
+from tritflow.profiling.step_times import kernel_times, timed
 
 MODULE = "tritflow.profiling.transformer"
 BASELINES = ("bf16 compiled", "bf16 eager", "fp8 compiled")
@@ -56,20 +59,6 @@ def time_attention(size: int, batch: int, config: Mapping[str, Any]) -> dict[str
         except RuntimeError as error:
             found[name] = {"error": str(error).splitlines()[0][:200]}
     return found
-
-
-def timed(run: Callable[[], Any], count: int, warm: int) -> list[float]:
-    """Milliseconds of each of `count` calls by CUDA events, after `warm` calls that do not count."""
-    for _ in range(warm):
-        run()
-    torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def measure(task: Task, device: str = "cuda") -> dict[str, Any]:
@@ -107,6 +96,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         out: Tensor = model(**inputs, timestep=t.expand(task["batch"]).to(torch.bfloat16) / 1000)[0]
         return out
 
+    beside = Beside(model, step, settings["lora"], task["count"]) if "lora" in settings else None
     begin = time.perf_counter()
     first = step()
     torch.cuda.synchronize()
@@ -118,6 +108,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
     turn = 0
     repeats = all(torch.equal(a, step()) for a in again)
     peak = torch.cuda.max_memory_allocated() - before
+    kernels = kernel_times(step)
     return {
         "milliseconds": quantiles(times),
         "peak_bytes": peak,
@@ -128,34 +119,8 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         "first_step_seconds": round(first_seconds, 2),
         "finite": finite,
         "same_bits_again": repeats,
-        **kernel_times(step),
-    }
-
-
-def kernel_times(step: Callable[[], Any], most: int = 40) -> dict[str, Any]:
-    """Where a step's time goes.
-
-    Returns:
-        `kernels`, those with the largest totals in milliseconds; `kernel_milliseconds` and `kernel_calls` of all of
-        them. Empty where tracing fails. Kernels that run side by side count twice in the sum.
-    """
-    from torch.profiler import ProfilerActivity, profile
-
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            step()
-            torch.cuda.synchronize()
-        found = [
-            {"name": e.key[:100], "calls": e.count, "milliseconds": round(e.self_device_time_total / 1e3, 4)}
-            for e in trace.key_averages()
-            if e.self_device_time_total > 0
-        ]
-    except (RuntimeError, AssertionError, AttributeError):  # no tracing on this machine: the times stand without it
-        return {}
-    return {
-        "kernels": sorted(found, key=lambda kernel: -kernel["milliseconds"])[:most],
-        "kernel_milliseconds": round(sum(kernel["milliseconds"] for kernel in found), 4),
-        "kernel_calls": sum(kernel["calls"] for kernel in found),
+        **kernels,
+        **({} if beside is None else {"lora": beside.finish(quantiles(times))}),
     }
 
 
@@ -303,6 +268,7 @@ def bench(
         given = [{**task, "attention": attention, **common} for task in group]
         run_isolated(MODULE, given, silence=60 if risky else 200, deadline=deadline, on_result=note)
     run["contenders"] = compare(run["contenders"])
+    run["lora"] = {name: c["lora"] for name, c in run["contenders"].items() if "lora" in c}
     results.write_atomically(out / "transformer.json", json.dumps(run, indent=1).encode())
     return run
 
@@ -362,6 +328,8 @@ def table(run: Mapping[str, Any]) -> str:
         against = [f"{value:.2f}x {base}" for base, value in result.get("speed", {}).items() if base != name]
         if "memory" in result:
             against.append(f"{result['memory']:.2f}x less memory")
+        if "lora" in result:
+            lines.append(f"    {lora_line(result['lora'])}")
         if against:
             lines.append(f"    {', '.join(against)}")
     return "\n".join(lines)

@@ -148,6 +148,7 @@ _END_TO_END = """Examples:
 \b
   tritflow bench end-to-end                                   # the small ternary FLUX on this machine
   tritflow bench end-to-end OUT --base FLUX_DIR --device cuda --mode w2a8 --optimize
+  tritflow bench end-to-end --random --device cuda --mode w2a8 --optimize  # FLUX.1-dev's real size, random weights
 """
 
 
@@ -160,6 +161,9 @@ def end_to_end(
     mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8 (default: the folder's).")] = None,
     backend: Annotated[str | None, typer.Option(help="Which kernels (default: the folder's).")] = None,
     optimize: Annotated[bool, typer.Option("--optimize", help="Run the fused forward.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="FLUX.1-dev's configs with random weights in place of MODEL.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Pictures that count, after the first.")] = 5,
     threads: Threads = None,
     note: Note = "",
@@ -172,7 +176,7 @@ def end_to_end(
     set_threads(threads)
     with progress("generating", shown=not json) as update:
         run = bench.measure(
-            model,
+            None if random else model,
             base=base,
             device=device,
             dtype=dtype,

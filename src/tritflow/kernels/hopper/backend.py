@@ -81,10 +81,8 @@ def _supports_matmul(
     up: Tensor | None = None,
 ) -> bool:
     m, n, k = _shape(q, weight)
-    groups = 1 if low is None or up is None else low.shape[1] // up.shape[1]
-    if groups > 1 and n // groups % _TILE_ROWS:
-        return False  # a tile would lie in the rows of two layers
-    return dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
+    fits = dtype == torch.bfloat16 and m >= _FROM_TOKENS and supports(m, n, k)
+    return fits and (low is None or up is None or _one_group_a_tile(n, low, up))
 
 
 def w2a16_linear(
@@ -118,6 +116,44 @@ def _supports_w2a16(
     return x.dtype in (torch.bfloat16, torch.float16) and m >= _FROM_TOKENS and supports(m, n, k)
 
 
+def w2a16_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+) -> Tensor:
+    """See `tritflow.kernels.w2a16_low_rank`; many rows."""
+    from tritflow.kernels.hopper.launch import w2a16_gemm
+
+    rows = x.reshape(-1, x.shape[-1])
+    if input_scale is not None:
+        rows = (rows * input_scale).to(rows.dtype)
+    return w2a16_gemm(rows, weight, weight_scale, bias, low, up).view(*x.shape[:-1], weight.shape[0])
+
+
+def _supports_w2a16_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    low: Tensor,
+    up: Tensor,
+) -> bool:
+    m, n, k = _shape(x, weight)
+    fits = x.dtype in (torch.bfloat16, torch.float16) and m >= _FROM_TOKENS and supports(m, n, k)
+    return fits and _one_group_a_tile(n, low, up)
+
+
+def _one_group_a_tile(n: int, low: Tensor, up: Tensor) -> bool:
+    """Whether no tile lies in the rows of two layers."""
+    groups = low.shape[1] // up.shape[1]
+    return groups == 1 or n // groups % _TILE_ROWS == 0
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> Tensor:
     """See `tritflow.kernels.attention`."""
     from tritflow.kernels.hopper.attention_launch import attention as run
@@ -137,6 +173,7 @@ BACKEND = Backend(
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+        "w2a16_low_rank": Kernel(w2a16_low_rank, _supports_w2a16_low_rank),
         # Its present form has not run on a GPU: by name only.
         "attention": Kernel(attention, _supports_attention, automatic=False),
     },

@@ -79,9 +79,10 @@ def _swizzled(rows: int, columns: int, dtype: object) -> gl.NVMMASharedLayout:
 
 
 def _descriptor(matrix: torch.Tensor, block: list[int], dtype: object) -> TensorDescriptor:
-    """Of a contiguous matrix, for the copy engine."""
+    """Of a matrix with contiguous rows, for the copy engine."""
     rows, columns = matrix.shape
-    return TensorDescriptor(matrix, [rows, columns], [columns, 1], block, _swizzled(*block, dtype))
+    stride = matrix.stride(0) if rows > 1 else columns  # of a single row PyTorch's may be anything
+    return TensorDescriptor(matrix, [rows, columns], [stride, 1], block, _swizzled(*block, dtype))
 
 
 @lru_cache(maxsize=16)
@@ -161,18 +162,26 @@ def w2a16_gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]), in x's type.
+    """out[m, n] = x[m, :] @ T[n, :] * weight_scale[n] (+ bias[n]) (+ low[m, :] @ up[n, :]), in x's type.
 
-    x [M, K] bfloat16 or float16, the rest as for ``w2a8_gemm``; float32 sums. Raises ValueError for tensors that do
-    not fit together.
+    x [M, K] bfloat16 or float16, low and up of that type, the rest as for ``w2a8_gemm``; float32 sums. Raises
+    ValueError for tensors that do not fit together.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"activations must be bfloat16 or float16, got {x.dtype}")
-    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config)
+    return _gemm(x, weight_scale, weight, weight_scale, bias, out, config, low, up)
+
+
+def _aligned_rows(t: torch.Tensor) -> torch.Tensor:
+    """`_aligned`, but that rows may lie apart, by multiples of 16 bytes."""
+    apart = t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    return t if apart else _aligned(t)
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
@@ -219,7 +228,7 @@ def _gemm(
         if rows != n and rows % bn:
             raise ValueError(f"a tile of {bn} weight rows lies in two layers of {rows} rows: join them otherwise")
         low_desc, up_desc = (
-            _descriptor(_aligned(low), [bm, 16], out_dtype),
+            _descriptor(_aligned_rows(low), [bm, 16], out_dtype),
             _descriptor(_aligned(up), [bn, 16], out_dtype),
         )
     w2a8_kernel[(schedule.grid,)](

@@ -63,6 +63,8 @@ class Case:
         if "PACKED_ASM" in constants and TARGETS[target].backend != "cuda":
             constants["PACKED_ASM"] = False
             options["num_stages"] = min(options["num_stages"], 2)  # as launch_blocks has it
+        if "PARTS" in constants and TARGETS[target].backend != "cuda":
+            constants["PARTS"], options = 4, {"num_warps": 4, "num_stages": 2}  # as down_blocks has it
         source = ASTSource(self.kernel, signature, constants, attrs)
         return triton.compile(source, target=TARGETS[target], options=options)
 
@@ -126,7 +128,7 @@ def _product_cases(fp8: bool) -> list[Case]:
         "low_ptr": "*bf16",
         "up_ptr": "*bf16",
         "out_ptr": "*bf16",
-        **_numbers("M", "N", "residual_stride"),
+        **_numbers("M", "N", "residual_stride", "low_stride"),
     }
     cases = []
     for tokens, rank in ((8, 0), (64, 0), (4608, 0), (64, 16), (4608, 16)):
@@ -151,14 +153,14 @@ def _low_rank_cases(fp8: bool) -> list[Case]:
     """The first factor of one layer and of four that share an input; the second in a pass of its own."""
     types = {"q_ptr": "*u8" if fp8 else "*i8", "x_scale_ptr": "*fp32", "down_ptr": "*bf16", "out_ptr": "*bf16"}
     cases = []
-    for tokens, columns, features in ((512, 16, 12288), (4608, 16, 15360), (4608, 48, 3072)):
+    for tokens, columns, features in ((512, 16, 12288), (4608, 16, 15360), (4608, 64, 3072)):
         blocks = low_rank.down_blocks(tokens, columns, 16)
         options = {key: blocks.pop(key) for key in ("num_warps", "num_stages")}
         constants = {"COLUMNS": columns, "K": features, "FP8": fp8, **blocks}
         name = f"low rank, down {'fp8' if fp8 else 'int8'}, {tokens} tokens, {columns} columns"
         cases.append(Case(name, low_rank.low_rank_down_kernel, types | _numbers("M"), constants, options, fp8))
     if not fp8:
-        types = dict.fromkeys(("y_ptr", "low_ptr", "up_ptr"), "*bf16") | _numbers("M", "N")
+        types = dict.fromkeys(("y_ptr", "low_ptr", "up_ptr"), "*bf16") | _numbers("M", "N", "low_stride")
         constants = {"RANK": 16, "GROUPS": 3, "ALIGNED": True, "BLOCK_M": 64, "BLOCK_N": 128}
         cases.append(Case("low rank, add", low_rank.low_rank_add_kernel, types, constants, {"num_warps": 4}))
     return cases

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritflow.kernels.backends import Backend, Kernel
+from tritflow.kernels.reference import in_two_passes
 from tritflow.kernels.triton import block
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
 from tritflow.kernels.triton.low_rank import low_rank_add_, low_rank_down
@@ -105,7 +106,7 @@ def w2a8_matmul(
 ) -> Tensor:
     """See `tritflow.kernels.w2a8_matmul`; for one batch the gated residual is part of the product's epilogue."""
     product = (q.contiguous(), x_scale, weight.contiguous(), weight_scale, bias, dtype)
-    factors = (None if low is None else low.contiguous(), None if up is None else up.contiguous())
+    factors = (low if low is None or low.stride(1) == 1 else low.contiguous(), None if up is None else up.contiguous())
     if residual is None or gate is None:
         return w2a8_gemm(*product, None, None, *factors)
     if residual.shape[0] == 1:
@@ -179,6 +180,7 @@ BACKEND = Backend(
     kernels={
         "quantize_activation": Kernel(quantize_activation, _supports_quantize),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
+        "w2a16_low_rank": Kernel(in_two_passes(w2a16_linear, low_rank_add_), lambda x, *_: x.dtype in _FLOATS),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "low_rank_down": Kernel(low_rank_down, _supports_down),

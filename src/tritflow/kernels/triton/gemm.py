@@ -41,6 +41,7 @@ def w2a8_kernel(
     M,
     N,
     residual_stride,
+    low_stride,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -84,7 +85,9 @@ def w2a8_kernel(
         out += tl.load(bias_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
     if RANK:
         first_n = tl.program_id(1) * BLOCK_N
-        out = add_low_rank(out, low_ptr, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
+        out = add_low_rank(
+            out, low_ptr, low_stride, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED
+        )
     if HAS_RESIDUAL:
         out *= tl.load(gate_ptr + rows_n, mask=in_n, other=0).to(tl.float32)[:, None]
     out = tl.trans(out)
@@ -188,7 +191,7 @@ def w2a8_gemm(
         dtype: of the result.
         residual: [M, N], last dimension contiguous, or None.
         gate: [N], contiguous; together with `residual`.
-        low: [M, S * R], contiguous, or None.
+        low: [M, S * R], last dimension contiguous, or None.
         up: [N, R], contiguous; together with `low`.
         blocks: tile sizes and launch options; by default the tuned ones.
 
@@ -216,6 +219,7 @@ def w2a8_gemm(
             tokens,
             out_features,
             0 if residual is None else residual.stride(0),
+            0 if low is None else low.stride(0),
             K=in_features,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr, GROUPS: tl.constexpr):
+def _add_group(acc, low_ptr, low_stride, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr):
     CHUNK: tl.constexpr = 32 if RANK % 32 == 0 else 16
     for r in tl.static_range(0, RANK, CHUNK):
         c = r + tl.arange(0, CHUNK)
         up = tl.load(up_ptr + rows_n[:, None] * RANK + c[None, :], mask=mine[:, None], other=0)
-        at = low_ptr + rows_m[:, None] * (GROUPS * RANK) + group * RANK + c[None, :]
+        at = low_ptr + rows_m[:, None] * low_stride + group * RANK + c[None, :]
         low = tl.load(at, mask=in_m[:, None], other=0)
         acc = tl.dot(up, tl.trans(low), acc, input_precision="ieee")
     return acc
@@ -24,6 +24,7 @@ def _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl
 def add_low_rank(
     acc,
     low_ptr,
+    low_stride,
     up_ptr,
     first_n,
     rows_m,
@@ -41,11 +42,11 @@ def add_low_rank(
     """
     group_rows = N // GROUPS
     if ALIGNED:
-        acc = _add_group(acc, low_ptr, up_ptr, first_n // group_rows, rows_m, rows_n, in_m, in_n, RANK, GROUPS)
+        acc = _add_group(acc, low_ptr, low_stride, up_ptr, first_n // group_rows, rows_m, rows_n, in_m, in_n, RANK)
     else:
         for group in tl.static_range(0, GROUPS):
             mine = in_n & (rows_n // group_rows == group)
-            acc = _add_group(acc, low_ptr, up_ptr, group, rows_m, rows_n, in_m, mine, RANK, GROUPS)
+            acc = _add_group(acc, low_ptr, low_stride, up_ptr, group, rows_m, rows_n, in_m, mine, RANK)
     return acc
 
 
@@ -64,6 +65,7 @@ def low_rank_add_kernel(
     up_ptr,
     M,
     N,
+    low_stride,
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -79,20 +81,22 @@ def low_rank_add_kernel(
     inside = in_m[:, None] & in_n[None, :]
     y = tl.load(at, mask=inside, other=0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    acc = add_low_rank(acc, low_ptr, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
+    acc = add_low_rank(acc, low_ptr, low_stride, up_ptr, first_n, rows_m, rows_n, in_m, in_n, N, RANK, GROUPS, ALIGNED)
     tl.store(at, (y + tl.trans(acc)).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def low_rank_add_(y: Tensor, low: Tensor, up: Tensor) -> None:
     """See `tritflow.kernels.low_rank_add_`."""
     tokens, features = y.shape
+    low = low if low.stride(1) == 1 else low.contiguous()
     if y.numel():
         low_rank_add_kernel[(triton.cdiv(tokens, 64), triton.cdiv(features, 128))](
             y,
-            low.contiguous(),
+            low,
             up.contiguous(),
             tokens,
             features,
+            low.stride(0),
             BLOCK_M=64,
             BLOCK_N=128,
             **constants(up, low, 128),
@@ -113,47 +117,56 @@ def low_rank_down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One tile of out[m, c] = x_scale[m] * sum_k q[m, k] down[c, k]; bound by reading q."""
+    """One tile of out[m, c] = x_scale[m] * sum_k q[m, k] down[c, k]; bound by reading q.
+
+    The tile is so small that one warp could hold it: each warp sums over a part of K of its own (a batch of PARTS
+    products), and the parts are added in the end.
+    """
     DTYPE: tl.constexpr = down_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_m, in_c = rows < M, c < COLUMNS
-    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for block in range((K + BLOCK_K - 1) // BLOCK_K):
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        if K % BLOCK_K == 0:
-            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None], other=0)
-            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None], other=0)
-        else:
-            q = tl.load(q_ptr + rows[:, None] * K + k[None, :], mask=in_m[:, None] & (k < K)[None, :], other=0)
-            down = tl.load(down_ptr + c[:, None] * K + k[None, :], mask=in_c[:, None] & (k < K)[None, :], other=0)
+    acc = tl.zeros((PARTS, BLOCK_M, BLOCK_C), dtype=tl.float32)
+    STEP: tl.constexpr = PARTS * BLOCK_K
+    part = tl.arange(0, PARTS)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    for step in range((K + STEP - 1) // STEP):
+        k = step * STEP + part
+        in_x, in_down = in_m[None, :, None], in_c[None, :, None]
+        if K % STEP != 0:
+            in_x &= k < K
+            in_down &= k < K
+        q = tl.load(q_ptr + rows[None, :, None] * K + k, mask=in_x, other=0)
+        down = tl.load(down_ptr + c[None, :, None] * K + k, mask=in_down, other=0)
         if FP8:
             x = q.to(tl.float8e4nv, bitcast=True).to(DTYPE)
         else:
             x = q.to(DTYPE)
-        acc = tl.dot(x, tl.trans(down), acc, input_precision="ieee")
-    acc *= tl.load(x_scale_ptr + rows, mask=in_m, other=0)[:, None]
+        acc = tl.dot(x, tl.permute(down, (0, 2, 1)), acc, input_precision="ieee")
+    out = tl.sum(acc, axis=0) * tl.load(x_scale_ptr + rows, mask=in_m, other=0)[:, None]
     at = out_ptr + rows[:, None] * COLUMNS + c[None, :]
-    tl.store(at, acc.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
+    tl.store(at, out.to(DTYPE), mask=in_m[:, None] & in_c[None, :])
 
 
-def down_blocks(tokens: int, columns: int, bits: int) -> dict[str, int]:
+def down_blocks(tokens: int, columns: int, bits: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
     """Tile sizes and launch options; fixed choices, so that the same shape gives the same bits.
 
     Args:
         tokens: M.
         columns: C.
         bits: of an element of the factor.
+        hip: for an AMD GPU, whose blocks have 64 KiB of shared memory.
     """
     block_c = max(16, min(64, triton.next_power_of_2(columns)))
-    narrow = tokens <= 1024  # a few tokens would leave most of the GPU idle
+    warps = 4 if bits == 32 or hip else 8
     return {
-        "BLOCK_M": 16 if narrow else 32,
+        "BLOCK_M": 16 if tokens <= 1024 else 32,  # a few tokens would leave most of the GPU idle
         "BLOCK_C": block_c,
-        "BLOCK_K": 128 if block_c == 64 or bits == 32 else 256,
-        "num_warps": 2 if narrow and block_c == 16 else 4,
-        "num_stages": 2 if bits == 32 else 4,
+        "BLOCK_K": 32 if block_c == 64 or bits == 32 else 64,
+        "PARTS": warps,
+        "num_warps": warps,
+        "num_stages": 2 if bits == 32 or hip else 3,
     }
 
 
