@@ -206,7 +206,9 @@ def test_bad_folders_are_refused_by_name(
         lambda: edit("manifest.jsonl", f'"model_hash":"{hash_}"', '"model_hash":"bbbb"'), "one folder holds one model"
     )
     refused(lambda: edit("manifest.jsonl", '"seed":', '"seeds":'), "has no 'seed'")
-    refused(lambda: edit("meta.json", '"name": "geneval"', '"name": "scenes"'), "another suite (scenes, now geneval)")
+    refused(
+        lambda: edit("meta.json", '"name": "geneval"', '"name": "scenes"'), "(scenes 1, now geneval 1)"
+    )
     # Missing and half-written pictures are drawn again rather than refused; damage of the same length is not seen
     # until the picture is opened.
     path = next(folder.rglob("0000.png"))

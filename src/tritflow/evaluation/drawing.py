@@ -122,7 +122,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _describe(key: str, value: Any) -> str:
-    return str(value["name"]) if key == "suite" else json.dumps(value, sort_keys=True)
+    return f"{value['name']} {value.get('version')}" if key == "suite" else json.dumps(value, sort_keys=True)
 
 
 def _begin(folder: Path, meta: dict[str, Any], records: Sequence[PromptRecord], task: Task) -> None:

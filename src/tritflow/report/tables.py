@@ -6,6 +6,8 @@ A spec lives in `tables.toml`:
     title = "..."
     topic = "scenes"                              # which results files
     where = { "task.name" = "scenes" }            # optional: only runs with these values
+    current = true                                # optional: only runs of the suite's newest version and of one
+                                                  # teacher, that of the newest run labelled "teacher"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone
@@ -53,6 +55,7 @@ class Spec:
     columns: tuple[Column, ...]
     title: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    current: bool = False
     rows: tuple[dict[str, Any], ...] = ()
     each: tuple[str, ...] = ()
     entries: str | None = None
@@ -77,7 +80,7 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
         source = files("tritflow.report").joinpath("tables.toml").read_text(encoding="utf-8")
     specs = {}
     for name, data in tomllib.loads(source).items():
-        known = ("topic", "columns", "title", "where", "rows", "each", "entries", "reference", "note")
+        known = ("topic", "columns", "title", "where", "current", "rows", "each", "entries", "reference", "note")
         for key in data:
             if key not in known:
                 raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, list(known))}")
@@ -90,7 +93,7 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
                     f"table '{name}', column '{column.name}': no format '{column.format}'"
                     f"{nearest(column.format, list(FORMATS))}"
                 )
-        rest = {k: data[k] for k in ("title", "where", "entries", "note") if k in data}
+        rest = {k: data[k] for k in ("title", "where", "current", "entries", "note") if k in data}
         rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
         reference = tuple(tuple(r) for r in data.get("reference", ()))
         if any(len(r) != len(columns) for r in reference):
@@ -117,8 +120,26 @@ def _matches(run: Run, wanted: dict[str, Any]) -> bool:
     return all(lookup(run, path) == value for path, value in wanted.items())
 
 
+def current_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those (oldest first) that compare with each other: of the suite's newest version, and of one teacher.
+
+    Prompts change with a suite's version, and scores kept are a teacher's. The teacher is the model of the newest run
+    labelled "teacher", or, where there is none, the one that the newest run was measured against.
+    """
+    newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
+    runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
+    own = [lookup(r, "model.hash") for r in runs if r.get("label") == "teacher"]
+    named = [lookup(r, "against.model.hash") for r in runs if r.get("against")]
+    if not own and not named:
+        return runs
+    teacher = (own or named)[-1]
+    return [r for r in runs if teacher in (lookup(r, "against.model.hash"), lookup(r, "model.hash"))]
+
+
 def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     runs = [r for r in runs if _matches(r, spec.where)]
+    if spec.current:
+        runs = current_runs(runs)
     if spec.rows:
         newest = [next((r for r in reversed(runs) if _matches(r, row)), None) for row in spec.rows]
         return [r for r in newest if r is not None]
