@@ -37,8 +37,8 @@ def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgement]) -> dict[str, Any]:
-    """Paired differences student - teacher, the share of the score kept, exact McNemar counts and the smallest
-    difference the run could have seen, per tag and overall, as plain JSON.
+    """Paired differences student - teacher, the share of the score kept, exact McNemar counts, the smallest
+    difference the run could have seen and the noise of the student's seeds, per tag and overall, as plain JSON.
 
     Raises `EvaluationError` when the two were not judged on the same pictures' seeds.
     """
@@ -59,6 +59,7 @@ def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgemen
             "minimum_detectable": _number(
                 st.minimum_detectable_difference([x - y for x, y in zip(a, b, strict=True)], prompts, tags)
             ),
+            "seed_noise": _number(st.seed_noise(a, prompts, tags)),
         }
         if not task.graded:
             found["mcnemar"] = asdict(st.mcnemar([x >= 0.5 for x in a], [y >= 0.5 for y in b]))
