@@ -249,6 +249,8 @@ def draw_images(
     todo = [b for b in batches if any(e["path"] not in done for e in b)]
     if todo:
         drawer: Draw = draw() if lazy else draw  # type: ignore[call-arg,assignment]
+        if progress is not None:  # loading is over: what follows is drawing
+            progress(finished, total)
         cut_half_line(own)
         with ThreadPoolExecutor(1) as writer, open(own, "ab") as manifest:
             waiting: list[Future[dict[str, Any]]] = []
@@ -262,8 +264,8 @@ def draw_images(
                         for e, p in zip(batch, pictures, strict=True)
                         if e["path"] not in done
                     ]
-                    if progress is not None:
-                        progress(finished, total)
+                    if progress is not None:  # with those that are being written
+                        progress(finished + len(waiting), total)
             finally:
                 finished += _note(waiting, manifest, done)
         if progress is not None:
