@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tritflow.calibration.prompts import suite_prompts
-from tritflow.evaluation.api import EvaluationError
+from tritflow.evaluation.api import EvaluationError, TaskOptions
 from tritflow.evaluation.tasks import compbench_language as language
+from tritflow.evaluation.tasks.t2i_compbench import CompBenchTask
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="the suites' own files are not at hand")
@@ -96,11 +98,31 @@ def test_every_prompt_of_the_suite_can_be_read() -> None:
 
 
 def test_parsers(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, find = language.phrase_finder("rules")
-    assert "substitute" in name
+    name, stands_for, find = language.phrase_finder("rules")
+    assert (name, stands_for) == ("tritflow noun phrases", "spaCy en_core_web_sm 3.5.0")
     assert find("a red cup") == ["a red cup"]
     with pytest.raises(EvaluationError, match="no parser 'nltk'"):
         language.phrase_finder("nltk")
     monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed
     with pytest.raises(EvaluationError, match=r"needs the package spacy.*--scorer parser=rules"):
         language.phrase_finder("spacy")
+
+
+@pytest.mark.parametrize(("version", "stands_for"), [("3.5.0", None), ("3.8.0", "spaCy en_core_web_sm 3.5.0")])
+def test_spacy_stands_in_for_nothing_but_another_version_of_its_model(
+    version: str, stands_for: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spacy = types.ModuleType("spacy")
+    nlp = types.SimpleNamespace(meta={"version": version})
+    spacy.load, spacy.__version__ = lambda name: nlp, "3.5.3"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    name, found, _ = language.phrase_finder("spacy")
+    assert name == f"spaCy 3.5.3 en_core_web_sm {version}"
+    assert found == stands_for
+    # In a suite's run the authors' own parser is a scorer and no substitute.
+    task = CompBenchTask(TaskOptions(scorers={"parser": "spacy"}))
+    task.use(vqa=types.SimpleNamespace(name="scripted"))
+    task._attributes()
+    assert task.scorers["parser"] == name
+    assert ("parser" in task.substitutes) == (stands_for is not None)
+    assert "vqa" in task.substitutes

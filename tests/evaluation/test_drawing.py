@@ -133,7 +133,20 @@ def test_another_suites_folder_is_refused(whole: Path) -> None:
     with pytest.raises(ImageSetError, match="suite 'toy', not of 'other'"):
         ImageSet.open(whole, Other())
     task = Other()
-    with pytest.raises(ImageSetError, match=r"another suite \(toy, now other\)"):
+    with pytest.raises(ImageSetError, match=r"another suite \(toy 1, now other 1\)"):
+        draw_images(whole, task, task.prompts(per_tag=3), draw, MODEL, SETTINGS, samples=2, batch_size=4)
+
+
+def test_another_versions_folder_is_refused(whole: Path) -> None:
+    """A suite's version is raised when its prompts change; pictures of the old ones are not the new suite's."""
+
+    class Newer(ToyTask):
+        version = 2
+
+    with pytest.raises(ImageSetError, match="version 1 of 'toy', here it is version 2"):
+        ImageSet.open(whole, Newer())
+    task = Newer()
+    with pytest.raises(ImageSetError, match=r"another suite \(toy 1, now toy 2\)"):
         draw_images(whole, task, task.prompts(per_tag=3), draw, MODEL, SETTINGS, samples=2, batch_size=4)
 
 

@@ -135,3 +135,32 @@ def test_a_quantized_model_names_its_prompts_by_hash(tmp_path: Path) -> None:
     assert says(recorded) == ["a red star", "a blue ring"]
     assert says(None) == []
     assert says({**recorded, "sha256": "0" * 64}) is None
+
+
+def test_the_time_left_is_said_after_the_first_batch_and_again_after_the_third(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loading takes 500 s here, the first batch 40 s, warm-up and all, and the others 20 s each."""
+    from tritflow.cli import evaluate as command
+
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+
+    def said() -> str:
+        return capsys.readouterr().err
+
+    with command._stages() as stage:
+        for seconds, done, words in (
+            (0, 0, ""),
+            (500, 0, ""),
+            (40, 16, "drawing FLUX: about 6 min left"),  # 144 at 2.5 s
+            (20, 32, ""),
+            (20, 48, "drawing FLUX: about 2 min left"),  # 112 at 1.25 s
+            (20, 64, ""),
+        ):
+            now[0] += seconds
+            stage("drawing FLUX", done, 160)
+            assert said().strip() == words
+        stage("scoring FLUX", 0, 160)
+        stage("scoring FLUX", 16, 160)
+        assert said() == ""

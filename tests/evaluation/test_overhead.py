@@ -190,5 +190,5 @@ def test_the_command(tmp_path: Path) -> None:
     assert ms["beyond"] > ms["sink"] > 0
     kept = read(next(tmp_path.glob("suites-*.json")), "suites")
     assert len(kept) == 1
-    assert "| geneval, 553 x 1, 16x16 | 553 |" in markdown(build(load_specs()["suites"], kept))
+    assert f"| geneval, 553 x 1, 16x16 | {run['device']} | 553 |" in markdown(build(load_specs()["suites"], kept))
     assert not list(tmp_path.glob("tritflow-suites-*"))

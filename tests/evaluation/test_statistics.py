@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from tritflow.evaluation import significance
 from tritflow.evaluation import statistics as st
 
 
@@ -55,7 +56,7 @@ def test_bootstrap_matches_the_closed_form_standard_error() -> None:
     rng = np.random.default_rng(1)
     values, clusters = simulate(rng, 200, 4, 0.6)
     got = st.clustered_mean(values, clusters, resamples=8000)
-    se = st.standard_error(values, clusters)
+    se = significance.standard_error(values, clusters)
     means = values.reshape(200, 4).mean(1)
     assert se == pytest.approx(means.std(ddof=1) / math.sqrt(200), rel=1e-12)
     assert (got.high - got.low) / (2 * 1.96) == pytest.approx(se, rel=0.04)
@@ -149,7 +150,7 @@ def test_kept_agrees_with_the_delta_method() -> None:
     student = teacher * (rng.random(teacher.size) < 0.93)
     got = st.score_kept(student, teacher, clusters)
     ratio = student.mean() / teacher.mean()
-    se = st.standard_error(student - ratio * teacher, clusters) / teacher.mean()
+    se = significance.standard_error(student - ratio * teacher, clusters) / teacher.mean()
     assert got.value == pytest.approx(ratio)
     assert got.low == pytest.approx(ratio - 1.96 * se, abs=0.003)
     assert got.high == pytest.approx(ratio + 1.96 * se, abs=0.003)
@@ -170,17 +171,17 @@ def test_median_against_numpy_and_ragged_clusters() -> None:
 def test_mcnemar_against_the_binomial() -> None:
     a = np.array([1, 1, 1, 1, 1, 1, 0, 1, 0, 0], bool)
     b = np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 0], bool)
-    got = st.mcnemar(a, b)
+    got = significance.mcnemar(a, b)
     assert (got.only_first, got.only_second) == (5, 1)
     assert got.p_value == pytest.approx(2 * (1 + 6) / 2**6)
-    assert st.mcnemar(a, a).p_value == 1.0
+    assert significance.mcnemar(a, a).p_value == 1.0
 
 
 def test_minimum_detectable_difference_is_found_with_the_stated_power() -> None:
     rng = np.random.default_rng(2)
     clusters = [str(i) for i in range(100)]
     d = rng.normal(size=100)
-    mdd = st.minimum_detectable_difference(d, clusters)
+    mdd = significance.minimum_detectable_difference(d, clusters)
     assert mdd == pytest.approx((1.959964 + 0.841621) * d.std(ddof=1) / 10, rel=1e-5)
     true = 2.801585 / 10
     found = 0
@@ -200,9 +201,9 @@ def test_seed_noise_predicts_what_two_seed_sets_do() -> None:
         x, y = ((rng.random((60, 4)) < hardness[:, None]).astype(float).ravel() for _ in range(2))
         gaps.append(st.clustered_mean(x, clusters, tags, resamples=2).value)
         gaps[-1] -= st.clustered_mean(y, clusters, tags, resamples=2).value
-        predicted.append(st.seed_noise(x, clusters, tags))
+        predicted.append(significance.seed_noise(x, clusters, tags))
     assert np.mean(predicted) == pytest.approx(np.std(gaps), rel=0.12)
-    assert math.isnan(st.seed_noise([1.0, 0.0], ["a", "b"]))
+    assert math.isnan(significance.seed_noise([1.0, 0.0], ["a", "b"]))
 
 
 def test_one_prompt_gives_a_value_and_no_interval() -> None:

@@ -12,11 +12,12 @@ from evaluation_fakes import SETTINGS as TOY_SETTINGS
 from evaluation_fakes import ToyTask, folder_bytes
 from evaluation_fakes import draw as toy_draw
 from suite_fakes import MODEL, SETTINGS, draw_suite
+from suite_fakes import draw as suite_draw
 
 from tritflow.evaluation import sharing
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.drawing import draw_images
-from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId
+from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, Settings
 from tritflow.evaluation.projection import BYTES_PER_PIXEL, Projection, duration, project
 from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
 from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate, projections
@@ -129,7 +130,7 @@ def test_projections(tmp_path: Path) -> None:
     fresh = project(tmp_path / "nowhere" / "yet", "flux", 100, SETTINGS)
     assert (fresh.pictures, fresh.present, fresh.seconds) == (100, 0, None)
     assert fresh.bytes_needed == round(100 * 16 * 16 * BYTES_PER_PIXEL)
-    assert "time is known after two batches" in str(fresh)
+    assert "time is known after the first batch" in str(fresh)
     images = draw_suite(tmp_path / "out", ToyTask(), samples=4)
     assert images is not None
     for i, e in enumerate(images.entries):  # as if a picture had taken two seconds, with a pause amid them
@@ -145,6 +146,52 @@ def test_projections(tmp_path: Path) -> None:
     assert str(project(tmp_path / "out", "flux", 60, SETTINGS)) == "flux: all 60 pictures are there"
     with pytest.raises(EvaluationError, match=r"100 pictures of flux need about 2.0 TB|need about 2000.0 GB"):
         Projection("flux", 100, 0, 2 * 10**12, 10**9, None).check()
+
+
+def paced(folder: Path, each: float, **changes: object) -> ImageSet:
+    """A folder whose batches of four came `each` seconds a picture apart, each batch's files at once."""
+    images = draw_suite(folder, ToyTask(), samples=2, **changes)
+    assert images is not None
+    for i, e in enumerate(images.entries):
+        at = 1e9 + 4 * each * (i // 4) + 0.01 * (i % 4)
+        os.utime(images.folder / e["path"], (at, at))
+    return images
+
+
+def test_the_pace_is_of_whole_batches(tmp_path: Path) -> None:
+    """Files of a batch come at once: gaps between pictures would tell how fast they are encoded."""
+    paced(tmp_path / "out", 3.0)
+    assert project(tmp_path / "out", "flux", 130, SETTINGS).seconds == pytest.approx(300, rel=0.02)
+
+
+def test_the_pace_of_an_earlier_run_is_told_before_the_first_picture(tmp_path: Path) -> None:
+    base = tmp_path / "runs" / "geneval-553x4"
+    assert project(base / "student", "student", 100, SETTINGS).seconds is None
+    slow = paced(tmp_path / "runs" / "dry" / "teacher", 9.0)
+    # A dry run in a folder beside this one; then a folder of this very run, which is newer, and of another mode.
+    found = project(base / "student", "student", 100, SETTINGS)
+    assert found.seconds == pytest.approx(900, rel=0.02)
+    assert found.bytes_needed == pytest.approx(100 * sum(e["bytes"] for e in slow.entries) / 30, abs=1)
+    assert "100 pictures; to draw 100: about" in str(found)
+    assert "15 min (as dry/teacher took)" in str(found)
+    other = Settings(16, 16, 2, 3.5, {"mode": "w2a8"})
+    images = draw_images(base / "teacher", ToyTask(), ToyTask().prompts(), suite_draw, MODEL, other, batch_size=4)
+    assert images is not None
+    for i, e in enumerate(images.entries):
+        os.utime(images.folder / e["path"], (1e9 + 8 * (i // 4),) * 2)
+    assert project(base / "student", "student", 100, SETTINGS).told_by == "dry/teacher"  # equal settings first
+    assert project(base / "student", "student", 100, other).seconds == pytest.approx(200, rel=0.02)
+    # Nothing is taken from another size, from other steps, from another device, or when it is not asked for.
+    for settings in (Settings(32, 16, 2, 3.5), Settings(16, 16, 3, 3.5)):
+        assert project(base / "student", "student", 100, settings).seconds is None
+    assert project(base / "student", "student", 100, SETTINGS, device="an H200").seconds is None
+    assert project(base / "student", "student", 100, SETTINGS, device="cpu").told_by == "dry/teacher"
+    assert project(base / "student", "student", 100, SETTINGS, earlier=False).seconds is None
+    # Own pictures come first, and a damaged folder beside this one stops nothing.
+    paced(base / "student", 1.0)
+    assert project(base / "student", "student", 130, SETTINGS).seconds == pytest.approx(100, rel=0.02)
+    (slow.folder / "manifest.jsonl").write_text("{}\n")
+    assert project(base / "new", "student", 100, SETTINGS).told_by == "student"
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (600, "10 min"), (11_100, "3 h 5 min")])

@@ -113,7 +113,10 @@ def test_drawing_alone_then_the_official_scorer(
     assert "the official scorer's output is not there" in missing.output
     folder = next(p for p in out.iterdir() if p.is_dir())
     images = ImageSet.open(folder)
-    rows = [{"filename": e["path"], "prompt": e["prompt"], "correct": True, "reason": ""} for e in images.entries]
+    rows = [
+        {"filename": str(folder / e["path"]), "tag": e["tag"], "prompt": e["prompt"], "correct": True, "reason": ""}
+        for e in images.entries
+    ]
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = invoke(*arguments, "--out", out, "--official", "--json")
     assert done.exit_code == 0, done.output
@@ -206,7 +209,7 @@ def test_bad_folders_are_refused_by_name(
         lambda: edit("manifest.jsonl", f'"model_hash":"{hash_}"', '"model_hash":"bbbb"'), "one folder holds one model"
     )
     refused(lambda: edit("manifest.jsonl", '"seed":', '"seeds":'), "has no 'seed'")
-    refused(lambda: edit("meta.json", '"name": "geneval"', '"name": "scenes"'), "another suite (scenes, now geneval)")
+    refused(lambda: edit("meta.json", '"name": "geneval"', '"name": "scenes"'), "(scenes 1, now geneval 1)")
     # Missing and half-written pictures are drawn again rather than refused; damage of the same length is not seen
     # until the picture is opened.
     path = next(folder.rglob("0000.png"))

@@ -40,6 +40,14 @@ columns = [
 )
 
 
+QUALITY_COLUMNS = """
+columns = [
+  { name = "", value = "label" },
+  { name = "overall", value = "scores.overall", format = "point" },
+]
+"""
+
+
 def run(label: str, value: float, time: str = "2026-01-02T00:00:00Z", **more: object) -> dict:
     score = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 40, "method": "m"}
     return {"label": label, "time": time, "scores": {"overall": score, "tags": {"light": score}}, **more}
@@ -236,3 +244,38 @@ def test_the_papers_tables_hold_its_numbers() -> None:
             mean, parts = row[first], row[first + 1 : -1]
             assert len(parts) == {"geneval": 6, "t2i-compbench": 8}[name]
             assert abs(sum(parts) / len(parts) - mean) < digits
+
+
+def scored(label: str, value: float, model: str, teacher: str | None, version: int) -> dict:
+    found = run(label, value, task={"name": "toy", "version": version}, model={"name": label, "hash": model})
+    return {**found, "against": {"model": {"name": "t", "hash": teacher}}} if teacher else found
+
+
+def test_a_table_of_what_is_current_has_one_version_and_one_teacher() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\ncurrent = true\neach = ['label']\n" + QUALITY_COLUMNS)["q"]
+    old = [
+        scored("teacher", 0.9, "t1", None, 1),
+        scored("best", 0.5, "s1", "t1", 1),
+        scored("absmean", 0.1, "s2", "t1", 1),
+    ]
+    assert [c[0] for c in build(spec, old).cells] == ["teacher", "best", "absmean"]
+    # A run of the new version alone: the old rows, teacher's included, drop out; nothing is mixed.
+    one = [*old, scored("best", 0.6, "s3", "t2", 2)]
+    assert [c[:2] for c in build(spec, one).cells] == [("best", "0.600")]
+    # With its teacher, and with an older one's student, and an old student measured again.
+    more = [
+        scored("teacher", 0.8, "t2", None, 2),
+        scored("fast", 0.2, "s4", "t0", 2),
+        scored("absmean", 0.3, "s2", "t2", 2),
+    ]
+    assert [c[:2] for c in build(spec, [*one, *more]).cells] == [
+        ("best", "0.600"),
+        ("teacher", "0.800"),
+        ("absmean", "0.300"),
+    ]
+    assert build(spec, [run("teacher", 0.9)]).cells == (("teacher", "0.900"),)
+    assert build(spec, []).cells == ()
+
+
+def test_the_packages_tables_of_scenes_are_of_what_is_current() -> None:
+    assert all(s.current for s in load_specs().values() if s.topic == "scenes")

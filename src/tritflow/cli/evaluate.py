@@ -30,12 +30,15 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
             if name not in shown:
                 shown[name] = bar.add_task(name, total=total)
             bar.update(shown[name], completed=done)
-            # The first batch also loads the model, so the second one tells the pace.
+            # Loading ends with a second report of the same number, so that the first batch alone tells a pace; it also
+            # warms up, which the later ones correct.
             reports = seen.setdefault(name, [])
-            if len(reports) < 3 and (not reports or done > reports[-1][1]):
+            if not reports or done == reports[0][1]:
+                reports[:] = [(time.monotonic(), done)]
+            elif len(reports) < 4 and done > reports[-1][1]:
                 reports.append((time.monotonic(), done))
-                if len(reports) == 3 and name.startswith("drawing"):
-                    (before, had), (now, has) = reports[1:]
+                if len(reports) in (2, 4) and done < total and name.startswith("drawing"):
+                    (before, had), (now, has) = reports[len(reports) // 2 - 1], reports[-1]
                     say(f"{name}: about {duration((now - before) / (has - had) * (total - has))} left")
 
         yield stage

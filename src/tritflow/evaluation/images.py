@@ -166,6 +166,12 @@ class ImageSet:
         suite = meta["suite"]["name"]
         if task is not None and suite != task.name:
             raise ImageSetError(f"{folder}: holds pictures of the suite '{suite}', not of '{task.name}'")
+        version = meta["suite"].get("version")
+        if task is not None and version != task.version:
+            raise ImageSetError(
+                f"{folder}: holds pictures of version {version} of '{suite}', here it is version {task.version}; "
+                "draw into a new folder"
+            )
         records = read_records(folder / PROMPTS)
         if prompts_hash(records) != meta["prompts_hash"]:
             raise ImageSetError(f"{folder / PROMPTS}: was changed after drawing began; draw into a new folder")

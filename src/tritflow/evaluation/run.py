@@ -112,8 +112,9 @@ def projections(
     plan: Plan = PLAIN,
 ) -> list[Projection]:
     """What drawing will take, a set of pictures each; the arguments are those of `evaluate`."""
+    device = provenance(student.device)["device"]
     return [
-        project(Path(out) / name, who.model.name, len(records) * sampling.samples, who.settings)
+        project(Path(out) / name, who.model.name, len(records) * sampling.samples, who.settings, device=device)
         for name, who, _ in _picture_sets(student, teacher, sampling, plan)
     ]
 
@@ -333,7 +334,7 @@ def _draw(
             sets[folder] = wait_for(
                 # Rank 0 joins what the ranks drew; the others wait for the joined folder.
                 partial(draw, folder, who, base_seed, None) if rank == 0 else partial(finished, out / folder, task),
-                lambda: project(out / folder, who.model.name, total, who.settings).present,  # noqa: B023
+                lambda: project(out / folder, who.model.name, total, who.settings, earlier=False).present,  # noqa: B023
                 total,
                 f"{out / folder}: pictures",
                 plan.patience,

@@ -66,17 +66,8 @@ class Interval:
         }
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Exact McNemar test of two paired yes/no series: `only_first` passed in the first alone, `only_second`
-    in the second alone; `p_value` is two-sided and treats pictures as independent."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def _z(confidence: float) -> float:
+def z_of(confidence: float) -> float:
+    """Quantile of the standard normal that bounds the middle `confidence`."""
     from scipy.stats import norm
 
     return float(norm.ppf(0.5 + confidence / 2))
@@ -89,7 +80,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float,
     """
     if n <= 0:
         return 0.0, 1.0
-    z = _z(confidence)
+    z = z_of(confidence)
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(max(p * (1 - p) / n + z * z / (4 * n * n), 0.0))
@@ -100,7 +91,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float,
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Per-cluster sums: `sums` [C, m] over m measures, `counts` [C], `stratum` [C], S strata in all."""
 
     sums: Floats
@@ -137,7 +128,7 @@ class _Table:
         return total / self.strata
 
 
-def _table(columns: Sequence[ArrayLike], clusters: Sequence[str], strata: Sequence[str] | None) -> _Table:
+def table_of(columns: Sequence[ArrayLike], clusters: Sequence[str], strata: Sequence[str] | None) -> Table:
     values = np.stack([np.asarray(c, dtype=np.float64).ravel() for c in columns], axis=1)
     if len(values) == 0:
         raise StatisticsError("there are no observations to average")
@@ -159,7 +150,7 @@ def _table(columns: Sequence[ArrayLike], clusters: Sequence[str], strata: Sequen
     if (stratum[cluster_of] != stratum_of).any():
         bad = cluster_names[cluster_of[np.flatnonzero(stratum[cluster_of] != stratum_of)[0]]]
         raise StatisticsError(f"prompt '{bad}' appears under two tags; ids must be unique")
-    return _Table(sums, np.bincount(cluster_of, minlength=c).astype(np.float64), stratum, len(names))
+    return Table(sums, np.bincount(cluster_of, minlength=c).astype(np.float64), stratum, len(names))
 
 
 def _percentiles(replicates: Floats, confidence: float) -> tuple[float, float]:
@@ -176,7 +167,7 @@ def clustered_proportion(passed: ArrayLike, clusters: Sequence[str], confidence:
     (Korn & Graubard 1998, Survey Methodology 24, with Wilson's interval for Clopper-Pearson's). Unlike a
     bootstrap it does not collapse to a point when every picture passes.
     """
-    table = _table([passed], clusters, None)
+    table = table_of([passed], clusters, None)
     sums, counts = table.sums[:, 0], table.counts
     n, c = counts.sum(), table.clusters
     p = sums.sum() / n
@@ -200,7 +191,7 @@ def stratified_proportion(
     """
     x = np.asarray(passed, dtype=np.float64).ravel()
     names, prompts = np.asarray(strata, dtype=object).astype(str), np.asarray(clusters, dtype=object).astype(str)
-    table = _table([x], clusters, strata)
+    table = table_of([x], clusters, strata)
     parts = [clustered_proportion(x[names == s], list(prompts[names == s]), confidence) for s in np.unique(names)]
     value = float(np.mean([p.value for p in parts]))
     below = math.sqrt(sum((p.value - p.low) ** 2 for p in parts)) / len(parts)
@@ -219,7 +210,7 @@ def clustered_mean(
     seed: int = 0,
 ) -> Interval:
     """The mean (with `strata`: the mean of the strata's means) with a bootstrap interval over clusters."""
-    table = _table([values], clusters, strata)
+    table = table_of([values], clusters, strata)
     low, high = _percentiles(table.replicates(resamples, seed)[:, 0], confidence)
     return Interval(
         float(table.estimate()[0]),
@@ -257,7 +248,7 @@ def paired_difference(
     a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
     if a.shape != b.shape:
         raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
-    table = _table([a - b], clusters, strata)
+    table = table_of([a - b], clusters, strata)
     if (a == b).all():
         bound = _no_difference_bound(table.clusters, confidence)
         return Interval(0.0, -bound, bound, len(a), table.clusters, _NONE_DIFFERS, confidence)
@@ -290,7 +281,7 @@ def score_kept(
     a, b = np.asarray(student, dtype=np.float64).ravel(), np.asarray(teacher, dtype=np.float64).ravel()
     if a.shape != b.shape:
         raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
-    table = _table([a, b], clusters, strata)
+    table = table_of([a, b], clusters, strata)
     s, t = table.estimate()
     if t > 0 and (a == b).all():
         bound = _no_difference_bound(table.clusters, confidence) / float(t)
@@ -314,7 +305,7 @@ def clustered_median(
 ) -> Interval:
     """The median over pictures with a bootstrap interval over clusters (lower median, as a weighted one)."""
     x = np.asarray(values, dtype=np.float64).ravel()
-    table = _table([x], clusters, None)
+    table = table_of([x], clusters, None)
     order = np.argsort(x, kind="stable")
     _, cluster_of = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
     ranked, cluster_of = x[order], cluster_of[order]
@@ -331,71 +322,3 @@ def clustered_median(
             medians[start : start + len(at)] = ranked[at]
         low, high = _percentiles(medians, confidence)
     return Interval(float(np.median(x)), low, high, len(x), c, "bootstrap by prompt", confidence)
-
-
-def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
-    """Exact two-sided McNemar test (binomial with p = 1/2 over the discordant pairs)."""
-    from scipy.stats import binomtest
-
-    a, b = np.asarray(first, dtype=bool).ravel(), np.asarray(second, dtype=bool).ravel()
-    if a.shape != b.shape:
-        raise StatisticsError(f"paired series have {a.size} and {b.size} observations")
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
-    return McNemar(only_a, only_b, float(p))
-
-
-def standard_error(values: ArrayLike, clusters: Sequence[str], strata: Sequence[str] | None = None) -> float:
-    """Cluster-robust standard error of the (stratified) mean; NaN when a stratum has a single prompt."""
-    table = _table([values], clusters, strata)
-    variance = 0.0
-    for s in range(table.strata):
-        rows = table.stratum == s
-        sums, counts = table.sums[rows, 0], table.counts[rows]
-        c = len(counts)
-        if c < 2:
-            return math.nan
-        mean = sums.sum() / counts.sum()
-        variance += c / (c - 1) * float(((sums - mean * counts) ** 2).sum()) / counts.sum() ** 2
-    return math.sqrt(variance) / table.strata
-
-
-def minimum_detectable_difference(
-    differences: ArrayLike,
-    clusters: Sequence[str],
-    strata: Sequence[str] | None = None,
-    *,
-    power: float = 0.8,
-    confidence: float = 0.95,
-) -> float:
-    """The smallest true difference that this run would have called significant with probability `power`:
-    (z_{1 - alpha/2} + z_{power}) times the standard error of the paired differences."""
-    from scipy.stats import norm
-
-    z = _z(confidence) + float(norm.ppf(power))
-    return z * standard_error(differences, clusters, strata)
-
-
-def seed_noise(values: ArrayLike, clusters: Sequence[str], strata: Sequence[str] | None = None) -> float:
-    """How far two seed sets of one model lie apart: the standard deviation of the difference of two runs over
-    the same prompts, from the spread between one prompt's pictures.
-
-    Var = 2 * mean over strata of sum_c(n_c s_c^2) / N^2, s_c^2 the sample variance inside prompt c. NaN when
-    no prompt has two pictures.
-    """
-    x = np.asarray(values, dtype=np.float64).ravel()
-    table = _table([x, x * x], clusters, strata)
-    variance = 0.0
-    for s in range(table.strata):
-        rows = table.stratum == s
-        sums, counts = table.sums[rows], table.counts[rows]
-        several = counts > 1
-        if not several.any():
-            return math.nan
-        n, first, second = counts[several], sums[several, 0], sums[several, 1]
-        inside = np.maximum(second - first**2 / n, 0.0) / (n - 1)
-        # Prompts with one picture borrow the mean spread of the others.
-        spread = np.full(len(counts), float(inside.mean()))
-        spread[several] = inside
-        variance += float((counts * spread).sum()) / counts.sum() ** 2
-    return math.sqrt(2 * variance) / table.strata

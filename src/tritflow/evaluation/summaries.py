@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from tritflow.evaluation import significance
 from tritflow.evaluation import statistics as st
 from tritflow.evaluation.api import EvaluationError, Judgement, Task
 
@@ -25,20 +26,20 @@ def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
     for tag, found in by_tag.items():
         if found:
             scores, prompts, _ = _columns(found)
-            tags[tag]["seed_noise"] = _number(st.seed_noise(scores, prompts))
+            tags[tag]["seed_noise"] = _number(significance.seed_noise(scores, prompts))
     counted = _counted(task, judgements)
     overall, noise = None, float("nan")
     if counted:
         scores, prompts, strata = _columns(counted)
         mean = st.clustered_mean if task.graded else st.stratified_proportion
         overall = mean(scores, prompts, strata).to_dict()
-        noise = st.seed_noise(scores, prompts, strata)
+        noise = significance.seed_noise(scores, prompts, strata)
     return {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
 
 
 def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgement]) -> dict[str, Any]:
-    """Paired differences student - teacher, the share of the score kept, exact McNemar counts and the smallest
-    difference the run could have seen, per tag and overall, as plain JSON.
+    """Paired differences student - teacher, the share of the score kept, exact McNemar counts, the smallest
+    difference the run could have seen and the noise of the student's seeds, per tag and overall, as plain JSON.
 
     Raises `EvaluationError` when the two were not judged on the same pictures' seeds.
     """
@@ -57,11 +58,12 @@ def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgemen
             "difference": st.paired_difference(a, b, prompts, tags).to_dict(),
             "kept": st.score_kept(a, b, prompts, tags).to_dict(),
             "minimum_detectable": _number(
-                st.minimum_detectable_difference([x - y for x, y in zip(a, b, strict=True)], prompts, tags)
+                significance.minimum_detectable_difference([x - y for x, y in zip(a, b, strict=True)], prompts, tags)
             ),
+            "seed_noise": _number(significance.seed_noise(a, prompts, tags)),
         }
         if not task.graded:
-            found["mcnemar"] = asdict(st.mcnemar([x >= 0.5 for x in a], [y >= 0.5 for y in b]))
+            found["mcnemar"] = asdict(significance.mcnemar([x >= 0.5 for x in a], [y >= 0.5 for y in b]))
         return found
 
     counted = {id(j) for j in _counted(task, student)}

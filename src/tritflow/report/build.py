@@ -11,7 +11,7 @@ from tritflow.evaluation.images import ImageSet, read_verdicts
 from tritflow.report import figures
 from tritflow.report.gallery import verdicts, write_gallery
 from tritflow.report.sources import ReportError, Run, Sources
-from tritflow.report.tables import Spec, build, load_specs, markdown
+from tritflow.report.tables import Spec, build, current_runs, load_specs, markdown
 from tritflow.results import slug, write_atomically
 
 GRID_ROWS = 6
@@ -30,7 +30,7 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     for spec, body in tables_with_results(sources):
         parts += [f"## {spec.title or spec.name}", body]
     for topic, runs in sources.runs.items():
-        newest = list({str(r.get("label")): r for r in runs}.values())
+        newest = list({str(r.get("label")): r for r in current_runs(runs)}.values())
         for name, draw in (("scores", figures.tag_scores), ("bands", figures.band_detail)):
             try:
                 figure = draw(newest)

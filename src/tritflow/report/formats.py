@@ -62,8 +62,19 @@ def _point(data: Any, digits: int) -> str:
     return interval(data.get("value") if isinstance(data, dict) else data, digits)
 
 
+def kernel(data: Any) -> str:
+    """Of a run's `settings.extra`: whether a ternary model drew with kernels; nothing for a dense one."""
+    if not isinstance(data, dict):
+        return text(data)
+    if "mode" not in data:
+        return MISSING
+    backend = data.get("backend")
+    return "off" if backend == "reference" else f"on ({backend})" if backend not in (None, "auto") else "on"
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": text,
+    "kernel": kernel,
     "int": lambda data: MISSING if data is None else f"{round(data):,}",
     "number": _decimal(3),
     "number1": _decimal(1),
@@ -79,3 +90,5 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "bytes": size,
 }
 """How a column may print its values, by the name a table's spec uses."""
+WORDS = ("text", "kernel")
+"""Formats of words; the others are of numbers."""

@@ -6,18 +6,24 @@ A spec lives in `tables.toml`:
     title = "..."
     topic = "scenes"                              # which results files
     where = { "task.name" = "scenes" }            # optional: only runs with these values
+    current = true                                # optional: only runs of the suite's newest version and of one
+                                                  # teacher, that of the newest run labelled "teacher"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone
-    entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run
+    teachers = true                               # optional: a row for each teacher that runs were measured against
+                                                  # and that has no run of its own, above its first student's row
+    entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run; or
+                                                  # ["paired.overall", "paired.tags.*"]: of these values, or their items
     columns = [{ name = "overall", value = "scores.overall", format = "score" }, ...]
     reference = [["FLUX (paper)", 0.66], ...]      # optional: rows published elsewhere, a value a column ("" for none),
                                                   # above the runs' rows; shown only when there are any
     note = "..."                                  # optional sentence below
 
 A value is a dotted path into the run (`^` first: into the run from inside an entry; `key`: an entry's own key in a
-dict). Formats are those of `formats.FORMATS`. Every table says its devices, versions, numbers of prompts and
-pictures, and how its intervals came about.
+dict; `{at}`: where an entry of such a list lies below its first key, so that "^scores.{at}" is that tag's score).
+Formats are those of `formats.FORMATS`. Every table says its devices, versions, numbers of prompts and pictures, and
+how its intervals came about.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from importlib.resources import files
 from typing import Any
 
 from tritflow.config import nearest
-from tritflow.report.formats import FORMATS, MISSING, text
+from tritflow.report.formats import FORMATS, MISSING, WORDS, text
 from tritflow.report.sources import ReportError, Run
 
 _SHOWN_VERSIONS = ("tritflow", "torch", "diffusers", "transformers", "triton")
@@ -53,9 +59,11 @@ class Spec:
     columns: tuple[Column, ...]
     title: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    current: bool = False
     rows: tuple[dict[str, Any], ...] = ()
     each: tuple[str, ...] = ()
-    entries: str | None = None
+    teachers: bool = False
+    entries: str | tuple[str, ...] | None = None
     reference: tuple[tuple[Any, ...], ...] = ()
     note: str = ""
 
@@ -77,7 +85,10 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
         source = files("tritflow.report").joinpath("tables.toml").read_text(encoding="utf-8")
     specs = {}
     for name, data in tomllib.loads(source).items():
-        known = ("topic", "columns", "title", "where", "rows", "each", "entries", "reference", "note")
+        known = (
+            *("topic", "columns", "title", "where", "current", "rows", "each", "teachers", "entries", "reference"),
+            "note",
+        )
         for key in data:
             if key not in known:
                 raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, list(known))}")
@@ -90,7 +101,9 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
                     f"table '{name}', column '{column.name}': no format '{column.format}'"
                     f"{nearest(column.format, list(FORMATS))}"
                 )
-        rest = {k: data[k] for k in ("title", "where", "entries", "note") if k in data}
+        rest = {k: data[k] for k in ("title", "where", "current", "teachers", "entries", "note") if k in data}
+        if isinstance(data.get("entries"), list):
+            rest["entries"] = tuple(data["entries"])
         rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
         reference = tuple(tuple(r) for r in data.get("reference", ()))
         if any(len(r) != len(columns) for r in reference):
@@ -117,8 +130,26 @@ def _matches(run: Run, wanted: dict[str, Any]) -> bool:
     return all(lookup(run, path) == value for path, value in wanted.items())
 
 
+def current_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those (oldest first) that compare with each other: of the suite's newest version, and of one teacher.
+
+    Prompts change with a suite's version, and scores kept are a teacher's. The teacher is the model of the newest run
+    labelled "teacher", or, where there is none, the one that the newest run was measured against.
+    """
+    newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
+    runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
+    own = [lookup(r, "model.hash") for r in runs if r.get("label") == "teacher"]
+    named = [lookup(r, "against.model.hash") for r in runs if r.get("against")]
+    if not own and not named:
+        return runs
+    teacher = (own or named)[-1]
+    return [r for r in runs if teacher in (lookup(r, "against.model.hash"), lookup(r, "model.hash"))]
+
+
 def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     runs = [r for r in runs if _matches(r, spec.where)]
+    if spec.current:
+        runs = current_runs(runs)
     if spec.rows:
         newest = [next((r for r in reversed(runs) if _matches(r, row)), None) for row in spec.rows]
         return [r for r in newest if r is not None]
@@ -130,28 +161,62 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     return list(runs[-1:])
 
 
+def _with_teachers(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and above its first student's a row for each teacher that has no run of its own here."""
+
+    def drew(run: Run, model: str, scores: str) -> str:
+        alike = ("task.version", "task.scored_by", "prompts.hash", "prompts.samples", "prompts.base_seed")
+        return repr([lookup(run, model), lookup(run, scores), *(lookup(run, path) for path in alike)])
+
+    known = {drew(r, "model.hash", "scores.overall.value") for r in runs}
+    found: list[Run] = []
+    for run in runs:
+        theirs = run.get("against")
+        if theirs:
+            key = drew(run, "against.model.hash", "against.scores.overall.value")
+            if key not in known:
+                known.add(key)
+                shared: Run = {k: run[k] for k in ("task", "prompts", "device", "versions", "time") if k in run}
+                found.append({**shared, **theirs, "label": f"{lookup(theirs, 'model.name')} (teacher)"})
+        found.append(run)
+    return found
+
+
 def _entries(spec: Spec, run: Run) -> list[Any]:
     if spec.entries is None:
         return [run]
-    found = lookup(run, spec.entries)
-    if isinstance(found, dict):
-        return [{"key": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
-    return list(found or [])
+    if isinstance(spec.entries, str):
+        found = lookup(run, spec.entries)
+        if isinstance(found, dict):
+            return [{"key": k, **(v if isinstance(v, dict) else {"value": v})} for k, v in found.items()]
+        return list(found or [])
+    listed = []
+    for path in spec.entries:
+        inside, _, last = path.rpartition(".")
+        found = lookup(run, inside) or {}
+        for key in found if last == "*" else [last]:
+            if found.get(key) is not None:
+                at = ".".join([*inside.split(".")[1:], key])
+                listed.append({"key": key, "at": at, **found[key]})
+    return listed
+
+
+def _value(run: Run, entry: Any, path: str) -> Any:
+    if isinstance(entry, dict) and "at" in entry:
+        path = path.replace("{at}", entry["at"])
+    return lookup(run, path[1:].lstrip(".")) if path.startswith("^") else lookup(entry, path)
 
 
 def build(spec: Spec, runs: Sequence[Run]) -> Table:
     """Fill a table from its topic's runs (oldest first). A table without any run has no rows and says so."""
-    chosen = _chosen(spec, runs)
+    chosen = _with_teachers(_chosen(spec, runs)) if spec.teachers else _chosen(spec, runs)
     cells, raw, used = [], [], []
     for run in chosen:
         for entry in _entries(spec, run):
-            values = [
-                lookup(run, c.value[1:].lstrip(".")) if c.value.startswith("^") else lookup(entry, c.value)
-                for c in spec.columns
-            ]
+            values = [_value(run, entry, c.value) for c in spec.columns]
             row = tuple(FORMATS[c.format](v) for c, v in zip(spec.columns, values, strict=True))
             # A run that measured none of the numbers has no place in this table.
-            if all(c.format == "text" or cell == MISSING for c, cell in zip(spec.columns, row, strict=True)):
+            if all(c.format in WORDS or cell == MISSING for c, cell in zip(spec.columns, row, strict=True)):
                 continue
             raw += [v for v, cell in zip(values, row, strict=True) if "[" in cell]
             cells.append(row)
@@ -165,7 +230,7 @@ def build(spec: Spec, runs: Sequence[Run]) -> Table:
         spec,
         tuple(c.name for c in spec.columns),
         (*published, *cells) if cells else (),
-        tuple(c.format != "text" for c in spec.columns),
+        tuple(c.format not in WORDS for c in spec.columns),
         notes if cells else ("No results yet.",),
     )
 

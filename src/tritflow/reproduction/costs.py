@@ -49,9 +49,11 @@ def of_drawing(request: Request, suite: str, who: str, fresh: bool) -> Cost:
     place = request.pictures(task)
     # A student that is not made yet draws pictures of its teacher's size.
     name = by.folder_name if by else "not made yet"
-    found = project(place / name, name, total, (by or teacher).settings)
+    found = project(place / name, name, total, (by or teacher).settings, earlier=False)
     left = total if fresh else found.pictures - found.present
-    needed = found.bytes_needed if not fresh else project(place / "afresh", name, total, teacher.settings).bytes_needed
+    needed = found.bytes_needed
+    if fresh:
+        needed = project(place / "afresh", name, total, teacher.settings, earlier=False).bytes_needed
     seconds = 0.0 if not left else None if fresh else found.seconds
     if seconds is None and by is not None:
         paces = [_pace(folder, by.settings) for folder in sorted(place.parent.glob(f"{suite}-*/{name}"))]
@@ -68,8 +70,8 @@ def _pace(folder: Path, settings: Any) -> float | None:
         return None
     if meta["settings"] != asdict(settings):
         return None
-    there = project(folder, "", 0, settings).present
-    return project(folder, "", there + 1, settings).seconds
+    there = project(folder, "", 0, settings, earlier=False).present
+    return project(folder, "", there + 1, settings, earlier=False).seconds
 
 
 def of_scoring(request: Request, suite: str, who: str, fresh: bool) -> Cost:

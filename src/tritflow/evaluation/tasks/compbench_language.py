@@ -12,6 +12,9 @@ from itertools import pairwise
 
 from tritflow.evaluation.api import EvaluationError
 
+SPACY_MODEL = "3.5.0"
+"""Version of en_core_web_sm in the suite's requirements; another one is another checkpoint."""
+
 RELATIONS_2D = (
     "on side of",
     "next to",
@@ -142,13 +145,15 @@ def _ends_phrase(word: str) -> bool:
     return not re.match(r"\w", word) or word in _BREAKS or word in _PRONOUNS
 
 
-def phrase_finder(parser: str) -> tuple[str, Callable[[str], list[str]]]:
-    """(name for results, function) of the parser "rules" or "spacy".
+def phrase_finder(parser: str) -> tuple[str, str | None, Callable[[str], list[str]]]:
+    """(name for results, what it stands in for, function) of the parser "rules" or "spacy".
 
-    Raises `EvaluationError` for another one, or when spaCy or its model en_core_web_sm is not installed.
+    spaCy with the model that the suite's requirements pin is the authors' own and stands in for nothing.
+    Raises `EvaluationError` for another parser, or when spaCy or its model en_core_web_sm is not installed.
     """
+    official = f"spaCy en_core_web_sm {SPACY_MODEL}"
     if parser == "rules":
-        return "tritflow noun phrases (substitute for spaCy en_core_web_sm)", noun_phrases
+        return "tritflow noun phrases", official, noun_phrases
     if parser != "spacy":
         raise EvaluationError(f"there is no parser '{parser}' (available: rules, spacy)")
     try:
@@ -160,5 +165,6 @@ def phrase_finder(parser: str) -> tuple[str, Callable[[str], list[str]]]:
             "the parser spacy needs the package spacy and its model en_core_web_sm; install both, or take "
             "--scorer parser=rules"
         ) from None
-    name = f"spaCy {spacy.__version__} en_core_web_sm {nlp.meta['version']}"
-    return name, lambda prompt: [chunk.text for chunk in nlp(prompt).noun_chunks]
+    version = str(nlp.meta["version"])
+    name = f"spaCy {spacy.__version__} en_core_web_sm {version}"
+    return name, None if version == SPACY_MODEL else official, lambda p: [chunk.text for chunk in nlp(p).noun_chunks]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tritflow.calibration.prompt_sources import FILES, prompts_folder
+from tritflow.evaluation import official
 from tritflow.evaluation.api import NO_OPTIONS, EvaluationError, Judgement, Progress, PromptRecord, Task, TaskOptions
 from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.ledger import Ledger
@@ -147,11 +148,16 @@ class GenEvalTask(Task):
                 )
 
     def read_official(self, images: ImageSet) -> list[Judgement]:
-        """Verdicts of the suite's own scorer from `results.jsonl` in the picture folder."""
+        """Verdicts of the suite's own scorer from `results.jsonl` in the picture folder.
+
+        Raises `EvaluationError` when it is not there or no such output, and `ImageSetError`, naming a picture, when it
+        is of another folder's pictures, of other prompts, or does not have exactly one verdict on each picture.
+        """
         path = images.folder / OFFICIAL_RESULTS
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            verdicts = {"/".join(str(r["filename"]).replace("\\", "/").split("/")[-3:]): r for r in rows}
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            names = [str(r["filename"]) for r in rows]
         except FileNotFoundError:
             raise EvaluationError(
                 f"{path}: the official scorer's output is not there; run it on {images.folder} with "
@@ -161,16 +167,35 @@ class GenEvalTask(Task):
             raise EvaluationError(
                 f"{path}: is not the output of GenEval's scorer (JSON lines with 'filename')"
             ) from None
+        official.check_stamp(images, OFFICIAL_RESULTS, required=False)
+        inside = official.check_root(images, path, names, depth=3)
+        official.check_names(path, inside, (e["path"] for e in images.entries))
+        verdicts = dict(zip(inside, rows, strict=True))
+        metadata = {r.id: r.metadata for r in images.records}
         found = []
         for e in images.entries:
-            row = verdicts.get(e["path"])
-            if row is None or not isinstance(row.get("correct"), bool):
+            row = verdicts[e["path"]]
+            if not isinstance(row.get("correct"), bool):
                 raise ImageSetError(f"{path}: holds no verdict on {e['path']}; run the official scorer again")
-            if row.get("prompt", e["prompt"]) != e["prompt"]:
-                raise ImageSetError(f"{path}: is of other pictures ({e['path']} has the prompt '{row['prompt']}')")
+            for key in ("prompt", "tag"):
+                if row.get(key) != e[key]:
+                    raise ImageSetError(
+                        f"{path}: is of other pictures ({e['path']} has the {key} '{row.get(key)}', here it is "
+                        f"'{e[key]}')"
+                    )
+            if _decoded(row.get("metadata")) not in (None, metadata[e["prompt_id"]]):
+                raise ImageSetError(f"{path}: is of other prompts ({e['path']} was judged by other clauses)")
             reason = " ".join(str(row.get("reason") or "").split())
             found.append(Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], float(row["correct"]), reason))
         return found
+
+
+def _decoded(metadata: Any) -> Any:
+    """The scorer writes the clauses as a JSON text inside its JSON; None where there are none."""
+    try:
+        return json.loads(metadata) if isinstance(metadata, str) else metadata
+    except ValueError:
+        return metadata
 
 
 class _ColorTable:

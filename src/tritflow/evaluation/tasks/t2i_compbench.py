@@ -7,11 +7,11 @@ not what the scripts ran they are named as substitutes. The scripts' own output 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tritflow.calibration.prompt_sources import CATEGORIES, FILES, SourceFile, prompts_folder
+from tritflow.evaluation import official
 from tritflow.evaluation.api import NO_OPTIONS, EvaluationError, Judgement, Progress, PromptRecord, Task, TaskOptions
 from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.ledger import Ledger
@@ -134,16 +134,18 @@ class CompBenchTask(Task):
         self._note(role, scorer.name, module.STANDS_FOR)
         return scorer
 
-    def _note(self, role: str, name: str, stands_for: str) -> None:
+    def _note(self, role: str, name: str, stands_for: str | None) -> None:
+        """What scores as `role`, and what the authors ran there; None where it is theirs."""
         self.scorers = {**self.scorers, role: name}
-        self.substitutes = {**self.substitutes, role: stands_for}
+        if stands_for is not None:
+            self.substitutes = {**self.substitutes, role: stands_for}
 
     def _attributes(self) -> Scorer:
         from tritflow.evaluation.scorers import blip_vqa
 
         vqa = self._model("vqa", blip_vqa, "BlipVqa")
-        name, phrases_of = language.phrase_finder(self.options.scorers.get("parser", "rules"))
-        self._note("parser", name, "spaCy en_core_web_sm")
+        name, stands_for, phrases_of = language.phrase_finder(self.options.scorers.get("parser", "rules"))
+        self._note("parser", name, stands_for)
 
         def scorer(entries: Sequence[Entry], pictures: Sequence[Pixels]) -> Scores:
             phrases = [phrases_of(e["prompt"])[: rules.MAX_PHRASES] for e in entries]
@@ -198,34 +200,56 @@ class CompBenchTask(Task):
         return scorer
 
     def read_official(self, images: ImageSet) -> list[Judgement]:
-        """The scores that the suite's scripts left in the category folders."""
+        """The scores that the suite's scripts left in the category folders.
+
+        They name no folder and mostly no picture, so a stamp has to say that they are of these pictures (`official`).
+        Raises `EvaluationError` when one is not there or no such output, and `ImageSetError`, naming file and picture,
+        when it is of other pictures or does not have exactly one score for each.
+        """
         tables: dict[str, dict[int, float]] = {}
         for tag in dict.fromkeys(e["tag"] for e in images.entries):
-            path = images.folder / tag / _OFFICIAL[tag]
+            left = f"{tag}/{_OFFICIAL[tag]}"
+            path = images.folder / left
+            rows = official.read_json(path, "the official script's output")
             try:
-                rows = json.loads(path.read_text(encoding="utf-8"))
-                scores = {int(r["question_id"]): float(r["answer"]) for r in rows}
-            except FileNotFoundError:
-                raise EvaluationError(
-                    f"{path}: the official script's output is not there; run it on {images.folder / tag} first"
-                ) from None
+                scores = [(int(r["question_id"]), float(r["answer"])) for r in rows]
             except (ValueError, KeyError, TypeError):
                 raise EvaluationError(f"{path}: is not the output of T2I-CompBench's scripts") from None
+            official.check_stamp(images, left, required=True)
+            mine = {_number(e): e for e in images.entries if e["tag"] == tag}
             if tag in ATTRIBUTES:
                 # BLIP's script counts the files in the order of their numbers instead of giving the numbers.
-                numbers = sorted(_number(e) for e in images.entries if e["tag"] == tag)
-                scores = {n: scores[k] for k, n in enumerate(numbers) if k in scores}
-            if tag in GRADED_BY_JUDGE:  # the judge's script writes per cent
-                scores = {n: s / 100 for n, s in scores.items()}
-            tables[tag] = scores
+                numbers = dict(enumerate(sorted(mine)))
+                scores = [(numbers.get(k, -1), s) for k, s in scores]
+            called = [str(mine[n]["path"]) if n in mine else f"question {n}" for n, _ in scores]
+            official.check_names(path, called, (e["path"] for e in mine.values()))
+            _check_pictures_named(images, tag)
+            # The judge's script writes per cent.
+            tables[tag] = {n: s / 100 if tag in GRADED_BY_JUDGE else s for n, s in scores}
         found = []
         for e in images.entries:
-            score = tables[e["tag"]].get(_number(e))
-            if score is None or not 0 <= score <= 1:
+            score = tables[e["tag"]][_number(e)]
+            if not 0 <= score <= 1:
                 where = images.folder / e["tag"] / _OFFICIAL[e["tag"]]
                 raise ImageSetError(f"{where}: holds no score in 0..1 of {e['path']}; run the official script again")
             found.append(Judgement(e["prompt_id"], e["tag"], e["sample"], e["seed"], score))
         return found
+
+
+def _check_pictures_named(images: ImageSet, tag: str) -> None:
+    """Two of the scripts also leave which pictures they saw; where that is there, it has to be these."""
+    names = [str(e["path"]) for e in images.entries if e["tag"] == tag]
+    questions = images.folder / tag / "annotation1_blip" / "color_test.json"
+    mapping = images.folder / tag / "labels" / "annotation_obj_detection_2d" / "mapping.json"
+    try:
+        if tag in ATTRIBUTES and questions.exists():
+            seen = [str(r["image"]) for r in official.read_json(questions, "BLIP's list of questions")]
+            official.check_names(questions, official.check_root(images, questions, seen, depth=3), names)
+        if tag == "spatial" and mapping.exists():
+            seen = [f"{tag}/samples/{r['image']}" for r in official.read_json(mapping, "the list of pictures")]
+            official.check_names(mapping, seen, names)
+    except (KeyError, TypeError):
+        raise EvaluationError(f"{images.folder / tag}: holds a list of pictures that is not T2I-CompBench's") from None
 
 
 def _number(entry: Entry) -> int:
