@@ -1,10 +1,10 @@
 """compute-sanitizer: memcheck is clean, and racecheck sees nothing but how the compiler starts partitions.
 
-Triton keeps a byte a warp in shared memory that says which partition comes next. The first partition's warps write it, all
-warps meet at `barrier.sync 1`, the others read it, all meet there again before anything runs and once more before it is
-written anew: never both between two of these barriers. racecheck reports it all the same; the warps arrive at them from
-different instructions. So a report is accepted if its read is a one byte load, which the kernels themselves never do, and
-its writes go to the same 16 bytes.
+Triton keeps a byte a warp in shared memory that says which partition comes next. The first partition's warps write
+it, all warps meet at `barrier.sync 1`, the others read it, all meet there again before anything runs and once more
+before it is written anew: never both between two of these barriers. racecheck reports it all the same; the warps arrive
+at them from different instructions. So a report is accepted if its read is a one byte load, which the kernels
+themselves never do, and its writes go to the same 16 bytes.
 """
 
 from __future__ import annotations
