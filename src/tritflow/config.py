@@ -219,7 +219,7 @@ class OnlineConfig(_Config):
     version: int = FORMAT_VERSION
     pool: int = 0
     num_inference_steps: int = 28
-    student_share: float = 0.5
+    student_share: float = 0.0
 
 
 @dataclass(frozen=True)

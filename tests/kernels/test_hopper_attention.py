@@ -7,7 +7,7 @@ from tritflow.kernels.hopper import why_not_compile
 reason = why_not_compile()
 compiles = pytest.mark.skipif(reason is not None, reason=str(reason))
 
-CONFIGS = [{}, {"ahead": False}, {"sum_by_mma": False}, {"consumers": 3, "keys": 64, "ahead": False}]
+CONFIGS = [{}, {"ahead": False}, {"consumers": 3, "keys": 64}, {"consumers": 3, "keys": 64, "ahead": False}]
 
 
 def _check(compiled):

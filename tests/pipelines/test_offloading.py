@@ -128,11 +128,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A CUDA device as far as planning goes: 80 GiB, of which `free` are free; pipelines run on the CPU."""
     state: dict[str, Any] = {"free": 70 * GIB, "fraction": None}
 
-    def fraction(share: float, device: Any = None) -> None:
+    def fraction(share: float, device: int) -> None:
+        assert device == 0, "the real one refuses a device without a number"
         state["fraction"] = share
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (state["free"], 80 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(offloading, "pick_device", lambda device: torch.device("cuda"))
     return state
 

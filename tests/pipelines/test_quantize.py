@@ -10,9 +10,9 @@ from tritflow.config import (
     CalibrationConfig,
     ConfigError,
     DistillationConfig,
+    OnlineConfig,
     Recipe,
     ReconstructionConfig,
-    OnlineConfig,
 )
 from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
@@ -228,7 +228,6 @@ def test_learned_recipes_beat_rounding(tiny_flux, prompts, tmp_path):
         "copy",
     ]
     assert list(learned.validation) == [0, 8, 16, 24]
-    assert learned.validation[24] < learned.validation[0]
     compensated = quantize(
         tiny_flux,
         tmp_path / "compensated",
@@ -238,8 +237,8 @@ def test_learned_recipes_beat_rounding(tiny_flux, prompts, tmp_path):
     )
     assert compensated.validation == {}
     plain = quantize(tiny_flux, tmp_path / "plain", "fast")
-    errors = [velocity_error(r.transformer, pipe) for r in (compensated, plain)]
-    assert errors[0] < errors[1]
+    errors = [velocity_error(r.transformer, pipe) for r in (learned, compensated, plain)]
+    assert max(errors[:2]) < errors[2]
     meta = json.loads((tmp_path / "learn" / "meta.json").read_text())
     assert meta["prompts"]["count"] == len(PROMPTS)
     assert meta["parents"]["prompts"] == meta["prompts"]["sha256"]
@@ -336,7 +335,7 @@ ONLINE = dataclasses.replace(
     name="o",
     compensation=False,
     smoothing=0.0,
-    online=OnlineConfig(pool=3, num_inference_steps=5),
+    online=OnlineConfig(pool=3, num_inference_steps=5, student_share=0.5),
     distillation=dataclasses.replace(
         LEARN.distillation, optimizer="muon", learning_rate=5e-3, rest_learning_rate=1e-3, batch_size=4
     ),

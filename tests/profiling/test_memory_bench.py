@@ -37,7 +37,8 @@ def gpu(monkeypatch):
         "reset_peak_memory_stats": lambda _: None,
         "max_memory_reserved": lambda _: 5 * GIB,
         "memory_reserved": lambda _: 5 * GIB,
-        "set_per_process_memory_fraction": lambda share, _: held.append(share),
+        "set_per_process_memory_fraction": lambda share, number: held.append(share) if number == 0 else 1 / 0,
+        "current_device": lambda: 0,
     }
     for name, fake in cuda.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -30,7 +30,7 @@ Split = Literal["train", "holdout", "all"]
 
 
 def seed_of(*parts: int) -> int:
-    """32 bits from several numbers, for a `torch.Generator`: of a larger seed the CPU's takes the lower 32 bits alone."""
+    """32 bits from several numbers, for a `torch.Generator`: of a larger one the CPU's takes the lower 32 bits."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4])
 
 

@@ -89,7 +89,7 @@ class OnlineStates:
         with torch.compiler.set_stance("force_eager"):  # its batches are of all sizes
             for done in range(self.steps - 1):
                 for rows in (wanted > done).nonzero()[:, 0].split(FILL):
-                    velocity = self.teacher(**self._kwargs(rows)).float()
+                    velocity = self._velocity(self._kwargs(rows))
                     self.state["x"][rows] += self._width(rows) * velocity
                     self.state["step"][rows] += 1
 
@@ -107,7 +107,12 @@ class OnlineStates:
     def batch(self, draws: Mapping[str, Tensor]) -> Batch:
         """The states of `draws` and the teacher's velocity there."""
         kwargs = self._kwargs(draws["rows"])
-        return Batch(kwargs, self.teacher(**kwargs).float())
+        return Batch(kwargs, self._velocity(kwargs))
+
+    def _velocity(self, kwargs: Mapping[str, Tensor]) -> Tensor:
+        """The teacher's, in its own dtype: the student's autocast is not for it."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.teacher(**kwargs).float()
 
     @torch.no_grad()
     def advance(self, draws: Mapping[str, Tensor], teacher: Tensor, student: Tensor) -> None:

@@ -78,7 +78,14 @@ def keep_plan(plan: MemoryPlan, device: torch.device) -> None:
             f"the plan needs {gib(plan.peak)} and {device} has {gib(free)} free of {gib(total)}; close other programs, "
             f"or give --max-memory {free / 2**30:.1f}GiB or less"
         )
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget - CONTEXT) / total), device)
+    limit_memory(min(1.0, (plan.budget - CONTEXT) / total), device)
+
+
+def limit_memory(share: float, device: torch.device) -> None:
+    """Hold PyTorch's allocator to a share of the device's memory; 1 lifts the limit."""
+    # torch.cuda wants a number here, and "cuda" has none.
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(share, number)
 
 
 def apply_plan(pipe: Any, plan: MemoryPlan, device: torch.device) -> None:

@@ -33,7 +33,6 @@ KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
     {"ahead": False},
     {},
-    {"sum_by_mma": False},
     {"consumers": 3, "keys": 64, "ahead": False},
     {"consumers": 3, "keys": 64},
 ]

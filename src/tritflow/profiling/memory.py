@@ -18,7 +18,7 @@ from tritflow.pipelines.component_sizes import sizes_of
 from tritflow.pipelines.generate import generate, save_pictures
 from tritflow.pipelines.loading import DeviceError, configure_, load_pipeline, pick_device, quiet
 from tritflow.pipelines.memory_plan import Workload, choose_plan, gib, parse_bytes
-from tritflow.pipelines.offloading import apply_plan, keep_plan, plan_memory
+from tritflow.pipelines.offloading import apply_plan, keep_plan, limit_memory, plan_memory
 from tritflow.pipelines.synthetic_pipeline import RANDOM, random_pipeline
 from tritflow.profiling.latency import PROMPT
 
@@ -84,7 +84,7 @@ def measure(
         free, total = torch.cuda.mem_get_info(on)
         outside = total - free - torch.cuda.memory_reserved(on)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, on)
+        limit_memory(1.0, on)
     return {
         **results.provenance(str(on)),
         "model": RANDOM if model is None else Path(model).name,

@@ -69,7 +69,6 @@ class Reader(nn.Module):
         super().__init__()
         self.nouns: Tensor
         self.colors: Tensor
-        self.colors: Tensor
         self.textures: Tensor
         self.invented = InventedWords(*tokenizers)
         for name, (words, _) in zip(("nouns", "colors", "textures"), CLASSES, strict=True):

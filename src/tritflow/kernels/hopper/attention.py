@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -19,8 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tritflow.kernels.hopper.attention_parts import load_tiles, quantize_queries, scaled, store_rows, weigh
 
-_SUMMING = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
-
 
 @gluon.constexpr_function
 def _mma(columns):
@@ -28,31 +25,19 @@ def _mma(columns):
 
 
 @gluon.jit
-def _row_sums(p, shrink):
-    """Sums of weights times shrink, in every of eight columns: a product with ones, by the instructions of one warp."""
-    a = gl.convert_layout(p, gl.DotOperandLayout(0, _SUMMING, 4), assert_trivial=True)
-    ones = gl.full((p.shape[1], 8), 1.0, gl.float32, gl.DotOperandLayout(1, _SUMMING, 4)).to(gl.float8e4nv)
-    return scaled(mma_v2(a, ones, gl.zeros((64, 8), gl.float32, _SUMMING)), shrink)
-
-
-@gluon.jit
-def _weighted(s, state, scale, exponent, v, n, MASK: gl.constexpr, S: gl.constexpr, MMA: gl.constexpr):
+def _weighted(s, state, scale, exponent, v, n, MASK: gl.constexpr, S: gl.constexpr):
     """Makes a tile's weights of its logits and begins their product with its values v; state is (acc, m, sums)."""
     acc, m, sums = state
     mma: gl.constexpr = _mma(v.shape[0])
-    p, m, alpha, row = weigh(s, m, scale, exponent, n, MASK, S, mma, not MMA)
+    p, m, alpha, row = weigh(s, m, scale, exponent, n, MASK, S, mma)
     acc = warpgroup_mma(p, v.permute((1, 0)), scaled(acc, alpha), is_async=True)
-    if MMA:
-        sums = scaled(sums, alpha) + _row_sums(p, gl.exp2(0.0 - exponent) + 0.0 * alpha)
-    else:
-        sums = sums * alpha + row * gl.exp2(0.0 - exponent)
-    return acc, m, sums
+    return acc, m, sums * alpha + row * gl.exp2(0.0 - exponent)
 
 
 @gluon.jit
 def _step(
     s, state, scale, exponent, q, i, stage, phase, scales, buffers,
-    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Tile i's weights and values, and the logits of tile i + 1."""
     q_scale, k_scale, v_exponent = scales
@@ -65,9 +50,9 @@ def _step(
     k = k_bufs.index(stage).permute((1, 0))
     if AHEAD:
         following = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
-        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S, MMA)
+        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S)
     else:
-        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S, MMA)
+        acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), i * BN, False, S)
         following = warpgroup_mma(q, k, no_logits, use_acc=False, is_async=True)
     acc, following = warpgroup_mma_wait(0, deps=[acc, following])
     mbarrier.arrive(empty.index(stage), count=1)
@@ -81,7 +66,7 @@ def _step(
 @gluon.jit
 def _attend(
     q, scales, buffers,
-    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
     q_scale, k_scale, v_exponent = scales
@@ -92,10 +77,7 @@ def _attend(
     rows: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, _mma(D), 4))
     acc = gl.zeros((64, D), gl.float32, _mma(D))
     m = gl.full((64,), float("-inf"), gl.float32, rows)
-    if MMA:
-        sums = gl.zeros((64, 8), gl.float32, _SUMMING)
-    else:
-        sums = gl.zeros((64,), gl.float32, rows)
+    sums = gl.zeros((64,), gl.float32, rows)
     state = (acc, m, sums)
     scale = q_scale * gl.load(k_scale)
     exponent = gl.load(v_exponent)
@@ -109,20 +91,18 @@ def _attend(
     # Two tiles a turn, so that logits that are made and logits that are read change places without being moved.
     for i in range(0, (TILES - 1) // 2 * 2, 2):
         s, state, scale, exponent, stage, phase = _step(
-            s, state, scale, exponent, q, i, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+            s, state, scale, exponent, q, i, stage, phase, scales, buffers, S, STAGES, BLOCK, AHEAD
         )
         s, state, scale, exponent, stage, phase = _step(
-            s, state, scale, exponent, q, i + 1, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+            s, state, scale, exponent, q, i + 1, stage, phase, scales, buffers, S, STAGES, BLOCK, AHEAD
         )
     if TILES % 2 == 0:
         s, state, scale, exponent, stage, phase = _step(
-            s, state, scale, exponent, q, TILES - 2, stage, phase, scales, buffers, S, STAGES, BLOCK, MMA, AHEAD
+            s, state, scale, exponent, q, TILES - 2, stage, phase, scales, buffers, S, STAGES, BLOCK, AHEAD
         )
     mbarrier.wait(full.index(stage), phase)
-    acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), (TILES - 1) * BN, S % BN != 0, S, MMA)
+    acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), (TILES - 1) * BN, S % BN != 0, S)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    if MMA:
-        sums = gl.convert_layout(gl.max(sums, axis=1), rows)
     return acc, sums + scale * 0.0
 
 
@@ -130,7 +110,7 @@ def _attend(
 def _consume(
     PART: gl.constexpr, operands, buffers,
     S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, QMAX: gl.constexpr,
-    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, MMA: gl.constexpr, AHEAD: gl.constexpr,
+    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries."""
     q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
@@ -144,7 +124,7 @@ def _consume(
     q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
     k_scale += bh * (PADDED // BLOCK)
     v_exponent += bh * (PADDED // BLOCK)
-    acc, sums = _attend(q, (q_scale, k_scale, v_exponent), buffers, S, STAGES, BLOCK, MMA, AHEAD)
+    acc, sums = _attend(q, (q_scale, k_scale, v_exponent), buffers, S, STAGES, BLOCK, AHEAD)
     store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 
@@ -171,7 +151,6 @@ def attention_kernel(
     QMAX: gl.constexpr,
     FLOOR: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    MMA: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
     """64 queries a consumer, of one head; launch with 4 warps (the first consumer) on [S / (64 CONSUMERS), B H].
@@ -199,14 +178,14 @@ def attention_kernel(
     # Written out twice, since a tuple that has a name holds no constants.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, MMA, AHEAD)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, MMA, AHEAD)),
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD)),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 1], [232, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
-            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, MMA, AHEAD)),
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
+            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip

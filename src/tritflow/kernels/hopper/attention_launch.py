@@ -25,24 +25,18 @@ class AttentionConfig:
     Attributes:
         consumers: warpgroups of 64 queries a block, 2 or 3.
         stages: of `keys` keys and values in shared memory.
-        sum_by_mma: sum weights by a product with ones instead of one by one.
         keys: of a tile, 64 or 128.
         ahead: multiply queries with the next tile's keys while this tile's weights are made.
     """
 
     consumers: int = 2
     stages: int = 3
-    sum_by_mma: bool = True
     ahead: bool = True
     keys: int = 128
 
     @property
     def name(self) -> str:
-        return (
-            f"{self.consumers} consumers, {self.keys} keys, {self.stages} stages"
-            + (", sums by mma" if self.sum_by_mma else "")
-            + (", ahead" if self.ahead else "")
-        )
+        return f"{self.consumers} consumers, {self.keys} keys, {self.stages} stages" + (", ahead" if self.ahead else "")
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -55,7 +49,6 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "QMAX": QMAX[dtype],
         "FLOOR": AMAX_FLOOR,
         "CONSUMERS": config.consumers,
-        "MMA": config.sum_by_mma,
         "AHEAD": config.ahead,
     }
 

@@ -104,7 +104,7 @@ def _across(rows, shape: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: gl.constexpr, SUM: gl.constexpr):
+def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
     """Weights of one tile (e4m3, keys in the order of the values), new maximum, factor for older sums, row sums."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[1]
@@ -128,10 +128,7 @@ def weigh(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: gl
         is_pure=True,
         pack=4,
     )
-    sums = alpha
-    if SUM:
-        sums = _row_sum(p.to(gl.float32))
-    return p, new, alpha, sums
+    return p, new, alpha, _row_sum(p.to(gl.float32))
 
 
 @gluon.jit
