@@ -101,8 +101,8 @@ def _quantize_cases(fp8: bool) -> list[Case]:
             f"adaln + quantize {kind}",
             block.adaln_kernel,
             {**adaln, "out_scale_ptr": "*fp32", **strides},
-            {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "BLOCK_K": 4096, "ROWS": 2, **_quantizing(fp8)},
-            {"num_warps": 4},
+            {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "BLOCK_K": 4096, "ROWS": 1, **_quantizing(fp8)},
+            {"num_warps": 2},
             fp8,
         ),
         Case(

@@ -68,8 +68,8 @@ def adaln_kernel(
         tl.store(out_ptr + rows[:, None] * K + k[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-ADALN_TILE = (2, 4)
-"""Tokens of a program, and its warps for 4,096 features."""
+ADALN_TILE = (1, 2)
+"""Tokens of a program, and its warps for 4,096 features; two tokens and four warps were 7 % slower on an H200."""
 
 
 def _launch_adaln(
