@@ -178,7 +178,7 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a16_low_rank": Kernel(w2a16_low_rank, _supports_w2a16_low_rank),
-        # Two to four percent off plain Triton's on an H200, in either direction: by name only.
+        # In e4m3 2 % faster than plain Triton's alone, in int8 slower: by name only.
         "attention": Kernel(attention, _supports_attention, automatic=False),
     },
 )
