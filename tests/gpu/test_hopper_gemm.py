@@ -138,15 +138,17 @@ def test_16_bit_activations(config, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
-@pytest.mark.parametrize(("parts", "chunk"), [(1, 256), (2, 128), (4, 64), (8, 64)])
-def test_skinny(shape, parts, chunk):
+@pytest.mark.parametrize(
+    "settings", [{}, *({"rows": 16, "parts": p, "chunk": c} for p, c in ((1, 256), (2, 128), (4, 64), (8, 64)))]
+)
+def test_skinny(shape, settings):
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
     m, n, k = shape
     _, _, trits, row, bias = _inputs(m, n, k)
     x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
     expected = (x.double() @ trits.double().T) * row.double() + bias.double()
-    out = w2a16_skinny(x, pack_2bit(trits), row, bias, chunk=chunk, parts=parts)
+    out = w2a16_skinny(x, pack_2bit(trits), row, bias, **settings)
     assert (out.double() - expected).norm() / expected.norm() < 0.003
 
 

@@ -99,12 +99,8 @@ def w2a16_linear(
     rows = x.reshape(-1, x.shape[-1])
     if input_scale is not None:
         rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
-    if rows.shape[0] <= _SKINNY_TOKENS:
-        # 56 registers: all blocks of FLUX.1-dev's modulation are on the GPU at once.
-        out = w2a16_skinny(rows, weight, weight_scale, bias, registers=56)
-    else:
-        out = w2a16_gemm(rows, weight, weight_scale, bias)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    product = w2a16_skinny if rows.shape[0] <= _SKINNY_TOKENS else w2a16_gemm
+    return product(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _supports_w2a16(
