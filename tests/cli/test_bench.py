@@ -65,9 +65,9 @@ def test_no_gpu_is_one_line_and_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpu_kernels_store_what_the_probe_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tritflow.profiling import kernels
 
-    def probe(out: Path, seconds: float, quick: bool) -> list[dict[str, Any]]:
+    def probe(out: Path, seconds: float, quick: bool, parts: tuple[str, ...]) -> list[dict[str, Any]]:
         print("running account")
-        assert (seconds, quick) == (240.0, True)
+        assert (seconds, quick, parts) == (240.0, True, kernels.PARTS)
         times = {"bf16 gauss": {"p50": 3.0}, "bf16 hopper": {"p50": float("nan")}}
         return [{"task": {"kind": "gemm", "shape": [1, 2, 3]}, "result": {"times": times}}]
 

@@ -107,12 +107,13 @@ def test_what_a_model_was_trained_on(two_models: tuple[Path, Path], tmp_path: Pa
 
 
 def test_the_shipped_student_knows_its_prompts() -> None:
-    """Its meta.json names a set by SHA-256; the set lies with the teacher, which meta.json does not name."""
-    from tritflow.assets import student_path, teacher_path
-    from tritflow.calibration.prompts import load_prompts
+    """Its meta.json names captions of the built-in world, and their SHA-256."""
+    from tritflow.assets import student_path
+    from tritflow.scenes.training_set import training_captions
 
     known = trained_prompts("small-student")
-    assert known == load_prompts(teacher_path() / "calibration_prompts.txt").texts
+    assert known is not None
+    assert known[:100] == training_captions(100)
     recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
     assert len(known or []) == recorded["count"]
     assert trained_prompts(str(student_path())) == known
