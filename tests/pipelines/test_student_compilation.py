@@ -31,9 +31,11 @@ def test_blocks_are_compiled_while_training_alone() -> None:
         seen.append(model.block._compiled_call_impl is not None)
         return DONE
 
-    assert _compiled(model, train) is DONE
+    teacher = Blocks()
+    assert _compiled([model, teacher], train) is DONE
     assert seen == [True]
     assert model.block._compiled_call_impl is None
+    assert teacher.block._compiled_call_impl is None
 
 
 def test_a_failing_compiler_is_told_and_done_without() -> None:
@@ -46,7 +48,7 @@ def test_a_failing_compiler_is_told_and_done_without() -> None:
         return DONE
 
     with pytest.warns(UserWarning, match=r"train slower \(no C compiler\)"):
-        assert _compiled(model, train) is DONE
+        assert _compiled([model], train) is DONE
     assert seen == [True, False]
 
 
@@ -56,5 +58,5 @@ def test_other_errors_are_not_swallowed() -> None:
 
     model = Blocks()
     with pytest.raises(ValueError, match="nan"):
-        _compiled(model, train)
+        _compiled([model], train)
     assert model.block._compiled_call_impl is None
