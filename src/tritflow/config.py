@@ -172,7 +172,8 @@ class DistillationConfig(_Config):
         batch_size: (x_t, v) pairs a step, drawn over all trajectories.
         optimizer: of latent weights; `muon` (orthogonalised momentum) learns twice as fast as `adamw`, one process.
         learning_rate: peak of the cosine schedule for latent weights, in trits a step.
-        scale_learning_rate: peak for the log row scales, column scales and biases.
+        scale_learning_rate: peak for the log row scales and biases.
+        column_learning_rate: peak for the log column scales; nothing holds them, so a long run wants little (0: fixed).
         rest_learning_rate: peak for all that stays dense: embedders, norms, output layer (0: they stay as they are).
         warmup_steps: linear warm-up.
         weight_decay: of latent weights.
@@ -191,6 +192,7 @@ class DistillationConfig(_Config):
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
     scale_learning_rate: float = 1e-3
+    column_learning_rate: float = 1e-3
     rest_learning_rate: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.0

@@ -24,21 +24,23 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
     model.requires_grad_(False)
     latents: dict[str, nn.Parameter] = {}
     scales: dict[str, nn.Parameter] = {}
+    columns: dict[str, nn.Parameter] = {}
     biases: dict[str, nn.Parameter] = {}
     for name, twin in twins.items():
         latents[f"{name}.weight"] = twin.weight
         if config.train_scales:
             scales[f"{name}.log_weight_scale"] = twin.log_weight_scale
-            if twin.log_input_scale is not None:
-                scales[f"{name}.log_input_scale"] = twin.log_input_scale
+            if twin.log_input_scale is not None and config.column_learning_rate > 0:
+                columns[f"{name}.log_input_scale"] = twin.log_input_scale
         if config.train_biases and twin.bias is not None:
             biases[f"{name}.bias"] = twin.bias
     rest = dict(rest_parameters(model)) if config.rest_learning_rate > 0 else {}
-    for parameter in [*latents.values(), *scales.values(), *biases.values(), *rest.values()]:
+    for parameter in [*latents.values(), *scales.values(), *columns.values(), *biases.values(), *rest.values()]:
         parameter.requires_grad_(True)
     return [
         ParameterGroup("latent weights", latents, config.learning_rate, config.weight_decay, matrices=True),
         ParameterGroup("scales", scales, config.scale_learning_rate),
+        ParameterGroup("column scales", columns, config.column_learning_rate),
         ParameterGroup("biases", biases, config.scale_learning_rate),
         ParameterGroup("rest", rest, config.rest_learning_rate),
     ]

@@ -166,7 +166,7 @@ def _check(recipe: Recipe) -> None:
         )
     if not c.guidance_scales:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
-    if min(d.learning_rate, d.scale_learning_rate, d.rest_learning_rate) < 0:
+    if min(d.learning_rate, d.scale_learning_rate, d.column_learning_rate, d.rest_learning_rate) < 0:
         raise ConfigError(f"recipe {recipe.name}: a learning rate of distillation is negative")
     a = recipe.smoothing
     if a is not None and not (isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1):
