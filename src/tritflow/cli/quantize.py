@@ -74,7 +74,7 @@ def quantize(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", help="Calibration prompts: a .txt, a .jsonl or a folder. No image is needed."),
+        typer.Option("--prompts", help="Calibration prompts: .txt, .jsonl, a folder, or scenes:N. No images needed."),
     ] = None,
     base: o.Base = None,
     device: o.Device = "auto",
