@@ -17,7 +17,11 @@ import torch
 hypothesis.settings.register_profile("tritflow", deadline=None)
 hypothesis.settings.load_profile("tritflow")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Side by side with other workers, threads that wait for each other take most of the time: 39 s for what takes 6.
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(min(2 if ALONE else 1, torch.get_num_threads()))
+if not ALONE:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture(scope="session")
