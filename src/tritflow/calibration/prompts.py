@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class PromptSet(Sequence[Prompt]):
         """The prompts' texts in order."""
         return [p.text for p in self.prompts]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the prompts.jsonl that `write` makes of this set."""
         return hashlib.sha256(self._jsonl()).hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritflow.distillation.online import OnlineStates
 from tritflow.pipelines.dense import whole_teacher
 from tritflow.pipelines.loading import generation_defaults
-from tritflow.pipelines.teacher import jittered_sigmas
+from tritflow.pipelines.teacher import jittered_sigmas, position_ids, sizes_of, token_grid
 
 if TYPE_CHECKING:
     from tritflow.pipelines.quantize import Job
@@ -30,17 +30,12 @@ def online_states(job: Job) -> tuple[OnlineStates, Any]:
         ValueError: the encoded prompts don't fit beside the models, or the pool is empty.
     """
     pipe = whole_teacher(job)
-    recipe, device, defaults = job.recipe, job.device, generation_defaults(pipe)
+    recipe, device = job.recipe, job.device
     dtype = next(pipe.transformer.parameters()).dtype
-    length = recipe.calibration.max_sequence_length or defaults.max_sequence_length
-    prompts = _encode(job, pipe, length)
-    factor = pipe.vae_scale_factor * 2
-    rows = (recipe.calibration.height or defaults.height) // factor
-    columns = (recipe.calibration.width or defaults.width) // factor
-    shared = {
-        "txt_ids": torch.zeros(length, 3, device=device, dtype=dtype),
-        "img_ids": pipe._prepare_latent_image_ids(1, rows, columns, device, dtype),
-    }
+    sizes = sizes_of(recipe.calibration, generation_defaults(pipe))
+    prompts = _encode(job, pipe, sizes["max_sequence_length"])
+    rows, columns = token_grid(pipe, sizes)
+    shared = position_ids(pipe, sizes, device, dtype)
     shifts = [recipe.calibration.timestep_jitter * ((i + 0.5) / SCHEDULES - 0.5) for i in range(SCHEDULES)]
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     sigmas = jittered_sigmas(scheduler, rows * columns, recipe.online.num_inference_steps, shifts)

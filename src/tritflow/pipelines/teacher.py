@@ -86,11 +86,7 @@ def record_trajectories(
     dtype = next(transformer.parameters()).dtype
     if store_dtype is None:
         store_dtype = torch.float16 if dtype == torch.float32 else dtype
-    sizes = {
-        "height": config.height or defaults.height,
-        "width": config.width or defaults.width,
-        "max_sequence_length": config.max_sequence_length or defaults.max_sequence_length,
-    }
+    sizes = sizes_of(config, defaults)
     device = pipe._execution_device
     identity = {
         "config": config.to_dict(),
@@ -126,6 +122,33 @@ def record_trajectories(
     return Trajectories(out_dir)
 
 
+def sizes_of(config: CalibrationConfig, defaults: GenerationDefaults) -> dict[str, int]:
+    """Height and width in pixels and text tokens: the config's, and where it says 0 the model folder's."""
+    return {
+        "height": config.height or defaults.height,
+        "width": config.width or defaults.width,
+        "max_sequence_length": config.max_sequence_length or defaults.max_sequence_length,
+    }
+
+
+def token_grid(pipe: Any, sizes: dict[str, int]) -> tuple[int, int]:
+    """Rows and columns of image tokens. Raises `TeacherError` where there is none."""
+    factor = pipe.vae_scale_factor * 2
+    rows, columns = sizes["height"] // factor, sizes["width"] // factor
+    if not rows or not columns:
+        raise TeacherError(f"{sizes['height']}x{sizes['width']} pixels are too few: one token takes {factor}")
+    return rows, columns
+
+
+def position_ids(pipe: Any, sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rotary positions of text and image, the same for all states."""
+    text = torch.zeros(sizes["max_sequence_length"], 3, device=device, dtype=dtype)
+    return {
+        "txt_ids": text,
+        "img_ids": pipe._prepare_latent_image_ids(1, *token_grid(pipe, sizes), device, dtype),
+    }
+
+
 def fingerprint(module: torch.nn.Module) -> str:
     """16 hex digits over every tensor's name, dtype, shape and first 4 KiB: tells models apart in no time."""
     digest = hashlib.sha256()
@@ -152,10 +175,7 @@ class _Recorder:
         self.pipe, self.config, self.sizes, self.driver = pipe, config, sizes, driver
         self.dtype, self.store_dtype, self.device = dtype, store_dtype, device
         self.guided = bool(pipe.transformer.config.guidance_embeds)
-        factor = pipe.vae_scale_factor * 2
-        self.rows, self.columns = sizes["height"] // factor, sizes["width"] // factor
-        if not self.rows or not self.columns:
-            raise TeacherError(f"{sizes['height']}x{sizes['width']} pixels are too few: one token takes {factor}")
+        self.rows, self.columns = token_grid(pipe, sizes)
         self.channels = pipe.transformer.config.in_channels // 4
         self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
 
@@ -202,8 +222,7 @@ class _Recorder:
 
     def shared(self) -> dict[str, Tensor]:
         """Rotary positions, the same for all; on the CPU."""
-        image = self.pipe._prepare_latent_image_ids(1, self.rows, self.columns, "cpu", self.dtype)
-        return {"txt_ids": torch.zeros(self.sizes["max_sequence_length"], 3, dtype=self.dtype), "img_ids": image}
+        return position_ids(self.pipe, self.sizes, torch.device("cpu"), self.dtype)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The transformer's own dtypes of what was stored more compactly."""

@@ -190,192 +190,27 @@ def consumers_kernel(
     fence_async_shared()
     gl.thread_barrier()
     descs = (x_desc, more_desc, w_desc, out_desc, more_out_desc)
-    vectors = (x_scale, weight_scale, bias)
-    buffers = (x_bufs, more_bufs, w_bufs, out_bufs, more_out_bufs, full, empty, lag)
+    vecs = (x_scale, weight_scale, bias)
+    bufs = (x_bufs, more_bufs, w_bufs, out_bufs, more_out_bufs, full, empty, lag)
     # Written out three times, since a tuple that has a name holds no constants.
     if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(0),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(1),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (_load, (descs, buffers, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
-            ],
-            [4, 1],
-            [232, 24],
-        )
+        gl.warp_specialize([
+            (_multiply, (gl.constexpr(0), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(1), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_load, (descs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
+        ], [4, 1], [232, 24])  # fmt: skip
     elif CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(0),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(1),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(2),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (_load, (descs, buffers, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+        gl.warp_specialize([
+            (_multiply, (gl.constexpr(0), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(1), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(2), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_load, (descs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(0),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(1),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(2),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        gl.constexpr(3),
-                        descs,
-                        vectors,
-                        buffers,
-                        M,
-                        N,
-                        steps,
-                        BM,
-                        STAGES,
-                        CONSUMERS,
-                        GROUP,
-                        LAG,
-                        HAS_BIAS,
-                    ),
-                ),
-                (_load, (descs, buffers, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
-        )
+        gl.warp_specialize([
+            (_multiply, (gl.constexpr(0), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(1), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(2), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_multiply, (gl.constexpr(3), descs, vecs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP, LAG, HAS_BIAS)),
+            (_load, (descs, bufs, M, N, steps, BM, STAGES, CONSUMERS, GROUP)),
+        ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
