@@ -143,7 +143,7 @@ def trained_prompts(model: str, given: str | Path | None = None, suites: str | P
     They come from `given` (.txt, .jsonl or folder), else from a `prompts.jsonl` in the model's folder, else from its
     meta.json: that names a set by SHA-256, which is looked for among the built-in world's captions where it is called
     `scenes:N`, in the base pipeline's `calibration_prompts.txt`, with the shipped teacher, and among the paper's
-    prompts (in `suites`, or where they were fetched to). A meta.json that says no prompts were used gives an empty list.
+    prompts (in `suites`, or where they were fetched to). A meta.json that says no prompts were used gives none.
 
     Raises `PromptsError` for a bad file.
     """
