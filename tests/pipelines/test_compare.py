@@ -40,6 +40,15 @@ def test_compare_draws_from_the_same_noise(tiny_flux: Path, tmp_path: Path) -> N
     page = np.asarray(grid)
     found = [y for y in range(page.shape[0] - 192) if np.array_equal(page[y : y + 192, 12:204], picture)]
     assert len(found) == 1
+    across = result.grid(across=True)
+    assert (across.width - 12, across.height > grid.height) == (2 * (192 + 12), True)  # two prompts, three models
+    page = np.asarray(across)
+    second = np.asarray(result.images[0][1].resize((192, 192), Image.Resampling.NEAREST))
+    tops = [
+        [y for y in range(page.shape[0] - 192) if np.array_equal(page[y : y + 192, x : x + 192], p)]
+        for x, p in ((12, picture), (216, second))
+    ]
+    assert tops[0][0] == tops[1][0]  # the reference's row: both prompts beside each other
 
 
 def test_names_tell_models_apart(tiny_flux: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ _EXAMPLES = """Examples:
 \b
   tritflow compare "a red circle above a blue star" --models small small-student
   tritflow compare "a red cube" "two dogs" --out grid.png --seed 3 --models FLUX_DIR OUT
+  tritflow compare "a red cube" "two dogs" "a tree" --across --models FLUX_DIR OUT
 """
 
 
@@ -59,6 +60,7 @@ def compare(
     dtype: o.Dtype = "auto",
     mode: o.Mode = None,
     backend: o.Backend = None,
+    across: Annotated[bool, typer.Option("--across", help="Prompts side by side, a row a model.")] = False,
     json: o.Json = False,
 ) -> None:
     """Draw the same prompts from the same noise with each model, side by side, with the PSNR to the first.
@@ -88,7 +90,7 @@ def compare(
             guidance_scale=guidance,
             batch_size=batch_size,
         )
-    (path,) = save_pictures([result.grid()], out)
+    (path,) = save_pictures([result.grid(across)], out)
     if json:
         print_json({**result.to_dict(), "grid": str(path)})
         return

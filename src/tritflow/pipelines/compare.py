@@ -38,11 +38,15 @@ class Comparison:
     images: tuple[tuple[Image.Image, ...], ...]
     psnr: tuple[tuple[float, ...], ...]
 
-    def grid(self) -> Image.Image:
-        """One picture: a row a prompt, a column a model, PSNR to the first column under each."""
+    def grid(self, across: bool = False) -> Image.Image:
+        """One picture, PSNR to the first model's under each: a row a prompt and a column a model, or, with `across`,
+        a column a prompt and a row a model."""
         notes = [["reference" if m == 0 else format_psnr(db) for db in row] for m, row in enumerate(self.psnr)]
-        rows = [f"{p} (seed {s})" for p, s in zip(self.prompts, self.seeds, strict=True)]
-        return draw_grid(self.labels, rows, self.images, notes)
+        prompts = [f"{p} (seed {s})" for p, s in zip(self.prompts, self.seeds, strict=True)]
+        if across:
+            swapped, under = list(zip(*self.images, strict=True)), list(zip(*notes, strict=True))
+            return draw_grid(prompts, self.labels, swapped, under)
+        return draw_grid(self.labels, prompts, self.images, notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; an infinite PSNR becomes null."""
