@@ -8,6 +8,7 @@ names the colour, the silhouette names the shape and the brightness inside it na
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -31,6 +32,9 @@ MAX_PARTS = 8
 MAX_FITS = 4
 # Two whole shapes that overlap by this share are one object; true ones in front of each other reach half of it.
 SAME = 0.6
+# A decoder mixes hues of neighbours within a patch of its latents, 8 pixels a side. A colour of which this share lies
+# so near to two others is no object's.
+MIXING, MIXED = 8, 0.85
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -86,10 +90,8 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     mask = _chroma(pixels) > CHROMA
     if not mask.any():
         return []
-    offset = np.abs(_hue(pixels[mask])[:, None] - _hues())
-    color = np.zeros(mask.shape, dtype=np.int64)
-    color[mask] = np.minimum(offset, 1 - offset).argmin(-1)
-    parts = _parts(mask, color)
+    hue = _hue(pixels)
+    parts = _parts(mask, hue)
     covered = [i for i, p in enumerate(parts) if p.covered][:MAX_FITS]
     fits = [fit(p.mask, mask & ~p.mask) if i in covered else match(p.mask) for i, p in enumerate(parts)]
     parts, fits = _without_rims(parts, fits)
@@ -120,16 +122,34 @@ class _Part:
     covered: bool
 
 
-def _parts(mask: np.ndarray, color: np.ndarray) -> list[_Part]:
+def _nearest(hue: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The colour's number out of `among` whose hue is nearest."""
+    offset = np.abs(hue[..., None] - _hues()[among])
+    return among[np.minimum(offset, 1 - offset).argmin(-1)]
+
+
+@lru_cache(maxsize=1)
+def _between() -> np.ndarray:
+    """Whether a mix of colours a and b looks like colour c: bool [a, b, c]; c's hue lies on the shorter way."""
+    h = _hues()
+    ahead = (h[None, :] - h[:, None]) % 1
+    way = ahead[:, :, None] > ahead[:, None, :]
+    forward = way & (ahead[:, None, :] > 0) & (ahead[:, :, None] <= 0.5)
+    return forward | forward.transpose(1, 0, 2)
+
+
+def _parts(mask: np.ndarray, hue: np.ndarray) -> list[_Part]:
     """The objects' pixels, the largest objects first, `MAX_PARTS` at most."""
     minimum = MIN_AREA * mask.size
+    color = np.zeros(mask.shape, dtype=np.int64)
+    color[mask] = _nearest(hue[mask], np.arange(len(COLORS)))
     labels, _ = ndimage.label(mask, structure=_EIGHT)
     sizes = np.bincount(labels.ravel())[1:]
     large = [int(i) for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS] if sizes[i] >= minimum]
     windows = ndimage.find_objects(labels)
     parts: list[_Part] = []
     for i in large:
-        split = _split(labels[windows[i]] == i + 1, color[windows[i]], minimum)
+        split = _split(labels[windows[i]] == i + 1, color[windows[i]], hue[windows[i]], minimum)
         for part, c in split:
             full = np.zeros(mask.shape, dtype=bool)
             full[windows[i]] = part
@@ -158,10 +178,28 @@ def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], lis
     return [replace(parts[i], mask=masks[i]) for i in kept], [fits[i] for i in kept]
 
 
-def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np.ndarray, int]]:
+def _pure(blob: np.ndarray, color: np.ndarray, large: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Those of a blob's `large` colours that are no mix of two others where these meet."""
+    near = {int(c): ndimage.maximum_filter((blob & (color == c)).view(np.uint8), 2 * MIXING + 1) > 0 for c in large}
+    left = [int(c) for c in large]
+    for c in sorted(left, key=lambda c: counts[c]):
+        own = blob & (color == c)
+        others = [o for o in left if o != c]
+        for a, b in itertools.combinations(others, 2):
+            if _between()[a, b, c] and (own & near[a] & near[b]).sum() > MIXED * counts[c]:
+                left.remove(c)
+                break
+    return np.array(left)
+
+
+def _split(blob: np.ndarray, color: np.ndarray, hue: np.ndarray, minimum: float) -> list[tuple[np.ndarray, int]]:
     """Parts of one connected blob by colour: objects that touch or cover each other."""
     counts = np.bincount(color[blob], minlength=len(COLORS))
     large = np.flatnonzero(counts >= max(minimum, 0.04 * blob.sum()))
+    if len(large) > 2:
+        large = _pure(blob, color, large, counts)
+    if len(large) > 1:
+        color = _nearest(hue, large)
     parts = []
     for c in large if len(large) > 1 else ():
         own = blob & (color == c)
