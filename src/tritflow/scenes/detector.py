@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tritflow.scenes.silhouettes import Fit, fit, match
+from tritflow.scenes.silhouettes import Fit, Search, match
 from tritflow.scenes.world import COLORS, RGB, SHAPES
 
 # Chroma (max - min channel) above which a pixel belongs to an object; the darkest tone of a texture has .29.
@@ -34,7 +34,9 @@ MAX_FITS = 4
 SAME = 0.6
 # A decoder mixes hues of neighbours within a patch of its latents, 8 pixels a side. A colour of which this share lies
 # so near to two others is no object's.
-MIXING, MIXED = 8, 0.85
+MIXING, MIXED = 8, 0.65
+# Pieces of a part smaller than this share of its largest are left out: rims, but not what a ring's hole shows.
+KEEP = 0.03
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -93,7 +95,9 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     hue = _hue(pixels)
     parts = _parts(mask, hue)
     covered = [i for i, p in enumerate(parts) if p.covered][:MAX_FITS]
-    fits = [fit(p.mask, mask & ~p.mask) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    searches = {i: Search(parts[i].mask, mask & ~parts[i].mask) for i in covered}
+    chosen = _agreed({i: parts[i].mask for i in covered}, {i: s.fits for i, s in searches.items()})
+    fits = [searches[i].settle(chosen[i]) if i in covered else match(p.mask) for i, p in enumerate(parts)]
     parts, fits = _without_rims(parts, fits)
     value = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
     claims = np.zeros(mask.shape, dtype=np.int64)
@@ -160,6 +164,39 @@ def _parts(mask: np.ndarray, hue: np.ndarray) -> list[_Part]:
     return [replace(p, covered=p.covered or bool((claimed[_grown(p.mask)] > 1).any())) for p in parts]
 
 
+def _agreed(masks: dict[int, np.ndarray], fits: dict[int, list[Fit]]) -> dict[int, int]:
+    """Which of each part's possible shapes to take: pair by pair those that, one in front of the other, show most
+    nearly what is seen. A ring in front is no disc whose middle is hidden, since what hides it lies behind."""
+    chosen: dict[int, int] = {}
+    for i, j in itertools.combinations(masks, 2):
+        first, second = _drawn(fits[i][0]), _drawn(fits[j][0])
+        if not (first & second).any():
+            continue
+        options = [[chosen[k]] if k in chosen else range(len(fits[k])) for k in (i, j)]
+        best = -1.0
+        for m, n in itertools.product(*options):
+            x, y = _drawn(fits[i][m]), _drawn(fits[j][n])
+            # Each alone explains its own part well enough; what both show together says more.
+            value = _shown(masks[i], masks[j], x, y) + (fits[i][m].score + fits[j][n].score) / 4
+            if value > best:
+                best, chosen[i], chosen[j] = value, m, n
+    return {i: chosen.get(i, 0) for i in masks}
+
+
+def _drawn(fit: Fit) -> np.ndarray:
+    """The whole shape of a part that was searched for."""
+    assert fit.drawn is not None
+    return fit.drawn
+
+
+def _shown(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """How nearly shapes `x` and `y`, the better of them in front, show parts `a` and `b`: the share of all pixels."""
+    both = x & y
+    right = np.count_nonzero(a & x & ~both) + np.count_nonzero(b & y & ~both)
+    right += max(np.count_nonzero(a & both), np.count_nonzero(b & both))
+    return right / np.count_nonzero(a | b | x | y)
+
+
 def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], list[Fit]]:
     """Give a part whose whole shape coincides with a larger part's to that one: a rim or stripe of mixed hue, as
     decoders leave them, is no object of its own."""
@@ -209,7 +246,7 @@ def _split(blob: np.ndarray, color: np.ndarray, hue: np.ndarray, minimum: float)
             continue
         sizes = np.bincount(core.ravel())
         sizes[0] = 0
-        keep = (sizes >= 0.15 * sizes.max())[core] & (core > 0)
+        keep = (sizes >= KEEP * sizes.max())[core] & (core > 0)
         if keep.sum() >= minimum:
             parts.append((_grown(keep) & own, int(c)))
     if len(parts) <= 1:
