@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tritflow.scenes.silhouettes import Fit, Search, match
+from tritflow.scenes.silhouettes import Fit, Search, fit, match
 from tritflow.scenes.world import COLORS, RGB, SHAPES
 
 # Chroma (max - min channel) above which a pixel belongs to an object; the darkest tone of a texture has .29.
@@ -28,13 +28,17 @@ MIN_AREA = 0.0032
 PATTERN = 0.05
 # The world draws at most 4 objects; a picture of more parts is junk, and only its largest parts are read.
 MAX_PARTS = 8
-# Partly hidden silhouettes are searched for at most so often a picture; further ones are read as if whole.
+# Silhouettes are searched for at most so often a picture; further ones are read as if whole.
 MAX_FITS = 4
+# Whole silhouettes that fit the shapes in their box worse than this are searched for as well.
+POOR = 0.8
 # Two whole shapes that overlap by this share are one object; true ones in front of each other reach half of it.
 SAME = 0.6
 # A decoder mixes hues of neighbours within a patch of its latents, 8 pixels a side. A colour of which this share lies
 # so near to two others is no object's.
 MIXING, MIXED = 8, 0.65
+# Two objects and what lies between their hues; more colours in one blob are no mixture but junk.
+MAX_MIXED = 4
 # Pieces of a part smaller than this share of its largest are left out: rims, but not what a ring's hole shows.
 KEEP = 0.03
 _EIGHT = np.ones((3, 3), dtype=bool)
@@ -98,6 +102,12 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     searches = {i: Search(parts[i].mask, mask & ~parts[i].mask) for i in covered}
     chosen = _agreed({i: parts[i].mask for i in covered}, {i: s.fits for i, s in searches.items()})
     fits = [searches[i].settle(chosen[i]) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    # A dim or blurred rim moves a small object's box by a pixel, which costs a star a third of its fit.
+    poor = [i for i, f in enumerate(fits) if i not in covered and f.score < POOR][: MAX_FITS - len(covered)]
+    for i in poor:
+        better = replace(fit(parts[i].mask, np.zeros_like(mask)), drawn=None)
+        # A search makes something of anything, so that it has to find much more than an object's least fit.
+        fits[i] = better if better.score >= POOR else fits[i]
     parts, fits = _without_rims(parts, fits)
     value = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
     claims = np.zeros(mask.shape, dtype=np.int64)
@@ -233,7 +243,7 @@ def _split(blob: np.ndarray, color: np.ndarray, hue: np.ndarray, minimum: float)
     """Parts of one connected blob by colour: objects that touch or cover each other."""
     counts = np.bincount(color[blob], minlength=len(COLORS))
     large = np.flatnonzero(counts >= max(minimum, 0.04 * blob.sum()))
-    if len(large) > 2:
+    if 2 < len(large) <= MAX_MIXED:
         large = _pure(blob, color, large, counts)
     if len(large) > 1:
         color = _nearest(hue, large)
