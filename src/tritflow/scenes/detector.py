@@ -8,6 +8,7 @@ names the colour, the silhouette names the shape and the brightness inside it na
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from tritflow.scenes.silhouettes import Fit, fit, match
+from tritflow.scenes.silhouettes import Fit, Search, fit, match
 from tritflow.scenes.world import COLORS, RGB, SHAPES
 
 # Chroma (max - min channel) above which a pixel belongs to an object; the darkest tone of a texture has .29.
@@ -27,10 +28,19 @@ MIN_AREA = 0.0032
 PATTERN = 0.05
 # The world draws at most 4 objects; a picture of more parts is junk, and only its largest parts are read.
 MAX_PARTS = 8
-# Partly hidden silhouettes are searched for at most so often a picture; further ones are read as if whole.
+# Silhouettes are searched for at most so often a picture; further ones are read as if whole.
 MAX_FITS = 4
+# Whole silhouettes that fit the shapes in their box worse than this are searched for as well.
+POOR = 0.8
 # Two whole shapes that overlap by this share are one object; true ones in front of each other reach half of it.
 SAME = 0.6
+# A decoder mixes hues of neighbours within a patch of its latents, 8 pixels a side. A colour of which this share lies
+# so near to two others is no object's.
+MIXING, MIXED = 8, 0.65
+# Two objects and what lies between their hues; more colours in one blob are no mixture but junk.
+MAX_MIXED = 4
+# Pieces of a part smaller than this share of its largest are left out: rims, but not what a ring's hole shows.
+KEEP = 0.03
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -86,12 +96,18 @@ def detect(image: Image.Image | np.ndarray) -> list[Detection]:
     mask = _chroma(pixels) > CHROMA
     if not mask.any():
         return []
-    offset = np.abs(_hue(pixels[mask])[:, None] - _hues())
-    color = np.zeros(mask.shape, dtype=np.int64)
-    color[mask] = np.minimum(offset, 1 - offset).argmin(-1)
-    parts = _parts(mask, color)
+    hue = _hue(pixels)
+    parts = _parts(mask, hue)
     covered = [i for i, p in enumerate(parts) if p.covered][:MAX_FITS]
-    fits = [fit(p.mask, mask & ~p.mask) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    searches = {i: Search(parts[i].mask, mask & ~parts[i].mask) for i in covered}
+    chosen = _agreed({i: parts[i].mask for i in covered}, {i: s.fits for i, s in searches.items()})
+    fits = [searches[i].settle(chosen[i]) if i in covered else match(p.mask) for i, p in enumerate(parts)]
+    # A dim or blurred rim moves a small object's box by a pixel, which costs a star a third of its fit.
+    poor = [i for i, f in enumerate(fits) if i not in covered and f.score < POOR][: MAX_FITS - len(covered)]
+    for i in poor:
+        better = replace(fit(parts[i].mask, np.zeros_like(mask)), drawn=None)
+        # A search makes something of anything, so that it has to find much more than an object's least fit.
+        fits[i] = better if better.score >= POOR else fits[i]
     parts, fits = _without_rims(parts, fits)
     value = np.maximum(np.maximum(pixels[..., 0], pixels[..., 1]), pixels[..., 2])
     claims = np.zeros(mask.shape, dtype=np.int64)
@@ -120,16 +136,34 @@ class _Part:
     covered: bool
 
 
-def _parts(mask: np.ndarray, color: np.ndarray) -> list[_Part]:
+def _nearest(hue: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The colour's number out of `among` whose hue is nearest."""
+    offset = np.abs(hue[..., None] - _hues()[among])
+    return among[np.minimum(offset, 1 - offset).argmin(-1)]
+
+
+@lru_cache(maxsize=1)
+def _between() -> np.ndarray:
+    """Whether a mix of colours a and b looks like colour c: bool [a, b, c]; c's hue lies on the shorter way."""
+    h = _hues()
+    ahead = (h[None, :] - h[:, None]) % 1
+    way = ahead[:, :, None] > ahead[:, None, :]
+    forward = way & (ahead[:, None, :] > 0) & (ahead[:, :, None] <= 0.5)
+    return forward | forward.transpose(1, 0, 2)
+
+
+def _parts(mask: np.ndarray, hue: np.ndarray) -> list[_Part]:
     """The objects' pixels, the largest objects first, `MAX_PARTS` at most."""
     minimum = MIN_AREA * mask.size
+    color = np.zeros(mask.shape, dtype=np.int64)
+    color[mask] = _nearest(hue[mask], np.arange(len(COLORS)))
     labels, _ = ndimage.label(mask, structure=_EIGHT)
     sizes = np.bincount(labels.ravel())[1:]
     large = [int(i) for i in np.argsort(-sizes, kind="stable")[:MAX_PARTS] if sizes[i] >= minimum]
     windows = ndimage.find_objects(labels)
     parts: list[_Part] = []
     for i in large:
-        split = _split(labels[windows[i]] == i + 1, color[windows[i]], minimum)
+        split = _split(labels[windows[i]] == i + 1, color[windows[i]], hue[windows[i]], minimum)
         for part, c in split:
             full = np.zeros(mask.shape, dtype=bool)
             full[windows[i]] = part
@@ -138,6 +172,39 @@ def _parts(mask: np.ndarray, color: np.ndarray) -> list[_Part]:
     # Opposite hues mix to grey, so that objects in touch may be blobs of their own, a pixel or two apart.
     claimed = np.sum([_grown(p.mask) for p in parts], axis=0) if len(parts) > 1 else np.zeros(mask.shape)
     return [replace(p, covered=p.covered or bool((claimed[_grown(p.mask)] > 1).any())) for p in parts]
+
+
+def _agreed(masks: dict[int, np.ndarray], fits: dict[int, list[Fit]]) -> dict[int, int]:
+    """Which of each part's possible shapes to take: pair by pair those that, one in front of the other, show most
+    nearly what is seen. A ring in front is no disc whose middle is hidden, since what hides it lies behind."""
+    chosen: dict[int, int] = {}
+    for i, j in itertools.combinations(masks, 2):
+        first, second = _drawn(fits[i][0]), _drawn(fits[j][0])
+        if not (first & second).any():
+            continue
+        options = [[chosen[k]] if k in chosen else range(len(fits[k])) for k in (i, j)]
+        best = -1.0
+        for m, n in itertools.product(*options):
+            x, y = _drawn(fits[i][m]), _drawn(fits[j][n])
+            # Each alone explains its own part well enough; what both show together says more.
+            value = _shown(masks[i], masks[j], x, y) + (fits[i][m].score + fits[j][n].score) / 4
+            if value > best:
+                best, chosen[i], chosen[j] = value, m, n
+    return {i: chosen.get(i, 0) for i in masks}
+
+
+def _drawn(fit: Fit) -> np.ndarray:
+    """The whole shape of a part that was searched for."""
+    assert fit.drawn is not None
+    return fit.drawn
+
+
+def _shown(a: np.ndarray, b: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+    """How nearly shapes `x` and `y`, the better of them in front, show parts `a` and `b`: the share of all pixels."""
+    both = x & y
+    right = np.count_nonzero(a & x & ~both) + np.count_nonzero(b & y & ~both)
+    right += max(np.count_nonzero(a & both), np.count_nonzero(b & both))
+    return right / np.count_nonzero(a | b | x | y)
 
 
 def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], list[Fit]]:
@@ -158,10 +225,28 @@ def _without_rims(parts: list[_Part], fits: list[Fit]) -> tuple[list[_Part], lis
     return [replace(parts[i], mask=masks[i]) for i in kept], [fits[i] for i in kept]
 
 
-def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np.ndarray, int]]:
+def _pure(blob: np.ndarray, color: np.ndarray, large: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Those of a blob's `large` colours that are no mix of two others where these meet."""
+    near = {int(c): ndimage.maximum_filter((blob & (color == c)).view(np.uint8), 2 * MIXING + 1) > 0 for c in large}
+    left = [int(c) for c in large]
+    for c in sorted(left, key=lambda c: counts[c]):
+        own = blob & (color == c)
+        others = [o for o in left if o != c]
+        for a, b in itertools.combinations(others, 2):
+            if _between()[a, b, c] and (own & near[a] & near[b]).sum() > MIXED * counts[c]:
+                left.remove(c)
+                break
+    return np.array(left)
+
+
+def _split(blob: np.ndarray, color: np.ndarray, hue: np.ndarray, minimum: float) -> list[tuple[np.ndarray, int]]:
     """Parts of one connected blob by colour: objects that touch or cover each other."""
     counts = np.bincount(color[blob], minlength=len(COLORS))
     large = np.flatnonzero(counts >= max(minimum, 0.04 * blob.sum()))
+    if 2 < len(large) <= MAX_MIXED:
+        large = _pure(blob, color, large, counts)
+    if len(large) > 1:
+        color = _nearest(hue, large)
     parts = []
     for c in large if len(large) > 1 else ():
         own = blob & (color == c)
@@ -171,7 +256,7 @@ def _split(blob: np.ndarray, color: np.ndarray, minimum: float) -> list[tuple[np
             continue
         sizes = np.bincount(core.ravel())
         sizes[0] = 0
-        keep = (sizes >= 0.15 * sizes.max())[core] & (core > 0)
+        keep = (sizes >= KEEP * sizes.max())[core] & (core > 0)
         if keep.sum() >= minimum:
             parts.append((_grown(keep) & own, int(c)))
     if len(parts) <= 1:

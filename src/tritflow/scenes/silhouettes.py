@@ -29,7 +29,8 @@ FINALISTS, POINTS = 3, 16
 HOPELESS = 0.55
 # Shapes whose coarse fit is this much worse than the best are dropped; the fine search ends at this step in pixels.
 CLOSE, FINEST = 0.15, 0.2
-# Hidden area is a guess: a radius beyond the part's own costs this much a part's half side.
+# Hidden area is a guess: a radius beyond the part's own costs this much a part's half side, and as many hidden pixels
+# as the part has cost as much again.
 GUESS = 0.02
 
 
@@ -97,21 +98,39 @@ def match(part: Mask) -> Fit:
 
 def fit(part: Mask, unknown: Mask) -> Fit:
     """Best shape, size and place of a silhouette [H, W] of which other objects may hide some: pixels of `unknown`
-    count neither for nor against. First all shapes on few cells, then the best few on finer steps, and the best of
-    these pixel by pixel."""
-    x0, y0, x1, y1 = _bounds(part)
-    low = max(x1 - x0, y1 - y0) / 2
-    seen = _Seen(part, unknown, ((x0 + x1) / 2, (y0 + y1) / 2), low)
-    found = seen.candidates((x1 - x0) / 2 / low, (y1 - y0) / 2 / low)
-    if found[0].score >= HOPELESS:
-        close = [p for p in found if p.score >= found[0].score - CLOSE]
-        best = max((seen.refine(p, low / CELLS, low / CELLS / 2) for p in close), key=lambda p: p.score)
-        found[0] = seen.refine(best, low / CELLS / 4, FINEST)
-    best = found[0]
-    cx, cy, radius = best.x + (x0 + x1) / 2, best.y + (y0 + y1) / 2, best.radius
-    height, width = part.shape
-    whole = _sample(best.shape, (np.arange(width) + 0.5 - cx) / radius, (np.arange(height) + 0.5 - cy) / radius)
-    return Fit(best.shape, best.score, (cx - radius, cy - radius, cx + radius, cy + radius), whole)
+    count neither for nor against."""
+    search = Search(part, unknown)
+    return search.settle(0)
+
+
+class Search:
+    """Shapes that a partly hidden silhouette may have, found in three steps: all shapes on few cells, the best few on
+    finer steps, and one of these (`settle`), pixel by pixel."""
+
+    def __init__(self, part: Mask, unknown: Mask) -> None:
+        x0, y0, x1, y1 = _bounds(part)
+        self._size, self._centre = part.shape, ((x0 + x1) / 2, (y0 + y1) / 2)
+        self._low = low = max(x1 - x0, y1 - y0) / 2
+        self._seen = _Seen(part, unknown, self._centre, low)
+        found = self._seen.candidates((x1 - x0) / 2 / low, (y1 - y0) / 2 / low)
+        self._hopeless = found[0].score < HOPELESS
+        if not self._hopeless:
+            close = [p for p in found if p.score >= found[0].score - CLOSE]
+            found = sorted((self._seen.refine(p, low / CELLS, low / CELLS / 2) for p in close), key=lambda p: -p.score)
+        self._found = found
+        self.fits = [self._fit(p) for p in found]
+
+    def settle(self, choice: int) -> Fit:
+        """The shape of `fits[choice]` at its best place."""
+        if self._hopeless:
+            return self.fits[choice]
+        return self._fit(self._seen.refine(self._found[choice], self._low / CELLS / 4, FINEST))
+
+    def _fit(self, best: _Placed) -> Fit:
+        (height, width), radius = self._size, best.radius
+        cx, cy = best.x + self._centre[0], best.y + self._centre[1]
+        whole = _sample(best.shape, (np.arange(width) + 0.5 - cx) / radius, (np.arange(height) + 0.5 - cy) / radius)
+        return Fit(best.shape, best.score, (cx - radius, cy - radius, cx + radius, cy + radius), whole)
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,7 @@ class _Seen:
         common, drawn = (bank @ w.transpose(0, 2, 1) for w in windows)
         iou = common / np.maximum(drawn + part.sum() - common, 1)
         iou -= (GUESS * np.maximum(SCALES - 1, 0))[:, None, None]
+        iou -= GUESS / max(int(part.sum()), 1) * (bank.sum(-1)[..., None] - drawn)
         by_shape = iou.transpose(1, 0, 2).reshape(len(SHAPES), -1)
         found = []
         for shape in np.argsort(-by_shape.max(1), kind="stable")[:FINALISTS]:
@@ -183,8 +203,10 @@ class _Seen:
                 return -1.0
             drawn = _sample(start.shape, (axis - x) / radius, (axis - y) / radius)
             common = int(np.count_nonzero(drawn & part))
-            iou = common / max(int(np.count_nonzero(drawn & free)) + area - common, 1)
-            return iou - GUESS * max(0.0, radius / self.low - 1)
+            shown = int(np.count_nonzero(drawn & free))
+            hidden = int(np.count_nonzero(drawn)) - shown
+            iou = common / max(shown + area - common, 1)
+            return iou - GUESS * max(0.0, radius / self.low - 1) - GUESS * hidden / area
 
         here = [start.x, start.y, start.radius]
         best = score(*here)
