@@ -30,8 +30,8 @@ _UNFIT = {("circle", "ring"), ("triangle", "ring"), ("triangle", "crescent"), ("
 PAIRS = tuple((a, b) for a, b in combinations(range(len(SHAPES)), 2) if (SHAPES[a], SHAPES[b]) not in _UNFIT)
 # The second shape's weight in a blend, at least and at most, and the steps in which its reading is tabled.
 LOW, HIGH, STEPS = 0.25, 0.75, 26
-# A silhouette may be read as every shape that fits it this much worse than the best (IoU); less than this share of it in
-# its largest piece is no object.
+# A silhouette may be read as every shape that fits it this much worse than the best (IoU); with less than this share of
+# it in its largest piece it is no object.
 DOUBT, WHOLE = 0.1, 0.95
 # Draws per scene before it keeps its own shapes.
 TRIES = 8

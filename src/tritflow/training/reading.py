@@ -14,6 +14,7 @@ Held-out combinations stay unread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,6 +160,7 @@ def learn_to_read(
     encoder_rate: float = 1.0,
     graph: bool = True,
     log: Callable[[int, float, float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> float:
     """Train both encoders and `reader` in place for `seconds`; returns the last smoothed error.
 
@@ -185,6 +187,6 @@ def learn_to_read(
         taken = {id(p) for p in queries}
         slower[encoder_rate] = [p for m in (clip, t5) for p in m.parameters() if id(p) not in taken]
     trainer = Trainer(loss, parameters, slower=slower, peak=peak, ema=0.99, graph=graph)
-    trainer.run(seconds, warmup=100, decay=0.3, report=log)
+    trainer.run(seconds, warmup=100, decay=0.3, report=log, clock=clock)
     trainer.load_average()
     return float(trainer.last)

@@ -28,6 +28,8 @@ from tritflow.training.words import InventedWords
 READING_SECONDS, KEPT_RATE = 45, 0.1
 # Learning rate of a VAE that is trained further.
 FURTHER_PEAK = 5e-4
+# Held-out prompts a tag that decide whether it is kept.
+PER_TAG = 200
 # Scenes a GPU that a kept VAE is trained further on, and the share of them in which one object is in front of another.
 FURTHER, OVERLAPPING = 40_000, 0.5
 
@@ -65,6 +67,7 @@ def make_vae(run: Run, order: data.Order, further: data.Order | None) -> Any:
             size=run.args.size,
             device=run.device,
             encoder=True,
+            per_tag=PER_TAG,
             pool=run.pool,
             peak=FURTHER_PEAK,
             compile=run.compile,
