@@ -110,7 +110,7 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
 
     first = error()
     ticks = itertools.count()  # a clock of steps: as many on a slow machine
-    learn_to_read(clip, t5, reader, data, seconds=16, batch=64, graph=False, clock=lambda: float(next(ticks)))
+    learn_to_read(clip, t5, reader, data, seconds=10, batch=32, graph=False, clock=lambda: float(next(ticks)))
     assert error() < 0.9 * first
 
 

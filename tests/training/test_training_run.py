@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from tritflow.training import models, run, start
@@ -18,6 +22,20 @@ from tritflow.training.__main__ import main
 from tritflow.training.options import arguments
 
 TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16,) * 4,
+        latent_channels=16,
+        norm_num_groups=16,
+        sample_size=128,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
 
 
 class NoPool:
@@ -38,6 +56,7 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
     """Sizes and counts with which a run takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SmallFluxSize", lambda: TINY)
+        patch.setattr(models, "build_vae", tiny_vae)
         patch.setattr("tritflow.training.export.CALIBRATION_PROMPTS", 32)
         patch.setattr(run, "ProcessPoolExecutor", NoPool)
         patch.setattr("tritflow.training.supply.CHUNK", 16)
@@ -164,7 +183,41 @@ def test_a_second_leg_in_the_folder_keeps_its_vae(folder: Path, tmp_path: Path) 
         resume = str(tmp_path / "guided.safetensors")
         main(["--out", str(tmp_path), "--resume", resume, *options.split()])
     assert (tmp_path / "vae.safetensors").read_bytes() == (folder / "vae.safetensors").read_bytes()
-    assert "vae:" not in (tmp_path / "log-0.txt").read_text()
+    assert "vae: detector" not in (tmp_path / "log-0.txt").read_text()
+
+
+def test_a_leg_at_twice_the_size_starts_from_the_smaller_one(folder: Path, tmp_path: Path) -> None:
+    options = "--size 64 --examples 16 --batch 2 --vae-further-seconds 0.1 --flow-seconds 0.1 --guidance-seconds 0.1"
+    with quick():
+        main(["--out", str(tmp_path), "--from", str(folder / "pipeline"), *options.split()])
+    pipeline = tmp_path / "pipeline"
+    assert json.loads((pipeline / "generation.json").read_text())["height"] == 64
+    assert json.loads((pipeline / "vae" / "config.json").read_text())["sample_size"] == 64
+    assert "encoded (16, 16, 64)" in (tmp_path / "log-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_model(tmp_path: Path) -> None:
+    """A whole leg by torchrun with gloo: other examples in each process, the same weights."""
+    options = "--size 32 --examples 32 --batch 4 --vae-seconds 0.5 --vae-further-seconds 0.5 --reading-seconds 0.3"
+    options += " --reading-floor 0 --flow-seconds 1 --guidance-seconds 0.5"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    driver = Path(__file__).with_name("quick_leg.py")
+    done = subprocess.run(
+        [*torchrun, str(driver), "--out", str(tmp_path), *options.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+    assert facts[0]["first"] != facts[1]["first"]  # each saw scenes of its own
+    assert facts[0]["steps"] == facts[1]["steps"] > 0
+    for part in ("vae", "flow"):
+        assert facts[0][part] == facts[1][part], part
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    assert (tmp_path / "log-1.txt").is_file()
 
 
 def test_another_vocabulary_is_refused(folder: Path) -> None:

@@ -17,10 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     run = Run(args)
     run.log(f"{world_size()} x {run.device}, torch {torch.__version__}, {len(run.words)} words")
-    # Workers make scenes while the VAE is trained on the first of them.
-    further = stages.order_overlapping(run)
-    order = data.Order(run.pool, args.examples, 1 + rank(), run.mixture)
-    autoencoder = stages.make_vae(run, order, further)
+    autoencoder, order = stages.make_vae(run)
     examples = order.all()
     run.log(f"{len(examples)} examples")
     latents = data.encode_set(examples, autoencoder, args.size, run.device)

@@ -44,6 +44,7 @@ def train_further(
     size: int,
     device: torch.device,
     encoder: bool = False,
+    before: dict[str, float] | None = None,
     per_tag: int = 200,
     pool: Executor | None = None,
     log: Callable[[str], None] = print,
@@ -54,6 +55,7 @@ def train_further(
     Args:
         usual: scenes as the flow sees them; where the encoder moves, shift and scale are taken from them anew.
         encoder: train it, too.
+        before: what `scores` says of it, where that is known.
         per_tag: held-out prompts a tag for the detector, before and after.
         pool: where the detector reads.
         options: for `vae.train_vae`.
@@ -64,7 +66,7 @@ def train_further(
     old = copy.deepcopy(model.state_dict())
     statistics = {name: model.config[name] for name in ("shift_factor", "scaling_factor")}
     model.to(device).eval()
-    before = _scores(model, per_tag, size, pool)
+    before = before or scores(model, per_tag, size, pool)
     log(f"vae: detector after the round trip, before: {before}")
     vae.train_vae(
         model.train(),
@@ -78,7 +80,7 @@ def train_further(
         **options,
     )
     share(model.eval())
-    after = _scores(model, per_tag, size, pool)
+    after = scores(model, per_tag, size, pool)
     kept = _worst(after) >= _worst(before)
     log(f"vae: detector after the round trip, after: {after}")
     if not kept:
@@ -86,6 +88,17 @@ def train_further(
         model.load_state_dict(old)
         model.register_to_config(**statistics)
     return {"before": before, "after": after, "kept": kept, "encoder": encoder}
+
+
+def scores(model: Any, per_tag: int, size: int, pool: Executor | None = None) -> dict[str, float]:
+    """`vae.detector_scores` on prompts that are not the reported ones; the first process's, for all."""
+    found: list[dict[str, float]] = [{}]
+    if rank() == 0:
+        shares = vae.detector_scores(model, per_tag, size, SCORE_SEED, pool)
+        found = [{k: round(v, 4) for k, v in shares.items()}]
+    if world_size() > 1:
+        dist.broadcast_object_list(found, 0)
+    return found[0]
 
 
 def share(model: Any) -> None:
@@ -116,19 +129,8 @@ def save(model: Any, folder: Path) -> None:
     write_atomic(folder / "vae.json", json.dumps(statistics).encode())
 
 
-def _worst(scores: dict[str, float]) -> float:
-    return min(v for k, v in scores.items() if k != "psnr")
-
-
-def _scores(model: Any, per_tag: int, size: int, pool: Executor | None) -> dict[str, float]:
-    found: list[Any] = [None]
-    if rank() == 0:
-        scores = vae.detector_scores(model, per_tag, size, SCORE_SEED, pool)
-        found = [{k: round(v, 4) for k, v in scores.items()}]
-    if world_size() > 1:
-        dist.broadcast_object_list(found, 0)
-    scores = found[0]
-    return scores
+def _worst(shares: dict[str, float]) -> float:
+    return min(v for k, v in shares.items() if k != "psnr")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,26 +34,23 @@ PER_TAG = 200
 FURTHER, OVERLAPPING = 40_000, 0.5
 
 
-def order_overlapping(run: Run) -> data.Order | None:
-    """Scenes for training the VAE further, unless that was done before or is not asked for."""
-    done = (run.args.out / "autoencoder.json").is_file()
-    run.meet()  # before anybody writes it
-    if done or not run.args.vae_further_seconds:
-        return None
-    mixture = replace(run.mixture, overlapping=OVERLAPPING)
-    return data.Order(run.pool, min(FURTHER, run.args.examples), autoencoder.SEED + rank(), mixture)
-
-
-def make_vae(run: Run, order: data.Order, further: data.Order | None) -> Any:
-    """The VAE of this run's folder, of the model it starts from, or one trained now; trained on with scenes of
-    `further`. What comes out lies in the folder."""
+def make_vae(run: Run) -> tuple[Any, data.Order]:
+    """The VAE of this run's folder, of the model it starts from, or one trained now; then trained further unless it was
+    before or that is not asked for. It lies in the folder afterwards. And the run's examples, which workers make
+    meanwhile."""
     kept = (run.args.out / "vae.safetensors").is_file()
-    run.meet()
-    if kept:
-        model = autoencoder.load(run.args.out)
-    elif run.start is not None:
-        model = start.vae_of(run.start)
-    else:
+    done = kept and (run.args.out / "autoencoder.json").is_file()
+    run.meet()  # before anybody writes them
+    model = autoencoder.load(run.args.out) if kept else start.vae_of(run.start) if run.start else None
+    before = further = None
+    if run.args.vae_further_seconds and not done:
+        mixture = replace(run.mixture, overlapping=OVERLAPPING)
+        further = data.Order(run.pool, min(FURTHER, run.args.examples), autoencoder.SEED + rank(), mixture)
+        if model is not None:  # now: in a moment all workers are busy with examples
+            model.to(run.device)
+            before = autoencoder.scores(model, PER_TAG, run.args.size, run.pool)
+    order = data.Order(run.pool, run.args.examples, 1 + rank(), run.mixture)
+    if model is None:
         model = _new_vae(run, order.first(60_000).scenes)
     model.to(run.device)
     report = None
@@ -67,17 +64,19 @@ def make_vae(run: Run, order: data.Order, further: data.Order | None) -> Any:
             size=run.args.size,
             device=run.device,
             encoder=True,
+            before=before,
             per_tag=PER_TAG,
             pool=run.pool,
             peak=FURTHER_PEAK,
             compile=run.compile,
             log=run.log,
         )
-    if rank() == 0 and not (kept and report is None):
+    if rank() == 0 and (report is not None or not kept):
         autoencoder.save(model, run.args.out)
         if report is not None:
             write_atomic(run.args.out / "autoencoder.json", (json.dumps(report, indent=1) + "\n").encode())
-    return model.eval()
+    run.log(f"vae: latents shift {model.config.shift_factor} scale {model.config.scaling_factor}")
+    return model.eval(), order
 
 
 def _new_vae(run: Run, scenes: SceneBatch) -> Any:
@@ -94,7 +93,6 @@ def _new_vae(run: Run, scenes: SceneBatch) -> Any:
         log=run.log,
     )
     autoencoder.share(model.eval())
-    run.log(f"vae: latents shift {model.config.shift_factor} scale {model.config.scaling_factor}")
     return model
 
 
