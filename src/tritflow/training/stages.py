@@ -126,6 +126,10 @@ def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet, seco
     )
     right = reading.reads(model.t5, reader, latents, run.tokenizers[1])
     right["unseen"] = reading.reads_unseen(model.t5, reader, run.prompts, run.tokenizers)
+    if world_size() > 1:  # one verdict for all: each has read captions of its own
+        verdicts = [right]
+        dist.broadcast_object_list(verdicts, 0)
+        right = verdicts[0]
     run.log(f"reading: error {error:.4f}, read rightly: {rounded(right)}")
     # A second chance of a reader that is blind to word order costs minutes; a transformer trained on it costs the run.
     if min(right.values()) < run.args.reading_floor:

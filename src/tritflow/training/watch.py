@@ -1,7 +1,7 @@
 """`python -m tritflow.training.watch RUN`: score a training run's kept weights beside the training, into `curve.json`.
 
 Scoring inside the training loop would keep the GPU waiting for the detector; a second process does not. With
-`--results DIR` the curve becomes a run of the topic "training" there: `report.figures.training_curve` draws it.
+`--results DIR` the curve becomes a run of the topic "training" there: `tritflow report --curve` draws it.
 """
 
 from __future__ import annotations
