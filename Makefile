@@ -46,7 +46,7 @@ train: $(STAMP) ## train the small FLUX from nothing (one CUDA GPU, about half a
 	$(BIN)/python -m tritflow.training --out runs/small-flux
 
 tables: $(STAMP) ## write the generated tables of README and docs again
-	$(BIN)/tritflow report --update README.md docs
+	$(BIN)/tritflow report --update README.md docs --curve docs/images/training-curve.png
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tritflow.cli.main import app
 from tritflow.evaluation.images import ImageSet
 from tritflow.report import figures
-from tritflow.report.build import write_report
+from tritflow.report.build import write_curve, write_report
 from tritflow.report.gallery import write_gallery
 from tritflow.report.sources import ReportError, Sources, collect
 from tritflow.results import append
@@ -211,11 +211,39 @@ def test_a_training_run_is_drawn_as_a_curve(tmp_path: Path) -> None:
     run = {"label": "small FLUX", "prompts_per_tag": 8, "curve": curve, "device": "GPU"}
     append(tmp_path / "results" / "training-gpu.json", "training", run)
     sources = collect([tmp_path / "results"])
-    axes = figures.training_curve(sources.runs["training"][0]).axes[0]
+    axes = figures.training_curve(sources.runs["training"]).axes[0]
     drawn = {str(line.get_label()): list(line.get_ydata()) for line in axes.lines}
     assert drawn["position"] == [0.1, 0.2]
     assert list(axes.lines[-2].get_xdata()) == [1, 2]
     written = write_report(sources, tmp_path / "report")
     assert "training-curve.svg" in [p.name for p in written]
     with pytest.raises(ReportError, match="no curve"):
-        figures.training_curve({"label": "x", "curve": []})
+        figures.training_curve([{"label": "x", "curve": []}])
+
+
+def test_legs_of_one_training_follow_each_other(tmp_path: Path) -> None:
+    def leg(prompts: int, *points: tuple[float | None, float]) -> dict[str, object]:
+        curve = [({} if s is None else {"seconds": s}) | {"counting": v, "overall": v} for s, v in points]
+        return {"label": "small FLUX", "prompts_per_tag": prompts, "curve": curve}
+
+    runs = [leg(8, (60, 0.9)), leg(48, (60, 0.1), (120, 0.2)), leg(48, (60, 0.3), (None, 0.4))]
+    legs = figures.training_legs(runs)
+    assert legs == runs[1:]
+    axes = figures.training_curve(legs).axes[0]
+    counted = [line for line in axes.lines if line.get_color() == "#0072B2"]
+    assert [list(map(float, line.get_xdata())) for line in counted] == [[1, 2], [3]]
+    assert next(line.get_label() for line in counted) == "counting"
+    assert {t.get_text() for t in axes.texts} == {"leg 1", "leg 2"}
+
+
+def test_the_curve_alone_is_written_in_the_kind_of_its_name(tmp_path: Path) -> None:
+    run = {"label": "small FLUX", "prompts_per_tag": 8, "curve": [{"seconds": 60.0, "overall": 0.5}]}
+    append(tmp_path / "results" / "training-gpu.json", "training", run)
+    sources = collect([tmp_path / "results"])
+    path = write_curve(sources, tmp_path / "curve.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes() == write_curve(sources, tmp_path / "again.png").read_bytes()
+    with pytest.raises(ReportError, match=r"\.svg or \.png"):
+        write_curve(sources, tmp_path / "curve.pdf")
+    with pytest.raises(ReportError, match="topic 'training'"):
+        write_curve(collect([]), tmp_path / "none.png")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -107,8 +109,36 @@ def test_reading_lowers_its_error(tokenizers: tuple[Any, Any]) -> None:
             return float(reader.loss(states, pooled, data.t5_ids, unchanged, data, index))
 
     first = error()
-    learn_to_read(clip, t5, reader, data, seconds=8, batch=64, graph=False)
+    ticks = itertools.count()  # a clock of steps: as many on a slow machine
+    learn_to_read(clip, t5, reader, data, seconds=10, batch=32, graph=False, clock=lambda: float(next(ticks)))
     assert error() < 0.9 * first
+
+
+def test_kept_encoders_are_refreshed_gently(tokenizers: tuple[Any, Any]) -> None:
+    data = latent_set(make_examples(64, seed=5, workers=1))
+    torch.manual_seed(0)
+    kept = models.build_text_encoders(TINY, *tokenizers)
+    steps = {}
+    for rate in (1.0, 0.1):
+        clip, t5 = (copy.deepcopy(m) for m in kept)
+        reader = Reader(TINY.text_width, TINY.pooled_width, tokenizers)
+        ticks = itertools.count()
+        learn_to_read(
+            clip,
+            t5,
+            reader,
+            data,
+            seconds=2,
+            batch=8,
+            encoder_rate=rate,
+            graph=False,
+            clock=lambda c=ticks: float(next(c)),
+        )
+        pairs = [
+            p for m, n in zip((clip, t5), kept, strict=True) for p in zip(m.parameters(), n.parameters(), strict=True)
+        ]
+        steps[rate] = float(torch.cat([(a - b).detach().abs().flatten() for a, b in pairs]).mean())
+    assert 0 < steps[0.1] < 0.15 * steps[1.0]
 
 
 def test_reading_rightly_is_told_from_a_bag_of_words(tokenizers: tuple[Any, Any]) -> None:

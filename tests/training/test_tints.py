@@ -6,7 +6,7 @@ import torch
 from tritflow.scenes import COLORS, SHAPES, SceneBatch, detect, render, training_examples
 from tritflow.scenes.render import hue, palette, turned
 from tritflow.scenes.world import HELD_OUT_COLORS
-from tritflow.training.data import example_chunk, invented_words, make_examples, tokenize, word_tokenizers
+from tritflow.training.data import Mixture, example_chunk, invented_words, make_examples, tokenize, word_tokenizers
 from tritflow.training.reading import Reader
 from tritflow.training.tints import tint
 
@@ -89,7 +89,7 @@ def test_turning_moves_the_hue_by_the_angle_and_keeps_the_brightness():
 
 
 def test_chunks_are_the_same_whoever_makes_them():
-    one, two = example_chunk((2, 0, 64, 0.4)), make_examples(64, seed=2, workers=1, tinted=0.4)
+    one, two = example_chunk((2, 0, 64, Mixture(0.4))), make_examples(64, seed=2, workers=1, mixture=Mixture(0.4))
     assert torch.equal(one.scenes.turn, two.scenes.turn)
     assert torch.equal(one.t5_ids, two.t5_ids)
     assert make_examples(8, seed=2, workers=1).scenes.turn is None

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
-from tritflow.training import models, run
+from tritflow.training import models, run, start
 from tritflow.training.__main__ import main
 from tritflow.training.options import arguments
 
 TINY = models.SmallFluxSize(hidden=64, heads=2, double=1, single=2, text_width=32, text_layers=1, pooled_width=32)
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16,) * 4,
+        latent_channels=16,
+        norm_num_groups=16,
+        sample_size=128,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
 
 
 class NoPool:
@@ -31,21 +51,29 @@ class NoPool:
     def shutdown(self, **options: object) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("training") / "run"
+@contextmanager
+def quick() -> Iterator[pytest.MonkeyPatch]:
+    """Sizes and counts with which a run takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SmallFluxSize", lambda: TINY)
+        patch.setattr(models, "build_vae", tiny_vae)
         patch.setattr("tritflow.training.export.CALIBRATION_PROMPTS", 32)
         patch.setattr(run, "ProcessPoolExecutor", NoPool)
         patch.setattr("tritflow.training.supply.CHUNK", 16)
         patch.setattr("tritflow.training.data.CHUNK", 16)
         patch.setattr("os.cpu_count", lambda: 1)
-        patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {})
+        patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {"texture": 1.0})
         patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
-        options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --reading-seconds 0.5 --reading-floor 0"
-        options += " --flow-seconds 1 --guidance-seconds 0.5"
         patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("training") / "run"
+    options = "--size 32 --examples 64 --batch 8 --vae-seconds 1 --vae-further-seconds 0.5 --reading-seconds 0.5"
+    options += " --reading-floor 0 --flow-seconds 1 --guidance-seconds 0.5"
+    with quick():
         main(["--out", str(out), *options.split()])
     return out
 
@@ -95,8 +123,6 @@ def test_the_stock_pipeline_loads_and_draws(folder: Path) -> None:
 
 
 def test_guidance_changes_the_transformer_alone(folder: Path) -> None:
-    from safetensors.torch import load_file
-
     before, after = load_file(folder / "flow.safetensors"), load_file(folder / "guided.safetensors")
     changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"transformer"}
@@ -109,6 +135,8 @@ def test_guidance_changes_the_transformer_alone(folder: Path) -> None:
         (["--out", "x", "--size", "100"], "multiple of 16"),
         (["--out", "x", "--batch", "0"], "--batch 0: give a number above 0"),
         (["--out", "x", "--resume", "none.safetensors"], "no such checkpoint"),
+        (["--out", "x", "--blended", "1.5"], "--blended 1.5: give a share from 0 to 1"),
+        (["--out", "x", "--from", "nothing-here"], "'nothing-here' is no pipeline folder"),
     ],
 )
 def test_bad_options_say_so(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,16 +147,83 @@ def test_bad_options_say_so(options: list[str], message: str, capsys: pytest.Cap
 
 
 def test_a_run_stops_when_its_encoders_cannot_read(folder: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "SmallFluxSize", lambda: TINY)
-        patch.setattr(run, "ProcessPoolExecutor", NoPool)
-        patch.setattr("os.cpu_count", lambda: 1)
-        patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
-        for name in ("vae.safetensors", "vae.json"):
+    with quick():
+        for name in ("vae.safetensors", "vae.json", "autoencoder.json"):
             (tmp_path / name).write_bytes((folder / name).read_bytes())
         options = "--size 32 --examples 2048 --batch 8 --reading-seconds 0.1 --flow-seconds 1"
         with pytest.raises(RuntimeError, match=r"did not learn to read .*--reading-seconds"):
             main(["--out", str(tmp_path), *options.split()])
+
+
+def test_a_leg_starts_from_a_pipeline(folder: Path, tmp_path: Path) -> None:
+    """One command: VAE further, flow and guidance on from the parts of a pipeline folder, and a pipeline again."""
+    options = "--size 32 --examples 32 --batch 4 --vae-further-seconds 0.3 --flow-seconds 0.3 --guidance-seconds 0.3"
+    with quick() as patch:
+        patch.setattr(models, "SmallFluxSize", None)  # all sizes come from the folder
+        main(["--out", str(tmp_path), "--from", str(folder / "pipeline"), *options.split()])
+    before, after = load_file(folder / "guided.safetensors"), load_file(tmp_path / "guided.safetensors")
+    assert before.keys() == after.keys()
+    kept = {k.split(".")[0] for k in before if torch.equal(before[k].bfloat16(), after[k].bfloat16())}
+    assert {"clip", "t5"} <= kept
+    transformer = [k for k in before if k.startswith("transformer.") and before[k].ndim == 2]
+    apart = sum(float((after[k] - before[k]).norm()) for k in transformer)
+    size = sum(float(before[k].norm()) for k in transformer)
+    assert 0 < apart < 0.5 * size  # trained on, not from nothing
+    log = (tmp_path / "log-0.txt").read_text()
+    assert "reading:" not in log
+    assert json.loads((tmp_path / "autoencoder.json").read_text())["encoder"] is True
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_second_leg_in_the_folder_keeps_its_vae(folder: Path, tmp_path: Path) -> None:
+    for name in ("vae.safetensors", "vae.json", "autoencoder.json", "guided.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    options = "--size 32 --examples 16 --batch 4 --flow-seconds 0.2 --guidance-seconds 0"
+    with quick():
+        resume = str(tmp_path / "guided.safetensors")
+        main(["--out", str(tmp_path), "--resume", resume, *options.split()])
+    assert (tmp_path / "vae.safetensors").read_bytes() == (folder / "vae.safetensors").read_bytes()
+    assert "vae: detector" not in (tmp_path / "log-0.txt").read_text()
+
+
+def test_a_leg_at_twice_the_size_starts_from_the_smaller_one(folder: Path, tmp_path: Path) -> None:
+    options = "--size 64 --examples 16 --batch 2 --vae-further-seconds 0.1 --flow-seconds 0.1 --guidance-seconds 0.1"
+    with quick():
+        main(["--out", str(tmp_path), "--from", str(folder / "pipeline"), *options.split()])
+    pipeline = tmp_path / "pipeline"
+    assert json.loads((pipeline / "generation.json").read_text())["height"] == 64
+    assert json.loads((pipeline / "vae" / "config.json").read_text())["sample_size"] == 64
+    assert "encoded (16, 16, 64)" in (tmp_path / "log-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_model(tmp_path: Path) -> None:
+    """A whole leg by torchrun with gloo: other examples in each process, the same weights."""
+    options = "--size 32 --examples 32 --batch 4 --vae-seconds 0.5 --vae-further-seconds 0.5 --reading-seconds 0.3"
+    options += " --reading-floor 0 --flow-seconds 1 --guidance-seconds 0.5"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    driver = Path(__file__).with_name("quick_leg.py")
+    done = subprocess.run(
+        [*torchrun, str(driver), "--out", str(tmp_path), *options.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+    assert facts[0]["first"] != facts[1]["first"]  # each saw scenes of its own
+    assert facts[0]["steps"] == facts[1]["steps"] > 0
+    for part in ("vae", "flow"):
+        assert facts[0][part] == facts[1][part], part
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    assert (tmp_path / "log-1.txt").is_file()
+
+
+def test_another_vocabulary_is_refused(folder: Path) -> None:
+    tokenizers = models.build_tokenizers(["a", "star"])
+    with pytest.raises(start.StartError, match="another vocabulary"):
+        start.model_of(folder / "pipeline", tokenizers)
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

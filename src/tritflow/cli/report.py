@@ -18,6 +18,9 @@ def report(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write tables, figures, grid and gallery here.")] = None,
+    curve: Annotated[
+        Path | None, typer.Option(help="Draw the score while the small FLUX was trained here (.svg or .png).")
+    ] = None,
     update: Annotated[bool, typer.Option("--update", help="Fill the table blocks of the pages given.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail when a page's table is stale; write nothing.")] = False,
 ) -> None:
@@ -27,10 +30,11 @@ def report(
     tritflow report                                   # tables on the terminal
     tritflow report runs/eval/scenes-480x4-seed0 --out report
     tritflow report --update README.md docs
+    tritflow report --curve docs/images/training-curve.png
     tritflow report --check
     """
     from tritflow.cli.console import say
-    from tritflow.report.build import tables_with_results, write_report
+    from tritflow.report.build import tables_with_results, write_curve, write_report
     from tritflow.report.pages import stale_pages
     from tritflow.report.pages import update as update_pages
     from tritflow.report.sources import ReportError, collect
@@ -57,10 +61,12 @@ def report(
     elif update:
         changed = update_pages(sources.pages, load_specs(), sources.runs)
         say(f"{len(changed)} of {len(sources.pages)} pages changed" + "".join(f"\n  {p}" for p in changed))
+    if curve is not None:
+        typer.echo(write_curve(sources, curve))
     if out is not None:
         for path in write_report(sources, out):
             typer.echo(path)
-    elif not (update or check):
+    elif not (update or check or curve):
         tables = tables_with_results(sources)
         if not tables:
             raise ReportError("no table has results yet")

@@ -40,9 +40,8 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
             write_atomically(path, figures.encode(figure))
             written.append(path)
             parts.append(f"![{topic}: {name}]({path.name})")
-    for run in sources.runs.get("training", ())[-1:]:
-        path = out / "training-curve.svg"
-        write_atomically(path, figures.encode(figures.training_curve(run)))
+    if sources.runs.get("training"):
+        path = write_curve(sources, out / "training-curve.svg")
         written.append(path)
         parts.append(f"![Score while the small FLUX was trained]({path.name})")
     groups = [sets for sets in _comparable(sources) if len(sets) > 1]
@@ -61,6 +60,21 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     page = out / "report.md"
     write_atomically(page, ("\n\n".join(parts) + "\n").encode())
     return [page, *written]
+
+
+def write_curve(sources: Sources, path: Path) -> Path:
+    """Draw the score while the small FLUX was trained, as SVG or PNG by the name's ending. Raises `ReportError` for
+    another ending or when no training run was given."""
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("svg", "png"):
+        raise ReportError(f"{path}: the curve can be drawn as .svg or .png")
+    legs = figures.training_legs(sources.runs.get("training", ()))
+    if not legs:
+        raise ReportError(
+            "no results of the topic 'training' were given; `python -m tritflow.training.watch` makes them"
+        )
+    write_atomically(path, figures.encode(figures.training_curve(legs), kind))
+    return path
 
 
 def tables_with_results(sources: Sources) -> list[tuple[Spec, str]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,18 +13,23 @@ from torch import Tensor
 from tritflow.scenes.world import COLORS, DARK, GRAY_LEVEL, PERIOD, RGB, SHAPES, TEXTURES, Scene
 
 MAX_OBJECTS = 4
+# A blend's edge is sharpened as far as its distance's slope is at least this.
+FLATTEST = 0.3
 
 
 @dataclass
 class SceneBatch:
     """Scenes as tensors, `MAX_OBJECTS` slots each: kind [B, S, 3] (shape, colour, texture; shape -1 is an empty
-    slot), place [B, S, 3] (x, y, radius), ground [B] (grey level in 0..1), turn [B, S] (added to the hue of the slot's
-    colour, in turns of the circle; None: none)."""
+    slot), place [B, S, 3] (x, y, radius), ground [B] (grey level in 0..1), and what may be left out: turn [B, S] (added
+    to the hue of the slot's colour, in turns of the circle), other [B, S] (a second shape that the slot's is a blend
+    with, -1: none) and mix [B, S] (the second shape's weight in it)."""
 
     kind: Tensor
     place: Tensor
     ground: Tensor
     turn: Tensor | None = None
+    other: Tensor | None = None
+    mix: Tensor | None = None
 
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene]) -> SceneBatch:
@@ -40,14 +45,30 @@ class SceneBatch:
         ground = torch.tensor([GRAY_LEVEL[s.background] for s in scenes])
         return cls(torch.from_numpy(kind), torch.from_numpy(place), ground)
 
+    @classmethod
+    def join(cls, parts: Sequence[SceneBatch]) -> SceneBatch:
+        """All scenes of `parts`, in order."""
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(cls):
+            own = [getattr(p, field.name) for p in parts]
+            if any(v is not None for v in own):
+                absent = -1 if field.name == "other" else 0.0
+                own = [
+                    torch.full(p.kind.shape[:2], absent) if v is None else v for p, v in zip(parts, own, strict=True)
+                ]
+                joined[field.name] = torch.cat(own)
+        return cls(**joined)  # type: ignore[arg-type]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SceneBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SceneBatch(**{name: None if v is None else change(v) for name, v in values.items()})
+
     def to(self, device: torch.device | str) -> SceneBatch:
         """The same batch on another device."""
-        turn = None if self.turn is None else self.turn.to(device)
-        return SceneBatch(self.kind.to(device), self.place.to(device), self.ground.to(device), turn)
+        return self._each(lambda v: v.to(device))
 
     def __getitem__(self, index: slice | Tensor) -> SceneBatch:
-        turn = None if self.turn is None else self.turn[index]
-        return SceneBatch(self.kind[index], self.place[index], self.ground[index], turn)
+        return self._each(lambda v: v[index])
 
     def __len__(self) -> int:
         return self.kind.shape[0]
@@ -126,8 +147,14 @@ def render(scenes: SceneBatch, size: int = 128) -> Tensor:
         x = ((axis[None, None, :] - cx[:, None, None]) / safe).expand(-1, size, size)
         y = ((axis[None, :, None] - cy[:, None, None]) / safe).expand(-1, size, size)
         index = shape.clamp(min=0)[:, None, None, None].expand(-1, size, size, 1)
-        distance = shape_distances(x, y).gather(-1, index)[..., 0]
-        cover = (0.5 - distance * safe * size).clamp(0, 1) * (shape >= 0)[:, None, None]
+        distances = shape_distances(x, y)
+        pixels = distances.gather(-1, index)[..., 0] * safe * size
+        if scenes.other is not None and scenes.mix is not None:
+            second = scenes.other[:, slot, None, None, None].clamp(min=0).expand_as(index)
+            pixels = _blended(
+                pixels, distances.gather(-1, second)[..., 0] * safe * size, scenes.other[:, slot], scenes.mix[:, slot]
+            )
+        cover = (0.5 - pixels).clamp(0, 1) * (shape >= 0)[:, None, None]
         tone = _texture(x * safe, y * safe, texture, size)
         flat = colors[color.clamp(min=0)]
         if scenes.turn is not None:
@@ -135,6 +162,15 @@ def render(scenes: SceneBatch, size: int = 128) -> Tensor:
         paint = flat[:, :, None, None] * tone[:, None]
         image = image + cover[:, None] * (paint - image)
     return image
+
+
+def _blended(first: Tensor, second: Tensor, other: Tensor, mix: Tensor) -> Tensor:
+    """Distances [B, H, W] in pixels of blends, of the first shape alone where `other` [B] is -1. Two slopes that point
+    apart leave a mean flatter than one: divided by its slope, an edge is as sharp as any."""
+    mean = torch.lerp(first, second, mix[:, None, None])
+    across, along = torch.gradient(mean, dim=(1, 2))
+    slope = (across.square() + along.square()).sqrt().clamp(min=FLATTEST)
+    return torch.where((other >= 0)[:, None, None], mean / slope, first)
 
 
 def _texture(x: Tensor, y: Tensor, texture: Tensor, size: int) -> Tensor:

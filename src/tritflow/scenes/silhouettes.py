@@ -87,10 +87,15 @@ def _to_grid(mask: Mask) -> Mask:
     return mask[np.ix_(ys, xs)]
 
 
-def match(part: Mask) -> Fit:
-    """Best shape of a whole silhouette [H, W]: IoU with every shape in the silhouette's own box."""
+def likeness(part: Mask) -> NDArray[np.float64]:
+    """IoU of a whole silhouette [H, W] with every shape in the silhouette's own box: [len(SHAPES)]."""
     grid, boxed = _to_grid(part), _boxed()
-    iou = (grid & boxed).sum((1, 2)) / (grid | boxed).sum((1, 2))
+    return np.asarray((grid & boxed).sum((1, 2)) / (grid | boxed).sum((1, 2)))
+
+
+def match(part: Mask) -> Fit:
+    """Best shape of a whole silhouette [H, W], by `likeness`."""
+    iou = likeness(part)
     best = int(iou.argmax())
     x0, y0, x1, y1 = _bounds(part)
     return Fit(best, float(iou[best]), (float(x0), float(y0), float(x1), float(y1)))

@@ -167,22 +167,25 @@ def _train_front(rng: random.Random, ground: str) -> tuple[str, Scene]:
     )
 
 
-_TRAINING: tuple[tuple[float, Callable[[random.Random, str], tuple[str, Scene]]], ...] = (
-    (0.10, _train_single),
-    (0.16, _train_place),
-    (0.22, _train_list),
-    (0.18, _train_count),
-    (0.06, _train_anything),
-    (0.20, _train_relation),
-    (0.08, _train_front),
-)
+# What kinds of scenes there are, and the share of each.
+_TRAINING: dict[str, tuple[float, Callable[[random.Random, str], tuple[str, Scene]]]] = {
+    "single": (0.10, _train_single),
+    "place": (0.16, _train_place),
+    "list": (0.22, _train_list),
+    "count": (0.18, _train_count),
+    "anything": (0.06, _train_anything),
+    "relation": (0.20, _train_relation),
+    "front": (0.08, _train_front),
+}
+KINDS = tuple(_TRAINING)
 
 
-def training_examples(seed: int) -> Iterator[tuple[str, Scene]]:
-    """An endless stream of (caption, scene), free of every held-out combination; the same for the same seed."""
+def training_examples(seed: int, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, Scene]]:
+    """An endless stream of (caption, scene), free of every held-out combination; the same for the same seed and
+    `kinds` of scenes, in the shares of the whole."""
     rng = random.Random(f"training-{seed}")
-    weights = [w for w, _ in _TRAINING]
-    makers = [m for _, m in _TRAINING]
+    weights = [_TRAINING[k][0] for k in kinds]
+    makers = [_TRAINING[k][1] for k in kinds]
     while True:
         maker = rng.choices(makers, weights)[0]
         ground = rng.choice(BACKGROUNDS)

@@ -1,4 +1,4 @@
-"""`python -m tritflow.training`: train the small FLUX from nothing. See `--help`."""
+"""`python -m tritflow.training`: train the small FLUX, from nothing or from a kept one. See `--help`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     run = Run(args)
     run.log(f"{world_size()} x {run.device}, torch {torch.__version__}, {len(run.words)} words")
-    examples = data.make_examples(args.examples, seed=1 + rank(), workers=run.workers, tinted=args.tinted)
+    autoencoder, order = stages.make_vae(run)
+    examples = order.all()
     run.log(f"{len(examples)} examples")
-    autoencoder = stages.train_vae(run, examples.scenes)
     latents = data.encode_set(examples, autoencoder, args.size, run.device)
     run.log(f"encoded {tuple(latents.latents.shape)} std {float(latents.latents[:10000].float().std()):.3f}")
     model = stages.build(run)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tritflow.scenes import SceneBatch, render, training_examples
+from tritflow.training.blends import blend, named
 from tritflow.training.models import SEQUENCE_LENGTH, build_tokenizers
 from tritflow.training.tints import tint
 from tritflow.training.words import InventedWords
@@ -58,47 +57,99 @@ def invented_words() -> InventedWords:
     return InventedWords(*word_tokenizers())
 
 
-def example_chunk(task: tuple[int, int, int, float]) -> Examples:
-    """`count` examples of chunk `number` of the stream `seed`, a share of them tinted; task is (seed, number, count,
-    share). Tokens are made here, in the worker: the process that trains has better things to do."""
+@dataclass(frozen=True)
+class Mixture:
+    """What a stream of examples holds beside named shapes in named colours.
+
+    Args:
+        tinted: share of scenes in hues that no word names (`tints`).
+        blended: share of scenes in shapes that no word names (`blends`).
+        overlapping: share of scenes in which one object is in front of another, beyond those of the plain stream.
+    """
+
+    tinted: float = 0.0
+    blended: float = 0.0
+    overlapping: float = 0.0
+
+
+# Share of the blended scenes whose captions do nothing but count.
+COUNTS = 0.25
+
+
+def example_chunk(task: tuple[int, int, int, Mixture]) -> Examples:
+    """`count` examples of chunk `number` of the stream `seed`; task is (seed, number, count, mixture). Tokens are made
+    here, in the worker: the process that trains has better things to do."""
     torch.set_num_threads(1)
-    seed, number, count, tinted = task
+    seed, number, count, mixture = task
     stream = seed * 1_000_003 + number
-    pairs = list(itertools.islice(training_examples(stream), count))
-    clip_ids, t5_ids = tokenize([c for c, _ in pairs], *word_tokenizers())
-    scenes = SceneBatch.from_scenes([s for _, s in pairs])
-    if tinted > 0:
-        scenes, clip_ids, t5_ids = tint(scenes, clip_ids, t5_ids, invented_words(), tinted, stream)
+    front, counts = round(count * mixture.overlapping), round(count * mixture.blended * COUNTS)
+    counts = min(counts, count - front)
+    plain = count - front - counts
+    # The rest of what is to be blended; scenes in front of each other are not.
+    share = min(1.0, (mixture.blended * count - counts) / max(plain, 1))
+    drawn = (training_examples(stream), training_examples(stream, ("count",)), training_examples(stream, ("front",)))
+    parts = []
+    for stories, many, blended in zip(drawn, (plain, counts, front), (share, 1.0, 0.0), strict=True):
+        pairs = list(itertools.islice(stories, many))
+        if not pairs:
+            continue
+        part = SceneBatch.from_scenes([s for _, s in pairs]), *tokenize([c for c, _ in pairs], *word_tokenizers())
+        parts.append(blend(*part, invented_words(), blended, stream) if mixture.blended > 0 else part)
+    scenes = SceneBatch.join([p[0] for p in parts])
+    clip_ids, t5_ids = (torch.cat([p[i] for p in parts]) for i in (1, 2))
+    if mixture.tinted > 0:
+        scenes, clip_ids, t5_ids = tint(scenes, clip_ids, t5_ids, invented_words(), mixture.tinted, stream)
+    if len(parts) > 1:  # whoever takes the first ones takes some of all
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(number))
+        scenes, clip_ids, t5_ids = scenes[order], clip_ids[order], t5_ids[order]
     return Examples(clip_ids.short(), t5_ids.short(), scenes)
 
 
-def make_examples(count: int, seed: int, workers: int, tinted: float = 0.0) -> Examples:
-    """`count` training examples, made by `workers` processes; independent of their number. `tinted`: see `tint`."""
-    tasks = [(seed, i, min(CHUNK, count - i * CHUNK), tinted) for i in range(-(-count // CHUNK))]
-    with ExitStack() as stack:
-        results: Iterable[Examples]
-        if workers <= 1:
-            results = map(example_chunk, tasks)
-        else:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            results = pool.map(example_chunk, tasks)
-        parts = list(results)
+class Order:
+    """`count` training examples that a pool's workers make while other things are done; independent of their number."""
+
+    def __init__(self, pool: Executor, count: int, seed: int, mixture: Mixture | None = None) -> None:
+        self.count = count
+        tasks = [(seed, i, min(CHUNK, count - i * CHUNK), mixture or Mixture()) for i in range(-(-count // CHUNK))]
+        self.parts = [pool.submit(example_chunk, task) for task in tasks]
+
+    def first(self, count: int) -> Examples:
+        """The first `count`, or more: whole chunks."""
+        return join([p.result() for p in self.parts[: -(-count // CHUNK)]])
+
+    def all(self) -> Examples:
+        """All of them, once they are there."""
+        return self.first(self.count)
+
+
+def join(parts: list[Examples]) -> Examples:
+    """All examples of `parts`, in order."""
     return Examples(
         torch.cat([p.clip_ids for p in parts]),
         torch.cat([p.t5_ids for p in parts]),
-        SceneBatch(
-            torch.cat([p.scenes.kind for p in parts]),
-            torch.cat([p.scenes.place for p in parts]),
-            torch.cat([p.scenes.ground for p in parts]),
-            torch.cat([p.scenes.turn for p in parts if p.scenes.turn is not None]) if tinted > 0 else None,
-        ),
+        SceneBatch.join([p.scenes for p in parts]),
     )
+
+
+def make_examples(count: int, seed: int, workers: int, mixture: Mixture | None = None) -> Examples:
+    """`count` training examples, made by `workers` processes; independent of their number."""
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return Order(pool, count, seed, mixture).all()
+    chunks = range(-(-count // CHUNK))
+    return join([example_chunk((seed, i, min(CHUNK, count - i * CHUNK), mixture or Mixture())) for i in chunks])
+
+
+def at_a_time(size: int, batch: int = 256) -> int:
+    """How many pictures of `size` to draw at a time: as many pixels as `batch` pictures of 128 have."""
+    return max(1, batch * 128 * 128 // (size * size)) if size > 128 else batch
 
 
 @torch.no_grad()
 def render_all(scenes: SceneBatch, size: int, device: torch.device, batch: int = 256) -> Tensor:
     """All scenes as uint8 pictures [N, 3, size, size] on the device."""
     out = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8, device=device)
+    batch = at_a_time(size, batch)
     for i in range(0, len(scenes), batch):
         part = render(scenes[slice(i, i + batch)].to(device), size)
         out[i : i + batch] = (part * 255).round_().to(torch.uint8)
@@ -137,7 +188,8 @@ _EXAMPLES = ("latents", "clip_ids", "t5_ids", "kind", "place", "ground")
 @dataclass
 class LatentSet:
     """Training data of the transformer: packed, normalised latents [N, T, C] (bf16), token ids [N, L] and what the
-    scenes hold (`scenes.SceneBatch`: kind int8 [N, S, 3], place [N, S, 3], ground [N])."""
+    scenes hold (`scenes.SceneBatch`: kind int8 [N, S, 3], shapes by what names them (`blends.named`), place [N, S, 3],
+    ground [N])."""
 
     latents: Tensor
     clip_ids: Tensor
@@ -166,7 +218,7 @@ class LatentSet:
 def encode_set(examples: Examples, vae: Any, size: int, device: torch.device, batch: int = 256) -> LatentSet:
     """Render and encode every scene; latents are shifted and scaled as FluxPipeline undoes it."""
     parts = []
-    scenes = examples.scenes
+    scenes, batch = examples.scenes, at_a_time(size, batch)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     for i in range(0, len(scenes), batch):
         image = render(scenes[slice(i, i + batch)].to(device), size) * 2 - 1
@@ -178,7 +230,7 @@ def encode_set(examples: Examples, vae: Any, size: int, device: torch.device, ba
         torch.cat(parts),
         examples.clip_ids.to(device).long(),
         examples.t5_ids.to(device).long(),
-        scenes.kind.to(device, torch.int8),
+        named(scenes).to(device, torch.int8),
         scenes.place.to(device),
         scenes.ground.to(device),
         empty_clip.to(device),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tritflow.scenes import training_captions
-from tritflow.training.flow import SmallFlux
+from tritflow.training.flow import SmallFlux, shift_of
 from tritflow.training.models import SEQUENCE_LENGTH
 
 # Prompts that come with the folder for whoever quantizes it: training captions, so nothing held out is among them.
@@ -19,17 +19,19 @@ CALIBRATION_SEED = 77
 
 
 def export_pipeline(
-    folder: Path, model: SmallFlux, vae: Any, tokenizers: tuple[Any, Any], size: int, guidance: float, shift: float
+    folder: Path, model: SmallFlux, vae: Any, tokenizers: tuple[Any, Any], size: int, guidance: float
 ) -> None:
-    """Save everything in bfloat16 safetensors of at most 14 MB a file, with the folder's generation defaults."""
+    """Save everything in bfloat16 safetensors of at most 14 MB a file, with the folder's generation defaults; the
+    scheduler shifts noise levels as they were trained at this size."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     parts: list[nn.Module] = [model.clip, model.t5, model.transformer, vae]
     for part in parts:
         part.to("cpu", torch.bfloat16).eval()
     vae.to(memory_format=torch.contiguous_format)
+    vae.register_to_config(sample_size=size)
     pipe: Any = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift_of(size // 16), use_dynamic_shifting=False),
         vae=vae,
         text_encoder=model.clip,
         tokenizer=tokenizers[0],

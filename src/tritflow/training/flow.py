@@ -91,11 +91,23 @@ def image_ids(side: int, device: torch.device) -> Tensor:
     return ids.view(-1, 3)
 
 
-def draw_sigma(batch: int, device: torch.device) -> Tensor:
-    """Noise levels: logit-normal in the noisier half, where layout is decided; a tenth uniform."""
+def shift_of(side: int) -> float:
+    """How far noise levels move up for `side` x `side` image tokens: 1 for 8 x 8, 2 for 16 x 16. The same picture in
+    more tokens shows through more noise (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23)."""
+    return max(1.0, side / 8)
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Noise levels moved as diffusers' flow-matching scheduler moves them."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(batch: int, device: torch.device, shift: float = 1.0) -> Tensor:
+    """Noise levels: logit-normal in the noisier half, where layout is decided; a tenth uniform; then shifted."""
     normal = torch.sigmoid(1.1 * torch.randn(batch, device=device) + 0.7)
     uniform = torch.rand(batch, device=device)
-    return torch.where(torch.rand(batch, device=device) < 0.1, uniform, normal).clamp(1e-3, 1 - 1e-3)
+    sigma = torch.where(torch.rand(batch, device=device) < 0.1, uniform, normal)
+    return shifted(sigma, shift).clamp(1e-3, 1 - 1e-3)
 
 
 def flow_loss(
@@ -106,11 +118,13 @@ def flow_loss(
     head: PatchHead,
     share: Tensor,
     words: InventedWords | None = None,
-    hues: bool = False,
+    *,
+    nouns: bool = True,
+    colors: bool = True,
 ) -> Callable[[], Tensor]:
     """A closure that draws a batch and returns the velocity error plus `share` (of its weight) of the patch head's;
-    a tenth of the captions are dropped, and with `words` some are told in invented ones, but for colours where those
-    mean `hues`."""
+    a tenth of the captions are dropped, and with `words` some are told in invented ones, `nouns` and `colors` among
+    them unless those mean something by themselves (blends and hues)."""
     device = data.latents.device
 
     def loss() -> Tensor:
@@ -120,11 +134,10 @@ def flow_loss(
         clip_ids = data.clip_ids[index] * (1 - drop) + data.empty_clip * drop
         t5_ids = data.t5_ids[index] * (1 - drop) + data.empty_t5 * drop
         if words is not None:
-            # Those for colours have a meaning: hues of tinted scenes.
-            choice = words.choose(batch, INVENTED_CAPTIONS, INVENTED_WORDS, colors=not hues)
+            choice = words.choose(batch, INVENTED_CAPTIONS, INVENTED_WORDS, nouns=nouns, colors=colors)
             clip_ids, t5_ids = words.replace(clip_ids, "clip", choice), words.replace(t5_ids, "t5", choice)
         noise = torch.randn_like(x0)
-        sigma = draw_sigma(batch, device)
+        sigma = draw_sigma(batch, device, shift_of(side))
         x = x0 + sigma[:, None, None] * (noise - x0)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             guidance = torch.ones(batch, device=device)
@@ -160,19 +173,20 @@ def train_flow(
     compile: bool = True,
     graph: bool = True,
     words: InventedWords | None = None,
-    hues: bool = False,
+    nouns: bool = True,
+    colors: bool = True,
     log: Callable[[int, float, float], None] | None = None,
     box: list[Trainer] | None = None,
 ) -> Trainer:
     """Train in place for `seconds`; afterwards the parameters hold the averaged weights. The trainer is put into `box`
-    at once, for `log` to look at. `words` and `hues`: for `flow_loss`."""
+    at once, for `log` to look at. `words`, `nouns` and `colors`: for `flow_loss`."""
     if compile:
         model.transformer.compile_repeated_blocks(fullgraph=True)
     device = data.latents.device
     head = PatchHead(model.transformer.inner_dim).to(device)
     share = torch.zeros((), device=device)
     trainer = Trainer(
-        flow_loss(model, data, batch, side, head, share, words, hues),
+        flow_loss(model, data, batch, side, head, share, words, nouns=nouns, colors=colors),
         [p for m in (model, head) for p in m.parameters() if p.requires_grad],
         matrices=block_matrices(model.transformer) if muon else (),
         matrix_decay=MATRIX_DECAY,
@@ -218,7 +232,7 @@ def distil_guidance(
         index = torch.randint(len(data.latents), (batch,), device=device)
         x0 = data.latents[index].float()
         noise = torch.randn_like(x0)
-        sigma = draw_sigma(batch, device)
+        sigma = draw_sigma(batch, device, shift_of(side))
         x = x0 + sigma[:, None, None] * (noise - x0)
         w = scales[0] + (scales[1] - scales[0]) * torch.rand(batch, device=device)
         one = torch.ones(batch, device=device)
@@ -268,7 +282,7 @@ def sample(
     batch = clip_ids.shape[0]
     x = torch.randn(batch, side * side, channels, device=device, generator=generator)
     sigmas = torch.linspace(1, 1 / steps, steps, device=device)
-    sigmas = torch.cat([shift * sigmas / (1 + (shift - 1) * sigmas), torch.zeros(1, device=device)])
+    sigmas = torch.cat([shifted(sigmas, shift), torch.zeros(1, device=device)])
     w = torch.full((batch,), guidance, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         text = model.text(clip_ids, t5_ids)

@@ -6,20 +6,39 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tritflow.training.start import StartError, folder_of
+
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; argparse prints what is wrong and exits with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m tritflow.training",
-        description="Train the small FLUX and its VAE from nothing but the built-in world.",
+        description="Train the small FLUX and its VAE from nothing but the built-in world, or on from a kept one.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and the pipeline")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--examples", type=int, default=300_000, help="scenes rendered and encoded a GPU")
     parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
-    parser.add_argument("--vae-seconds", type=float, default=300)
+    parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="start with VAE, text encoders and transformer of a pipeline folder, or of 'small'",
+    )
+    parser.add_argument("--vae-seconds", type=float, default=300, help="where there is none to start with")
+    parser.add_argument(
+        "--vae-further-seconds",
+        type=float,
+        default=120,
+        help="then both halves on scenes half of which overlap, unless OUT has an autoencoder.json (0: not at all)",
+    )
     parser.add_argument("--probe-seconds", type=float, default=0, help="two GPUs: AdamW and Muon side by side first")
-    parser.add_argument("--reading-seconds", type=float, default=45, help="text encoders alone, before the flow")
+    parser.add_argument(
+        "--reading-seconds",
+        type=float,
+        help="text encoders alone, before the flow (45; kept encoders: 0, and at a tenth of the rate)",
+    )
     parser.add_argument("--reading-floor", type=float, default=0.97, help="go on only if this share is read rightly")
     parser.add_argument("--flow-seconds", type=float, default=1200)
     parser.add_argument("--guidance-seconds", type=float, default=180)
@@ -38,8 +57,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    if not 0 <= args.tinted <= 1:
-        parser.error(f"--tinted {args.tinted}: give a share from 0 to 1")
+    for name in ("tinted", "blended"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+    if args.start is not None:
+        try:
+            folder_of(args.start)
+        except StartError as error:
+            parser.error(f"--from: {error}")
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"--resume {args.resume}: no such checkpoint")
     return args

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritflow.scenes import COLORS, SHAPES, TEXTURES
+from tritflow.scenes import COLORS, TEXTURES
+from tritflow.training.words import CLASSES
 
-_SPLIT = (len(SHAPES) + 1, len(COLORS), len(TEXTURES), 3)
+# Shapes are all that a noun names, blends too (`blends.named`), and the ground.
+_SPLIT = (sum(len(nouns) for nouns in CLASSES[0]) + 1, len(COLORS), len(TEXTURES), 3)
 
 
 def patch_owners(kind: Tensor, place: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """The object in front at the centre of each of side x side patches.
 
     Args:
-        kind: [B, S, 3] shape, colour, texture; shape -1 is an empty slot (`scenes.SceneBatch`).
+        kind: [B, S, 3] shape, colour, texture; shape -1 is an empty slot (`blends.named`).
         place: [B, S, 3] x, y, radius in shares of the picture.
         side: patches a row.
 

@@ -14,6 +14,7 @@ Held-out combinations stay unread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritflow.scenes import COLORS
+from tritflow.scenes import COLORS, SHAPES
 from tritflow.scenes.grammar import Prompt
 from tritflow.scenes.render import MAX_OBJECTS
 from tritflow.training.data import LatentSet, tokenize
@@ -50,8 +51,8 @@ def named_objects(nouns: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """Which object a noun means: the n-th noun the n-th object if its shape fits, else the first of that shape.
 
     Args:
-        nouns: shape index of each token, -1 for other words [B, L].
-        kind: [B, S, 3] of the scenes.
+        nouns: what each token names, -1 for other words [B, L].
+        kind: [B, S, 3] of the scenes, shapes by what names them (`blends.named`).
 
     Returns:
         Slots [B, L] (0 where there is no noun) and how many objects of that shape the scene holds [B, L].
@@ -73,15 +74,18 @@ class Reader(nn.Module):
         self.invented = InventedWords(*tokenizers)
         for name, (words, _) in zip(("nouns", "colors", "textures"), CLASSES, strict=True):
             self.register_buffer(name, word_table(tokenizers[1], words))
-        # The words of tinted scenes (`tints`) are read as what they are.
-        first, many = InventedWords.colors()
-        ids = self.invented.t5_invented[first : first + many]
-        self.colors[ids] = len(COLORS) + torch.arange(many)
+        # The words of blended and tinted scenes (`blends`, `tints`) are read as what they are.
+        for table, real, (first, many) in (
+            (self.nouns, SHAPES, InventedWords.nouns()),
+            (self.colors, COLORS, InventedWords.colors()),
+        ):
+            table[self.invented.t5_invented[first : first + many]] = len(real) + torch.arange(many)
         self.at_noun = nn.Linear(text_width, sum(_AT_NOUN))
         self.at_end = nn.Linear(pooled_width, sum(_POOLED))
 
     def told(self, t5_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shape of each token that is a noun, and the colour and texture said of it; -1: none [B, L]."""
+        """What each token that is a noun names (shapes, then blends), and the colour and texture said of it; -1: none
+        [B, L]."""
         nouns = self.nouns[t5_ids]
         return nouns, told_before(nouns, self.colors[t5_ids]), told_before(nouns, self.textures[t5_ids])
 
@@ -153,10 +157,16 @@ def learn_to_read(
     seconds: float,
     batch: int = 1024,
     peak: float = 5e-4,
+    encoder_rate: float = 1.0,
     graph: bool = True,
     log: Callable[[int, float, float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> float:
-    """Train both encoders and `reader` in place for `seconds`; returns the last smoothed error."""
+    """Train both encoders and `reader` in place for `seconds`; returns the last smoothed error.
+
+    `encoder_rate`: share of the learning rate for the encoders. The heads are always new, and what they say at first
+    should not undo what encoders have learned before.
+    """
     device = data.latents.device
 
     def loss() -> Tensor:
@@ -172,7 +182,11 @@ def learn_to_read(
 
     parameters = [p for m in (clip, t5, reader) for p in m.parameters()]
     queries = [p for name, p in t5.named_parameters() if name.endswith("SelfAttention.q.weight")]
-    trainer = Trainer(loss, parameters, slower={QUERY_RATE: queries}, peak=peak, ema=0.99, graph=graph)
-    trainer.run(seconds, warmup=100, decay=0.3, report=log)
+    slower = {QUERY_RATE * encoder_rate: queries}
+    if encoder_rate != 1:
+        taken = {id(p) for p in queries}
+        slower[encoder_rate] = [p for m in (clip, t5) for p in m.parameters() if id(p) not in taken]
+    trainer = Trainer(loss, parameters, slower=slower, peak=peak, ema=0.99, graph=graph)
+    trainer.run(seconds, warmup=100, decay=0.3, report=log, clock=clock)
     trainer.load_average()
     return float(trainer.last)

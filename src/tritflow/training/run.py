@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tritflow.scenes.held_out import evaluation_prompts
-from tritflow.training import data
+from tritflow.training import data, start
 from tritflow.training.loop import rank, world_size
 
 # Seeds of prompts that are only looked at while training; the reported scores use others.
@@ -39,11 +39,13 @@ class Run:
         torch.set_float32_matmul_precision("high")
         args.out.mkdir(parents=True, exist_ok=True)
         self.workers = max(1, (os.cpu_count() or 2) // world_size() - 1)
-        self.pool = ProcessPoolExecutor(min(12, self.workers), mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(min(24, self.workers), mp_context=get_context("spawn"))
         self.compile = not args.no_compile and self.device.type == "cuda"
         self.words = data.training_words()
         self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
+        self.mixture = data.Mixture(args.tinted, args.blended)
+        self.start = start.folder_of(args.start) if args.start else None
 
     def close(self) -> None:
         """Wait for the other processes and let go of the workers."""
@@ -51,6 +53,11 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()
         self.pool.shutdown(cancel_futures=True)
+
+    def meet(self) -> None:
+        """Wait for the other processes: what all have looked for, one may write from here on."""
+        if world_size() > 1:
+            dist.barrier()
 
     def log(self, text: str) -> None:
         """One line with the time and the process, to the screen and to `log-RANK.txt`."""

@@ -10,7 +10,7 @@ import torch
 from tritflow.scenes import Prompt, detect, judge
 from tritflow.scenes.grammar import GENEVAL_TAGS
 from tritflow.training.data import tokenize, unpack
-from tritflow.training.flow import SmallFlux, sample
+from tritflow.training.flow import SmallFlux, sample, shift_of
 from tritflow.training.models import LATENT_CHANNELS
 
 
@@ -47,6 +47,7 @@ def draw(
             (empty_clip, empty_t5),
             side=side,
             channels=LATENT_CHANNELS * 4,
+            shift=shift_of(side),
             seed=seed + i,
             **sampling,
         )

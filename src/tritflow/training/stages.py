@@ -1,10 +1,11 @@
-"""The stages of a training run: VAE, transformer with its text encoders, guidance, pipeline."""
+"""The stages of a training run: VAE, text encoders, transformer, guidance, pipeline."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
+from tritflow.formats.atomic import write_atomic
 from tritflow.scenes import SceneBatch
-from tritflow.training import data, flow, models, reading, vae
+from tritflow.training import autoencoder, data, flow, models, reading, start, vae
 from tritflow.training.export import export_pipeline
 from tritflow.training.loop import rank, world_size
 from tritflow.training.run import Run
@@ -22,72 +24,112 @@ from tritflow.training.score import draw, score
 from tritflow.training.supply import Supply
 from tritflow.training.words import InventedWords
 
+# Text encoders of a new model alone, in seconds; and the share of the learning rate at which kept ones are refreshed.
+READING_SECONDS, KEPT_RATE = 45, 0.1
+# Learning rate of a VAE that is trained further.
+FURTHER_PEAK = 5e-4
+# Held-out prompts a tag that decide whether it is kept.
+PER_TAG = 200
+# Scenes a GPU that a kept VAE is trained further on, and the share of them in which one object is in front of another.
+FURTHER, OVERLAPPING = 40_000, 0.5
 
-def train_vae(run: Run, scenes: SceneBatch) -> Any:
-    """The VAE from this run's folder, or trained now."""
+
+def make_vae(run: Run) -> tuple[Any, data.Order]:
+    """The VAE of this run's folder, of the model it starts from, or one trained now; then trained further unless it was
+    before or that is not asked for. It lies in the folder afterwards. And the run's examples, which workers make
+    meanwhile."""
+    kept = (run.args.out / "vae.safetensors").is_file()
+    done = kept and (run.args.out / "autoencoder.json").is_file()
+    run.meet()  # before anybody writes them
+    model = autoencoder.load(run.args.out) if kept else start.vae_of(run.start) if run.start else None
+    before = further = None
+    if run.args.vae_further_seconds and not done:
+        mixture = replace(run.mixture, overlapping=OVERLAPPING)
+        further = data.Order(run.pool, min(FURTHER, run.args.examples), autoencoder.SEED + rank(), mixture)
+        if model is not None:  # now: in a moment all workers are busy with examples
+            model.to(run.device)
+            before = autoencoder.scores(model, PER_TAG, run.args.size, run.pool)
+    order = data.Order(run.pool, run.args.examples, 1 + rank(), run.mixture)
+    if model is None:
+        model = _new_vae(run, order.first(60_000).scenes)
+    model.to(run.device)
+    report = None
+    if further is not None:
+        torch.manual_seed(run.args.seed + 29 + rank())
+        report = autoencoder.train_further(
+            model,
+            further.all().scenes,
+            usual=order.first(4096).scenes,
+            seconds=run.args.vae_further_seconds,
+            size=run.args.size,
+            device=run.device,
+            encoder=True,
+            before=before,
+            per_tag=PER_TAG,
+            pool=run.pool,
+            peak=FURTHER_PEAK,
+            compile=run.compile,
+            log=run.log,
+        )
+    if rank() == 0 and (report is not None or not kept):
+        autoencoder.save(model, run.args.out)
+        if report is not None:
+            write_atomic(run.args.out / "autoencoder.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.log(f"vae: latents shift {model.config.shift_factor} scale {model.config.scaling_factor}")
+    return model.eval(), order
+
+
+def _new_vae(run: Run, scenes: SceneBatch) -> Any:
     torch.manual_seed(run.args.seed)
     model = models.build_vae()
-    kept = run.args.out / "vae.safetensors"
-    if kept.exists():
-        model.load_state_dict(load_file(kept))
-        model.to(run.device)
-        statistics = json.loads((run.args.out / "vae.json").read_text())
-        model.register_to_config(shift_factor=statistics["shift"], scaling_factor=statistics["scale"])
-        return model.eval()
     torch.manual_seed(run.args.seed + 17 + rank())
     vae.train_vae(
         model,
-        scenes[slice(0, 60_000)],
+        scenes,
         seconds=run.args.vae_seconds,
         size=run.args.size,
         device=run.device,
         compile=run.compile,
         log=run.log,
     )
-    model.eval()
-    run.save("vae.safetensors", model.state_dict())
-    if rank() == 0:
-        statistics = {"shift": model.config.shift_factor, "scale": model.config.scaling_factor}
-        (run.args.out / "vae.json").write_text(json.dumps(statistics))
-    if world_size() > 1:
-        # One VAE for all: rounding may differ between GPUs.
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-        shared = [model.config.shift_factor, model.config.scaling_factor]
-        dist.broadcast_object_list(shared, 0)
-        model.register_to_config(shift_factor=shared[0], scaling_factor=shared[1])
-    run.log(f"vae: latents shift {model.config.shift_factor} scale {model.config.scaling_factor}")
-    if rank() == 0:
-        run.log(f"vae: detector after the round trip {vae.detector_scores(model, 8, run.args.size)}")
+    autoencoder.share(model.eval())
     return model
 
 
 def build(run: Run) -> flow.SmallFlux:
-    """The text encoders and the transformer with this run's seed, the same on every GPU."""
+    """Text encoders and transformer: those that the run starts from, or new ones with this run's seed, the same on
+    every GPU."""
     torch.manual_seed(run.args.seed + 1)
-    size = models.SmallFluxSize()
-    clip, t5 = models.build_text_encoders(size, *run.tokenizers)
-    model = flow.SmallFlux(clip, t5, models.build_transformer(size)).to(run.device)
+    if run.start is not None:
+        model = start.model_of(run.start, run.tokenizers)
+    else:
+        size = models.SmallFluxSize()
+        clip, t5 = models.build_text_encoders(size, *run.tokenizers)
+        model = flow.SmallFlux(clip, t5, models.build_transformer(size))
     torch.manual_seed(run.args.seed + 1000 + rank())
-    return model
+    return model.to(run.device)
 
 
-def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet) -> None:
-    """The text encoders, before anything is drawn."""
-    size = models.SmallFluxSize()
-    reader = reading.Reader(size.text_width, size.pooled_width, run.tokenizers).to(run.device)
+def learn_to_read(run: Run, model: flow.SmallFlux, latents: data.LatentSet, seconds: float, *, kept: bool) -> None:
+    """The text encoders, before anything is drawn; `kept` ones have learned before and are stepped gently."""
+    reader = reading.Reader(model.t5.config.d_model, model.clip.config.hidden_size, run.tokenizers).to(run.device)
     error = reading.learn_to_read(
         model.clip,
         model.t5,
         reader,
         latents,
-        seconds=run.args.reading_seconds,
+        seconds=seconds,
+        encoder_rate=KEPT_RATE if kept else 1.0,
         batch=min(1024, 4 * run.args.batch),
         graph=not run.args.no_graph,
         log=lambda s, value, rate: run.log(f"reading: step {s} loss {value:.4f} rate {rate:.2f}"),
     )
     right = reading.reads(model.t5, reader, latents, run.tokenizers[1])
     right["unseen"] = reading.reads_unseen(model.t5, reader, run.prompts, run.tokenizers)
+    if world_size() > 1:  # one verdict for all: each has read captions of its own
+        verdicts = [right]
+        dist.broadcast_object_list(verdicts, 0)
+        right = verdicts[0]
     run.log(f"reading: error {error:.4f}, read rightly: {rounded(right)}")
     # A second chance of a reader that is blind to word order costs minutes; a transformer trained on it costs the run.
     if min(right.values()) < run.args.reading_floor:
@@ -133,7 +175,7 @@ def rounded(scores: dict[str, float]) -> dict[str, float]:
     return {k: round(v, 3) for k, v in scores.items()}
 
 
-def probe(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder: Any) -> bool:
+def probe(run: Run, model: flow.SmallFlux, latents: data.LatentSet, vae_model: Any) -> bool:
     """Two GPUs, two optimisers, the same time; everybody goes on with the better one's optimiser and weights.
     Returns whether that is Muon."""
     muon = rank() == 1
@@ -150,9 +192,7 @@ def probe(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder:
         compile=run.compile,
         log=lambda s, value, rate: run.log(f"probe muon={muon}: step {s} loss {value:.4f}"),
     )
-    scores = score(
-        model, autoencoder, run.tokenizers, run.prompts, size=run.args.size, pool=run.pool, true_guidance=2.5
-    )
+    scores = score(model, vae_model, run.tokenizers, run.prompts, size=run.args.size, pool=run.pool, true_guidance=2.5)
     run.log(f"probe muon={muon}: {rounded(scores)}")
     overall = torch.tensor([scores["overall"]], device=run.device)
     everybody = [torch.zeros_like(overall) for _ in range(world_size())]
@@ -164,15 +204,16 @@ def probe(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder:
     return winner == 1
 
 
-def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoencoder: Any) -> None:
+def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, vae_model: Any) -> None:
     """The flow, then its guidance distilled into the embedding; both results are kept in the run's folder."""
     args = run.args
     muon = args.optimizer == "muon"
     if args.probe_seconds and world_size() == 2:
-        muon = probe(run, model, latents, autoencoder)
-    reads = bool(args.resume) and resume(model, args.resume)
-    if args.reading_seconds and not reads:
-        learn_to_read(run, model, latents)
+        muon = probe(run, model, latents, vae_model)
+    kept = (bool(args.resume) and resume(model, args.resume)) or run.start is not None
+    seconds = args.reading_seconds if args.reading_seconds is not None else 0 if kept else READING_SECONDS
+    if seconds:
+        learn_to_read(run, model, latents, seconds, kept=kept)
     # From here on as in FLUX: the encoders know language and stay. Trained along, T5's attention collapses to single
     # tokens within a few thousand steps, and what is red or left of what can no longer be told.
     model.clip.requires_grad_(False)
@@ -185,13 +226,13 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         "graph": not args.no_graph,
     }
     box: list[Any] = []
-    supply = Supply(run.pool, 1 + rank(), len(latents.latents), args.tinted)
+    supply = Supply(run.pool, 1 + rank(), len(latents.latents), run.mixture)
     report = reporter(
         run,
         model,
         "flow",
         box,
-        renew=lambda: supply.refill(latents, autoencoder, args.size),
+        renew=lambda: supply.refill(latents, vae_model, args.size),
     )
     words = InventedWords(*run.tokenizers).to(run.device)
     flow.train_flow(
@@ -200,7 +241,9 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
         seconds=args.flow_seconds,
         peak=args.peak,
         words=words,
-        hues=args.tinted > 0,
+        # Where scenes are blended or tinted, invented nouns and colours mean something.
+        nouns=args.blended == 0,
+        colors=args.tinted == 0,
         log=report,
         box=box,
         **common,
@@ -214,14 +257,14 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, autoenc
     run.save("guided.safetensors", model.state_dict())
 
 
-def finish(run: Run, model: flow.SmallFlux, autoencoder: Any) -> None:
+def finish(run: Run, model: flow.SmallFlux, vae_model: Any) -> None:
     """Draw a sheet of progress prompts and write the pipeline."""
-    # Read again: `python -m tritflow.training.decoder` may have bettered the decoder meanwhile.
-    autoencoder.load_state_dict(load_file(run.args.out / "vae.safetensors"))
+    # Read again: `python -m tritflow.training.autoencoder` may have bettered the decoder meanwhile.
+    vae_model.load_state_dict(load_file(run.args.out / "vae.safetensors"))
     size, guidance = run.args.size, run.args.guidance_scale
     texts = [p.text for i, p in enumerate(run.prompts) if i % 32 < 8]
-    pixels = draw(model, autoencoder, run.tokenizers, texts, size=size, guidance=guidance).numpy()
+    pixels = draw(model, vae_model, run.tokenizers, texts, size=size, guidance=guidance).numpy()
     rows = pixels.reshape(-1, 8, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 8 * size, 3)
     Image.fromarray(rows).save(run.args.out / "sheet.png")
-    export_pipeline(run.args.out / "pipeline", model, autoencoder, run.tokenizers, size, guidance, shift=1.0)
+    export_pipeline(run.args.out / "pipeline", model, vae_model, run.tokenizers, size, guidance)
     run.log("written")

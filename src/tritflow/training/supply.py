@@ -6,7 +6,7 @@ from collections import deque
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from tritflow.training.data import CHUNK, Examples, LatentSet, encode_set, example_chunk
+from tritflow.training.data import CHUNK, Examples, LatentSet, Mixture, encode_set, example_chunk
 
 
 class Supply:
@@ -16,19 +16,19 @@ class Supply:
         pool: where examples are made.
         seed: stream of examples; those before `made` are taken.
         made: examples of this seed that `data.make_examples` has given.
-        tinted: share of scenes with other hues, see `tints`.
+        mixture: what the examples hold.
         ahead: chunks under way at any time.
     """
 
-    def __init__(self, pool: Executor, seed: int, made: int, tinted: float = 0.0, ahead: int = 4) -> None:
-        self.pool, self.seed, self.next, self.tinted = pool, seed, -(-made // CHUNK), tinted
+    def __init__(self, pool: Executor, seed: int, made: int, mixture: Mixture | None = None, ahead: int = 4) -> None:
+        self.pool, self.seed, self.next, self.mixture = pool, seed, -(-made // CHUNK), mixture or Mixture()
         self.place = self.total = 0
         self.waiting: deque[Future[Examples]] = deque()
         self._order(ahead)
 
     def _order(self, count: int) -> None:
         for _ in range(count):
-            self.waiting.append(self.pool.submit(example_chunk, (self.seed, self.next, CHUNK, self.tinted)))
+            self.waiting.append(self.pool.submit(example_chunk, (self.seed, self.next, CHUNK, self.mixture)))
             self.next += 1
 
     def refill(self, latents: LatentSet, vae: Any, size: int, most: int = 1) -> int:

@@ -8,6 +8,7 @@ read as a held-out colour of its shape stays undrawn, so what is held out stays 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from tritflow.scenes import COLORS, SHAPES, SceneBatch
 from tritflow.scenes.render import hue as hue_of
 from tritflow.scenes.render import palette
-from tritflow.scenes.world import HELD_OUT_COLORS
+from tritflow.training.blends import held_out_colors, overlapping, readings
 from tritflow.training.words import InventedWords
 
 # Draws per colour before it keeps its own hue.
@@ -32,7 +33,7 @@ def tint(
     Scenes with an object in front of another keep their colours, which were chosen to be told apart.
 
     Args:
-        scenes: as drawn from the training stream.
+        scenes: as drawn from the training stream, blended or not.
         clip_ids: [N, L] token ids of the captions.
         t5_ids: [N, L].
         words: of the same tokenizers.
@@ -43,14 +44,14 @@ def tint(
         Scenes whose colours are the nearest named ones and whose `turn` holds the rest of the hue, and both token ids.
     """
     rng = np.random.default_rng(seed)
-    kind = scenes.kind.numpy()
+    kind, seen = scenes.kind.numpy(), readings(scenes)
     hues = hue_of(palette()).numpy()
-    chosen = (rng.random(len(kind)) < share) & ~_overlapping(scenes)
+    chosen = (rng.random(len(kind)) < share) & ~overlapping(scenes)
     hue = np.broadcast_to(hues, (len(kind), len(COLORS))).copy()
     moved = np.zeros_like(hue, dtype=bool)
     for _ in range(TRIES):
         drawn = rng.random(hue.shape)
-        fits = chosen[:, None] & ~moved & _allowed(kind, _nearest(drawn, hues))
+        fits = chosen[:, None] & ~moved & _allowed(kind, seen, _nearest(drawn, hues))
         hue, moved = np.where(fits, drawn, hue), moved | fits
     nearest = np.where(moved, _nearest(hue, hues), np.arange(len(COLORS)))
     slots = np.maximum(kind[..., 1], 0)
@@ -64,7 +65,7 @@ def tint(
     choice[:, len(SHAPES) : len(SHAPES) + len(COLORS)] = torch.from_numpy(
         np.where(moved, first + (hue * count).astype(np.int64) % count, -1)
     )
-    batch = SceneBatch(torch.from_numpy(new), scenes.place, scenes.ground, torch.from_numpy(turn).float())
+    batch = replace(scenes, kind=torch.from_numpy(new), turn=torch.from_numpy(turn).float())
     return batch, words.replace(clip_ids, "clip", choice), words.replace(t5_ids, "t5", choice)
 
 
@@ -74,25 +75,13 @@ def _nearest(hue: Any, hues: Any) -> Any:
     return np.minimum(apart, 1 - apart).argmin(-1)
 
 
-def _allowed(kind: Any, nearest: Any) -> Any:
-    """[N, colours]: whether every object of that colour may have the colour `nearest` instead."""
-    held = np.zeros((len(SHAPES), len(COLORS)), dtype=bool)
-    for shape, color in HELD_OUT_COLORS:
-        held[SHAPES.index(shape), COLORS.index(color)] = True
+def _allowed(kind: Any, seen: Any, nearest: Any) -> Any:
+    """[N, colours]: whether every object of that colour, read as one of `seen` [N, S, shapes], may have the colour
+    `nearest` instead."""
     fine = np.ones(nearest.shape, dtype=bool)
     for slot in range(kind.shape[1]):
-        shape, color = kind[:, slot, 0], kind[:, slot, 1]
-        rows = np.flatnonzero(shape >= 0)
-        fine[rows, color[rows]] &= ~held[shape[rows], nearest[rows, color[rows]]]
+        rows = np.flatnonzero(kind[:, slot, 0] >= 0)
+        color = kind[rows, slot, 1]
+        never = seen[rows, slot] @ held_out_colors()
+        fine[rows, color] &= ~never[np.arange(len(rows)), nearest[rows, color]]
     return fine
-
-
-def _overlapping(scenes: SceneBatch) -> Any:
-    """Whether any two objects of a scene come near each other."""
-    place, there = scenes.place.numpy(), scenes.kind.numpy()[..., 0] >= 0
-    near = np.zeros(len(place), dtype=bool)
-    for a in range(place.shape[1]):
-        for b in range(a):
-            apart = np.maximum(np.abs(place[:, a, 0] - place[:, b, 0]), np.abs(place[:, a, 1] - place[:, b, 1]))
-            near |= there[:, a] & there[:, b] & (apart < 0.8 * (place[:, a, 2] + place[:, b, 2]))
-    return near

@@ -1,7 +1,7 @@
 """`python -m tritflow.training.watch RUN`: score a training run's kept weights beside the training, into `curve.json`.
 
 Scoring inside the training loop would keep the GPU waiting for the detector; a second process does not. With
-`--results DIR` the curve becomes a run of the topic "training" there: `report.figures.training_curve` draws it.
+`--results DIR` the curve becomes a run of the topic "training" there: `tritflow report --curve` draws it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,9 @@ from safetensors.torch import load_file
 from tritflow.formats.atomic import write_atomic
 from tritflow.results import append, path_for, provenance
 from tritflow.scenes.held_out import evaluation_prompts
-from tritflow.training import data, flow, models
+from tritflow.training import autoencoder, data, flow, models
 from tritflow.training.run import PROGRESS_SEED
 from tritflow.training.score import score
-
-
-def load_vae(folder: Path, device: torch.device) -> Any:
-    """The VAE that a run's folder holds (`vae.safetensors`, `vae.json`)."""
-    vae = models.build_vae()
-    vae.load_state_dict(load_file(folder / "vae.safetensors"))
-    statistics = json.loads((folder / "vae.json").read_text())
-    vae.register_to_config(shift_factor=statistics["shift"], scaling_factor=statistics["scale"])
-    return vae.to(device).eval()
 
 
 def watch(
@@ -71,7 +62,7 @@ def watch(
             except (SafetensorError, FileNotFoundError) as error:  # replaced while being read
                 log(f"{name}: {error}; waiting for the next one")
                 continue
-            vae = vae or load_vae(folder, device)
+            vae = vae or autoencoder.load(folder).to(device)
             scores = score(model, vae, tokenizers, prompts, size=size, pool=pool, true_guidance=2.5)
             curve.append(facts | scores)
             write_atomic(folder / "curve.json", (json.dumps(curve, indent=1) + "\n").encode())

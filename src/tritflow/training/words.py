@@ -51,6 +51,11 @@ class InventedWords(nn.Module):
             self.register_buffer(f"{name}_invented", torch.tensor(invented))
 
     @staticmethod
+    def nouns() -> tuple[int, int]:
+        """Number of the first invented noun, and how many there are."""
+        return 0, len(CLASSES[0][1])
+
+    @staticmethod
     def colors() -> tuple[int, int]:
         """Number of the first invented word for a colour, and how many there are."""
         return len(CLASSES[0][1]), len(CLASSES[1][1])
@@ -60,20 +65,23 @@ class InventedWords(nn.Module):
         """A choice that changes no word [batch, words]."""
         return torch.full((batch, sum(len(real) for real, _ in CLASSES)), -1)
 
-    def choose(self, batch: int, captions: float = 0.5, words: float = 2 / 3, *, colors: bool = True) -> Tensor:
+    def choose(
+        self, batch: int, captions: float = 0.5, words: float = 2 / 3, *, nouns: bool = True, colors: bool = True
+    ) -> Tensor:
         """For each word of each caption the number of an invented one, or -1: it stays [batch, words].
 
         Args:
             captions: share of them that are changed at all.
             words: share of a changed caption's words that are.
-            colors: whether those for colours may be.
+            nouns: whether nouns may be.
+            colors: whether words for colours may be.
         """
         device = self.t5_table.device
         columns, first = [], 0
         for number, (real, characters) in enumerate(CLASSES):
             # A different one for each word: two nouns never become the same.
             some = torch.rand(batch, len(characters), device=device).argsort(1)[:, : len(real)] + first
-            columns.append(some if colors or number != 1 else torch.full_like(some, -1))
+            columns.append(some if (nouns, colors, True)[number] else torch.full_like(some, -1))
             first += len(characters)
         chosen = torch.cat(columns, 1)
         changed = torch.rand(batch, 1, device=device) < captions
