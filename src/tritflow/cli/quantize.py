@@ -127,6 +127,7 @@ def quantize(
                 "digest": report.digest,
                 "components": report.components,
                 "note": hint,
+                "retreats": list(report.retreats),
                 "validation_mse": {str(k): v for k, v in report.validation.items()},
             }
         )
@@ -142,6 +143,9 @@ def quantize(
     if report.validation:
         first, last = (report.validation[k] for k in (min(report.validation), max(report.validation)))
         say(f"velocity error on held-out trajectories: {first:.5g} -> {last:.5g}")
+    for retreat in report.retreats:
+        then = "its best so far is what was written" if retreat["last"] else "it went on from there at half the rate"
+        say(f"diverged at step {retreat['at']} ({retreat['why']}), back to step {retreat['to']}: {then}")
     if hint:
         say(f"note: {hint}")
     if not report.components:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.functional import mse_loss
 from tritflow.calibration.artifacts import provenance, write_json
 from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
+from tritflow.distillation.guard import DistillationError, Guard
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
@@ -32,23 +33,22 @@ VALIDATION_PAIRS = 512
 PAIRS = "pairs"
 
 
-class DistillationError(ValueError):
-    """Training diverged, or a checkpoint belongs to another run."""
-
-
 @dataclass(frozen=True)
 class DistillationResult:
     """What `distill_` reached.
 
     Attributes:
-        steps: optimiser steps made in all, earlier runs included.
+        steps: optimiser steps behind the result, earlier runs included.
         loss: training loss of every step.
         validation: step -> velocity MSE on held-out trajectories.
+        retreats: each time the run diverged: `at` which step, `to` which it went back, `why`, and whether it was the
+            `last`, so that the best checkpoint is the result.
     """
 
     steps: int
     loss: list[float]
     validation: dict[int, float]
+    retreats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def distill_(
@@ -84,7 +84,7 @@ def distill_(
 
     Raises:
         ValueError: a batch cannot be shared out evenly among the processes.
-        DistillationError: the loss is not finite, or the checkpoint is of another run.
+        DistillationError: it diverged before the first checkpoint, or the checkpoint is of another run.
         DiskFullError: no space left for a checkpoint; the same call resumes.
     """
     device = torch.device(device)
@@ -132,26 +132,29 @@ def distill_(
 
     if cuda_graph and ranks.world == 1 and device.type == "cuda" and start < config.steps:
         run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
+    judged = trajectories.size("holdout") > 0
+    guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)
     report_every = max(1, min(20, config.steps // 50))
-    for number in range(start, config.steps):
-        state.set_learning_rates(number)
-        state.losses[number] = ranks.mean(run_step(batch(number)))
-        done = number + 1
+    done = start
+    while done < config.steps:
+        state.set_learning_rates(done)
+        state.losses[done] = ranks.mean(run_step(batch(done)))
+        done += 1
         if done % report_every == 0 or done == config.steps:
-            loss = float(state.losses[number])
+            loss = float(state.losses[done - 1])
             if not math.isfinite(loss):
-                raise DistillationError(
-                    f"the loss is {loss} at step {done}: lower learning_rate, or raise warmup_steps"
-                )
+                done = guard.retreat(done, f"the loss is {loss}", validation)
+                continue
             if on_progress is not None:
                 on_progress(done, config.steps, loss)
-        if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+        if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
             validation[done] = validate()
-            state.save(out_dir, run, done, validation)
-    if start < config.steps:
-        validation[config.steps] = validate()
-        state.save(out_dir, run, config.steps, validation)
-    result = DistillationResult(config.steps, state.losses.tolist(), validation)
+            if guard.diverged(validation[done]):
+                done = guard.retreat(done, f"the validation error is {validation[done]:.4g}", validation)
+                continue
+            guard.save(done, validation)
+    made = guard.retreats[-1]["to"] if guard.retreats and guard.retreats[-1]["last"] else config.steps
+    result = DistillationResult(made, state.losses[:made].tolist(), validation, guard.retreats)
     if ranks.first:
         write_json(out_dir / "curve.json", _curve(result, run, device))
     return result
@@ -200,5 +203,6 @@ def _curve(result: DistillationResult, run: dict[str, Any], device: torch.device
         **provenance(device),
         "steps": result.steps,
         "validation_mse": {str(k): v for k, v in sorted(result.validation.items())},
+        **({"retreats": result.retreats} if result.retreats else {}),
         "loss": [float(f"{x:.6g}") for x in result.loss],
     }

@@ -63,6 +63,7 @@ class QuantizeReport:
         components: whether the rest of the pipeline was copied beside it.
         validation: velocity MSE on held-out trajectories by step; empty without distillation.
         resumed: the job had been finished before, nothing was done.
+        retreats: each time distillation diverged and went back; see `DistillationResult`.
     """
 
     transformer: Path
@@ -73,6 +74,7 @@ class QuantizeReport:
     components: bool
     validation: dict[int, float]
     resumed: bool = False
+    retreats: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,13 @@ def _quantize(
     work = out / WORK
     validation: dict[int, float] = {}
     rest: Mapping[str, Tensor] = {}
+    retreats: list[dict[str, Any]] = []
     if ranks.agree(needs_teacher(job.recipe)):
         from tritflow.pipelines.student import learn
 
         learned = learn(job, work, progress)
         validation, rounded, rest, stage = learned.validation, learned.rounded, learned.rest, "write"
+        retreats = learned.retreats
     else:
         rounded, stage = _round_one(job), "round"
     digest = _write(job, out / "transformer", rounded, rest, stage, progress)
@@ -195,6 +199,8 @@ def _quantize(
         "validation_mse": {str(step): mse for step, mse in sorted(validation.items())},
         "components": copied,
     }
+    if retreats:
+        meta["retreats"] = retreats
     if left_out is not None:
         meta["base"] = left_out
     if (work / RECORDS).is_file():
@@ -419,4 +425,5 @@ def _report(out: Path, job: Job, meta: dict[str, Any], resumed: bool = False) ->
         components=meta["components"],
         validation={int(step): mse for step, mse in meta["validation_mse"].items()},
         resumed=resumed,
+        retreats=meta.get("retreats", []),
     )

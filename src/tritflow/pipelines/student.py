@@ -29,6 +29,7 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json, write_tensors
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.config import TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.parameters import parameter_groups, rest_parameters
@@ -61,11 +62,13 @@ class Learned:
         rounded: rounding of a linear by name; the weight handed in is not looked at again.
         validation: step -> velocity MSE on held-out trajectories.
         rest: parameters by name that belong to no ternary linear, where they were trained.
+        retreats: see `DistillationResult`.
     """
 
     rounded: Callable[[str, Tensor], Rounded]
     validation: dict[int, float]
     rest: Mapping[str, Tensor] = field(default_factory=dict)
+    retreats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
@@ -77,24 +80,25 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
     ranks = Ranks.here()
     done = read_json(summary) if summary.is_file() else {}
     if ranks.agree(done.get("job") != job.id):
-        validation = _learn(job, work, progress, ranks)
+        validation, retreats = _learn(job, work, progress, ranks)
+        done = {"job": job.id, "validation": {str(k): v for k, v in validation.items()}, "retreats": retreats}
         if ranks.first:
-            write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
+            write_json(summary, done)
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
     final = RoundedStore(work / _last_stage(job), job.id)
     rest = load_file(work / REST) if job.recipe.distillation.rest_learning_rate > 0 and (work / REST).is_file() else {}
     ranks.wait()  # the first goes on, and clears up in the end
-    return Learned(lambda name, _: final[name], validation, rest)
+    return Learned(lambda name, _: final[name], validation, rest, done.get("retreats", []))
 
 
-def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> dict[int, float]:
+def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict[int, float], list[dict[str, Any]]]:
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
     if ranks.first:
         _calibrate(job, work, dtype, progress)
     ranks.wait()
     if not job.recipe.distillation.steps:
-        return {}
+        return {}, []
     start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
     return _distill(job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), start, work, progress)
 
@@ -156,7 +160,14 @@ def _ranges(
 def _column_of(job: Job, ranges: dict[str, InputRange]) -> Callable[[str, Tensor], Tensor]:
     exponent = job.recipe.smoothing
     assert exponent is not None
-    return lambda name, weight: smoothing_scale(weight, ranges[name].amax, exponent)
+    skipped = TernaryConfig(targets=job.recipe.smoothing_skip)
+
+    def column_of(name: str, weight: Tensor) -> Tensor:
+        if skipped.matches(name):
+            return torch.ones(weight.shape[1], device=weight.device)
+        return smoothing_scale(weight, ranges[name].amax, exponent, job.recipe.smoothing_outliers)
+
+    return column_of
 
 
 def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]) -> None:
@@ -249,7 +260,7 @@ def _distill(
     start: RoundedStore,
     work: Path,
     progress: Progress,
-) -> dict[int, float]:
+) -> tuple[dict[int, float], list[dict[str, Any]]]:
     config, ranks = job.recipe.distillation, Ranks.here()
     model.float()
     if len(start):
@@ -290,7 +301,7 @@ def _distill(
             twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
-    return result.validation
+    return result.validation, result.retreats
 
 
 def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> DistillationResult:
