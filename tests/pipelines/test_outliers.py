@@ -83,9 +83,7 @@ def test_smoothing_without_compensation_undoes_them_too(error):
     assert error("twin", smooth, "w2a8") == pytest.approx(error("teacher", smooth, "w2a8"), rel=0.1)
 
 
-def test_scales_for_outlier_channels_alone_undo_them(
-    error, teacher, twin, prompts, tmp_path
-):
+def test_scales_for_outlier_channels_alone_undo_them(error, teacher, twin, prompts, tmp_path):
     few = dataclasses.replace(SMOOTH, name="few", smoothing=0.0, smoothing_outliers=20.0)
     assert error("twin", few, "w2a8") < 1.1 * error("teacher", few, "w2a8")
     assert error("twin", few, "w2a8") < 0.6 * error("twin", PLAIN, "w2a8")

@@ -10,6 +10,7 @@ Up to distillation the dense transformer is never whole in memory: its blocks ar
 .work/distilled/      checkpoint and loss curve
 .work/student/        roundings as distilled
 .work/rest.safetensors   dense parameters as distilled, where the recipe trains them
+.work/latents.safetensors   latent weights as distilled, where they are to be kept
 .work/calibration_records.jsonl   which recorded pairs compensation and reconstruction used
 """
 
@@ -42,6 +43,7 @@ from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
 from tritflow.pipelines.records import RECORDS, Records
+from tritflow.pipelines.start import LATENTS, Start, pack_latent
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
 from tritflow.quantization.rounding import Rounded, round_weight
@@ -87,7 +89,7 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
     final = RoundedStore(work / _last_stage(job), job.id)
-    rest = load_file(work / REST) if job.recipe.distillation.rest_learning_rate > 0 and (work / REST).is_file() else {}
+    rest = load_file(work / REST) if _tunes_rest(job) and (work / REST).is_file() else {}
     ranks.wait()  # the first goes on, and clears up in the end
     return Learned(lambda name, _: final[name], validation, rest, done.get("retreats", []))
 
@@ -100,7 +102,14 @@ def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict
     if not job.recipe.distillation.steps:
         return {}, []
     start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
-    return _distill(job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), start, work, progress)
+    return _distill(
+        job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), job.start or start, work, progress
+    )
+
+
+def _tunes_rest(job: Job) -> bool:
+    """Whether dense parameters end up other than the source's."""
+    return job.recipe.distillation.rest_learning_rate > 0 or job.start is not None
 
 
 def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> None:
@@ -257,7 +266,7 @@ def _distill(
     job: Job,
     model: Any,
     trajectories: Trajectories,
-    start: RoundedStore,
+    start: RoundedStore | Start,
     work: Path,
     progress: Progress,
 ) -> tuple[dict[int, float], list[dict[str, Any]]]:
@@ -272,6 +281,9 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
+    if isinstance(start, Start):
+        twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
+        start.fill_(dict(rest_parameters(model)), {n: m.weight for n, m in twins.items()})
     order = job.family.block_order(job.source.config)
     shard_(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
@@ -292,15 +304,20 @@ def _distill(
             result = _compiled([model, *([] if teacher is None else [teacher])], train)
         else:
             result = train()
-    rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if config.rest_learning_rate > 0 else {}
+    rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if _tunes_rest(job) else {}
     if rest and ranks.first:
         write_tensors(work / REST, rest, {"job": job.id})
     store = RoundedStore(work / "student", job.id)
+    latents: dict[str, Tensor] = {}
     for block in order:
         with gathered(model.get_submodule(block)) as module:
             twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
+                if job.keep_latents:
+                    latents |= {f"{block}.{n}": pack_latent(m.weight).cpu() for n, m in twins.items()}
+    if latents:
+        write_tensors(work / LATENTS, latents, {"job": job.id})
     return result.validation, result.retreats
 
 

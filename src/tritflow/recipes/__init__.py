@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,37 @@ def load_recipe(name: str | Path) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
+    return _build(data, label, name)
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A recipe with some settings changed.
+
+    Args:
+        recipe: as loaded.
+        settings: "table.key=value" or "key=value" each, the value as TOML has it.
+
+    Raises:
+        ConfigError: a setting that is none, or that cannot be.
+    """
+    if not settings:
+        return recipe
+    data = {k: v for k, v in recipe_dict(recipe).items() if k != "name" and v is not None}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            given = tomllib.loads(f"{key} = {value}") if equals else {}
+        except tomllib.TOMLDecodeError:
+            given = {}
+        if not given:
+            raise ConfigError(f"--set {setting}: write TABLE.KEY=VALUE, such as distillation.steps=20000")
+        for name, changed in given.items():
+            here = data.get(name)
+            data[name] = here | changed if isinstance(here, dict) and isinstance(changed, dict) else changed
+    return _build(data, recipe.name, recipe.name)
+
+
+def _build(data: dict[str, Any], label: str, name: str | Path) -> Recipe:
     known = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"]
     for key in data:
         if key not in known:
