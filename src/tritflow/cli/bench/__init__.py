@@ -1,6 +1,29 @@
 """`tritflow bench`: kernels, whole generations, bytes on disk and more."""
 
-from tritflow.cli.bench import attention, detector, generation, kernels, lora, memory, model, quantization, suites
+from tritflow.cli.bench import (
+    attention,
+    detector,
+    generation,
+    kernels,
+    lora,
+    memory,
+    model,
+    quantization,
+    scaling,
+    suites,
+)
 from tritflow.cli.bench.app import app
 
-__all__ = ["app", "attention", "detector", "generation", "kernels", "lora", "memory", "model", "quantization", "suites"]
+__all__ = [
+    "app",
+    "attention",
+    "detector",
+    "generation",
+    "kernels",
+    "lora",
+    "memory",
+    "model",
+    "quantization",
+    "scaling",
+    "suites",
+]
