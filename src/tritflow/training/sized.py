@@ -1,4 +1,4 @@
-"""A teacher of another size: the small FLUX's text encoders and VAE around a transformer that is trained from nothing."""
+"""A teacher of another size: the small FLUX's text encoders and VAE around a transformer trained from nothing."""
 
 from __future__ import annotations
 
