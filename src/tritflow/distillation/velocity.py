@@ -1,9 +1,9 @@
 """Teach a student the teacher's velocity, on stored trajectories or on states made meanwhile. Knows no model family and
 no layer type.
 
-The loss is the plain mean square error of the velocity, which for a flow model is the error of every sampler
-step. On CUDA the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student
-is bound by kernel launches: four times faster than eager there.
+The loss is the mean square error of the velocity, which for a flow model is the error of every sampler step. On CUDA
+the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student is bound by kernel
+launches: four times faster than eager there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from tritflow.calibration.artifacts import provenance, write_json
 from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
 from tritflow.distillation.guard import DistillationError, Guard
+from tritflow.distillation.losses import Measure, plain
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
@@ -59,6 +59,7 @@ def distill_(
     out_dir: Path | str,
     *,
     states: OnlineStates | None = None,
+    measure: Measure = plain,
     device: torch.device | str = "cpu",
     identity: dict[str, Any] | None = None,
     cuda_graph: bool = True,
@@ -74,6 +75,7 @@ def distill_(
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
         trajectories: training and held-out pairs.
         states: train on these instead of the recorded training pairs (one process).
+        measure: the training loss, see `losses`; validation is the plain mean square whatever it is.
         config: steps, rates, batch size, seed.
         out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
             same identity is continued; on the CPU the result is then the same to the last bit.
@@ -108,11 +110,11 @@ def distill_(
             here = states.batch(inputs)
             predicted = student(**here.kwargs)
             states.advance(inputs, here.velocity, predicted.detach())
-            return mse_loss(predicted.float(), here.velocity)
+            return measure(predicted, here.velocity, here.kwargs)
         if PAIRS in inputs:
             inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
-        predicted = student(**{n: t for n, t in inputs.items() if n != VELOCITY})
-        return mse_loss(predicted.float(), inputs[VELOCITY])
+        kwargs = {n: t for n, t in inputs.items() if n != VELOCITY}
+        return measure(student(**kwargs), inputs[VELOCITY], kwargs)
 
     def validate() -> float:
         return validation_error(student, trajectories, config.batch_size, device)

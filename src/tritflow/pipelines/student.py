@@ -33,6 +33,7 @@ from tritflow.calibration.trajectories import Trajectories
 from tritflow.config import TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
+from tritflow.distillation.losses import measure_of
 from tritflow.distillation.parameters import parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
@@ -295,6 +296,7 @@ def _distill(
         config,
         work / "distilled",
         states=states,
+        measure=measure_of(config, _token_grid(trajectories, job)),
         device=job.device,
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
@@ -319,6 +321,12 @@ def _distill(
     if latents:
         write_tensors(work / LATENTS, latents, {"job": job.id})
     return result.validation, result.retreats
+
+
+def _token_grid(trajectories: Trajectories, job: Job) -> tuple[int, int]:
+    """Rows and columns of image tokens in what was recorded."""
+    ids = trajectories.pairs(torch.zeros(1, dtype=torch.long), "all", job.device).kwargs["img_ids"]
+    return int(ids[..., 1].max()) + 1, int(ids[..., 2].max()) + 1
 
 
 def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> DistillationResult:
