@@ -221,7 +221,7 @@ def test_gptq_stays_on_its_grid_and_beats_rounding_to_it():
     def error(rounded):
         return float((((rounded - w) @ h) * (rounded - w)).sum())
 
-    assert error(q) < 0.5 * error(plain)
+    assert error(q) < 0.7 * error(plain)
     # Inputs that are independent and alike leave nothing to push around but the rounding itself.
     even = round_gptq(w, torch.eye(128), 2, 64)
     assert (even - w).square().sum() == pytest.approx(float((plain - w).square().sum()), rel=1e-4)

@@ -64,7 +64,8 @@ class TrainingState:
         groups: see `ParameterGroup`; names must be unique.
         config: the run's settings.
         device: where the parameters are.
-        extra: further tensors that a step changes in place, kept and found again with the rest.
+        extra: further tensors that a step changes in place, kept and found again with the rest; each of several
+            processes has its rows of them.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class TrainingState:
             raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(self.named.values())
         # A captured step needs its rates and counters on the GPU; sharded parameters mix with no such tensors.
-        self._on_gpu = device.type == "cuda" and Ranks.here().world == 1
+        self.sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
+        self.replicated = Ranks.here().world > 1 and not self.sharded
+        self._on_gpu = device.type == "cuda" and not self.sharded
         by_muon = [g for g in self.groups if g.matrices and config.optimizer == "muon"]
         by_adam = [g for g in self.groups if g not in by_muon]
         self._rates = {g.name: torch.zeros((), device=device) for g in self.groups}
@@ -192,7 +195,7 @@ class TrainingState:
             for key, value in self._moments(parameter).items():
                 keep(f"{key}/{name}", value)
         for name, value in self.extra.items():
-            keep(f"extra/{name}", value)
+            keep(f"extra/{name}", ranks.joined(value))
         if ranks.first:
             note = {"run": run, "step": step, "validation": {str(k): v for k, v in validation.items()}}
             note |= {"retreats": list(retreats)} if retreats else {}
@@ -220,7 +223,7 @@ class TrainingState:
                     for key, value in self._moments(parameter).items():
                         put_(value, stream.get_tensor(f"{key}/{name}"))
                 for name, value in self.extra.items():
-                    put_(value, stream.get_tensor(f"extra/{name}"))
+                    put_(value, Ranks.here().part(stream.get_tensor(f"extra/{name}")))
         except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to train again") from None
         return _saved(note)

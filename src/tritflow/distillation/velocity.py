@@ -67,14 +67,15 @@ def distill_(
 ) -> DistillationResult:
     """Train `groups` in place so that `student(**kwargs)` gives the recorded velocity.
 
-    In a process group, every process calls this with its part of the student (`sharded.shard_`) and the same arguments;
-    each takes its share of every batch, and a checkpoint is the same whoever goes on from it.
+    In a process group, every process calls this with its part of the student (`sharded.shard_`), or with the whole of
+    it, and the same arguments; each takes its share of every batch, and a checkpoint is the same whoever goes on from
+    it. Online states are each process's own, of its share of the batch.
 
     Args:
         student: called with a batch's kwargs; returns the velocity [B, tokens, channels].
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
         trajectories: training and held-out pairs.
-        states: train on these instead of the recorded training pairs (one process).
+        states: train on these instead of the recorded training pairs.
         measure: the training loss, see `losses`; validation is the plain mean square whatever it is.
         config: steps, rates, batch size, seed.
         out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
@@ -92,9 +93,6 @@ def distill_(
     device = torch.device(device)
     out_dir = Path(out_dir)
     ranks = Ranks.here()
-    if ranks.world > 1 and (states is not None or config.optimizer == "muon"):
-        what = "online states are" if states is not None else "the muon optimizer is"
-        raise ValueError(f'{what} for one process; set online.pool = 0 and optimizer = "adamw" to use several')
     state = TrainingState(groups, config, device, {} if states is None else states.state)
     run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
     saved = state.load(out_dir, run)
@@ -117,7 +115,7 @@ def distill_(
         return measure(student(**kwargs), inputs[VELOCITY], kwargs)
 
     def validate() -> float:
-        return validation_error(student, trajectories, config.batch_size, device)
+        return ranks.agree(validation_error(student, trajectories, config.batch_size, device))
 
     step = Step(loss_of, state, config.grad_clip)
     if not start:
@@ -132,7 +130,7 @@ def distill_(
             return {PAIRS: rows}  # gathered by the step itself
         return _inputs(trajectories.pairs(rows, "train", device))
 
-    if cuda_graph and ranks.world == 1 and device.type == "cuda" and start < config.steps:
+    if cuda_graph and not state.sharded and device.type == "cuda" and start < config.steps:
         run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
     judged = trajectories.size("holdout") > 0
     guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)

@@ -30,7 +30,7 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json, write_tensors
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.config import TernaryConfig
+from tritflow.config import Recipe, TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.losses import measure_of
@@ -286,7 +286,9 @@ def _distill(
         twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
         start.fill_(dict(rest_parameters(model)), {n: m.weight for n, m in twins.items()})
     order = job.family.block_order(job.source.config)
-    shard_(model, order, job.device)
+    whole_here = replicated(job.recipe)
+    if not whole_here:
+        shard_(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
     train = functools.partial(
         distill_,
@@ -302,7 +304,7 @@ def _distill(
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
     with training_attention(job.device):
-        if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
+        if config.compile_blocks and job.device.type == "cuda" and (whole_here or ranks.world == 1):
             result = _compiled([model, *([] if teacher is None else [teacher])], train)
         else:
             result = train()
@@ -321,6 +323,12 @@ def _distill(
     if latents:
         write_tensors(work / LATENTS, latents, {"job": job.id})
     return result.validation, result.retreats
+
+
+def replicated(recipe: Recipe) -> bool:
+    """Whether each of several processes holds the whole student: Muon takes whole matrices, and the teacher of a pool
+    is whole beside it anyway."""
+    return recipe.online.pool > 0 or recipe.distillation.optimizer == "muon"
 
 
 def _token_grid(trajectories: Trajectories, job: Job) -> tuple[int, int]:
