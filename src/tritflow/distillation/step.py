@@ -92,9 +92,10 @@ class Step:
         if self.state.replicated:
             # Two graphs, and the exchange between them: a collective inside of one ties it to the communicator.
             rest = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # NCCL's own thread asks the device meanwhile, which would break a capture that watches all threads.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 loss, gradients = self._backward(static)
-            with torch.cuda.graph(rest, pool=graph.pool()):
+            with torch.cuda.graph(rest, pool=graph.pool(), capture_error_mode="thread_local"):
                 self._update(gradients)
         else:
             with torch.cuda.graph(graph):
