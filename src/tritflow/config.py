@@ -170,10 +170,13 @@ class DistillationConfig(_Config):
     Attributes:
         steps: optimiser steps (0: no distillation).
         batch_size: (x_t, v) pairs a step, drawn over all trajectories.
-        optimizer: of latent weights; `muon` (orthogonalised momentum) learns twice as fast as `adamw`, one process.
+        optimizer: of latent weights; `muon` (orthogonalised momentum) learns twice as fast as `adamw`.
         learning_rate: peak of the cosine schedule for latent weights, in trits a step.
         scale_learning_rate: peak for the log row scales and biases.
-        column_learning_rate: peak for the log column scales; nothing holds them, so a long run wants little (0: fixed).
+        column_learning_rate: peak for the log column scales; nothing holds them, so a long run wants little (0: they
+            stay as calibration gave them).
+        damp_columns: columns with a scale c above 1 take steps of 1 / c trits, so that no column of the weight moves
+            further than one of scale 1 (muon alone).
         rest_learning_rate: peak for all that stays dense: embedders, norms, output layer (0: they stay as they are).
         warmup_steps: linear warm-up.
         weight_decay: of latent weights.
@@ -181,7 +184,11 @@ class DistillationConfig(_Config):
         activation_bits: 8 puts fake-quantized activations inside the loop, 16 leaves them alone.
         train_scales: whether row (and column) scales are tuned.
         train_biases: whether the linears' biases are tuned.
-        checkpoint_every: steps between resumable checkpoints (0: only the last).
+        checkpoint_every: steps between resumable checkpoints, each with a validation (0: only the last).
+        detail_weight: how much more the highest frequency of the velocity's error weighs than the lowest, minus 1.
+        late_weight: how much more its last timestep weighs than the first, minus 1.
+        retreats: how often a run that diverges goes back to its best checkpoint, each time with half the rate.
+        retreat_above: it diverges where the validation error is so many times the best one, or not finite.
         seed: of the batch order.
         compile_blocks: `torch.compile` the blocks first (CUDA alone; it takes a minute, which long runs win back).
     """
@@ -193,6 +200,7 @@ class DistillationConfig(_Config):
     learning_rate: float = 3e-3
     scale_learning_rate: float = 1e-3
     column_learning_rate: float = 1e-3
+    damp_columns: bool = False
     rest_learning_rate: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.0
@@ -201,6 +209,10 @@ class DistillationConfig(_Config):
     train_scales: bool = True
     train_biases: bool = True
     checkpoint_every: int = 200
+    detail_weight: float = 0.0
+    late_weight: float = 0.0
+    retreats: int = 2
+    retreat_above: float = 4.0
     seed: int = 0
     compile_blocks: bool = False
 
@@ -312,6 +324,9 @@ class Recipe:
         compensation_samples: how many recorded (x_t, v) pairs its activations come from.
         smoothing: exponent, 0 to 1, of column scales from calibration activations (SmoothQuant), which take outlier
             channels out of 8-bit activations; None: column scales, if any, come from the weights.
+        smoothing_outliers: only input channels at least so many times as large as their layer's median get a scale of
+            their own, all others 1 (0: every channel gets one).
+        smoothing_skip: patterns of linears whose column scales all stay 1.
         ternary: storage and targets.
         calibration: which trajectories (used by compensation, reconstruction and distillation).
         streaming: what may be kept while blocks are streamed.
@@ -326,6 +341,8 @@ class Recipe:
     compensation: bool = False
     compensation_samples: int = 256
     smoothing: float | None = None
+    smoothing_outliers: float = 0.0
+    smoothing_skip: tuple[str, ...] = ()
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)

@@ -27,11 +27,12 @@ from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.quantization.convert import prepare_
 from tritflow.testing import tiny_flux_transformer
 
-data, out, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
+data, out, stop, optimizer = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
 names = ["transformer_blocks.0", "single_transformer_blocks.0"]
 config = DistillationConfig(
-    steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-2, rest_learning_rate=1e-3, checkpoint_every=3
+    steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-2, rest_learning_rate=1e-3, checkpoint_every=3,
+    optimizer=optimizer,
 )
 
 def progress(step, steps, loss):
@@ -42,7 +43,8 @@ with processes("cpu") as ranks:
     model = tiny_flux_transformer(double=1, single=1, seed=3).requires_grad_(False)
     prepare_(model, TernaryConfig())
     total = sum(p.numel() for p in model.parameters())
-    shard_(model, names, "cpu")
+    if optimizer == "adamw":
+        shard_(model, names, "cpu")
     groups = parameter_groups(model, config)
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     result = distill_(
@@ -83,13 +85,13 @@ def data(tmp_path_factory):
     return folder
 
 
-def distil(data, out, processes, stop=-1):
+def distil(data, out, processes, stop=-1, optimizer="adamw"):
     out.mkdir(exist_ok=True)
     script = out.parent / "distil.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(data), str(out), str(stop)],
+        [sys.executable, *(launcher if processes > 1 else []), str(script), str(data), str(out), str(stop), optimizer],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -129,6 +131,22 @@ def test_two_processes_distil_what_one_does(data, tmp_path):
     alone_again, _ = distil(data, tmp_path / "left", 1)
     assert alone_again["loss"][:3] == two["loss"][:3]
     assert alone_again["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_whole_students_learn_what_one_does_by_muon(data, tmp_path):
+    one, alone = distil(data, tmp_path / "one", 1, optimizer="muon")
+    two, together = distil(data, tmp_path / "two", 2, optimizer="muon")
+    assert two["held"] == two["total"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)  # Muon's products are in bfloat16
+    assert two["validation"]["8"] < two["validation"]["0"]
+    trits = [name for name in alone if name.endswith("trits")]
+    moved = sum(int((alone[n] != together[n]).sum()) for n in trits)
+    assert moved <= 0.005 * sum(alone[n].numel() for n in trits)
+    distil(data, tmp_path / "cut", 2, stop=5, optimizer="muon")
+    again, resumed = distil(data, tmp_path / "cut", 2, optimizer="muon")
+    assert again["loss"] == two["loss"]
+    assert all(torch.equal(tensor, together[name]) for name, tensor in resumed.items())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

@@ -162,3 +162,57 @@ def test_cuda_graph_equals_eager(trajectories, tmp_path):
         results.append((student.weight.detach().cpu(), r.validation[60]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-4)
     assert results[1][1] < 1e-2
+
+
+class Breaking(Student):
+    """Breaks at given forward passes of the training: as a run does that leaves its valley."""
+
+    def __init__(self, at, by=math.nan):
+        super().__init__()
+        self.at, self.by, self.calls = at, by, 0
+
+    def forward(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if self.calls in self.at:
+                with torch.no_grad():
+                    self.weight.add_(self.by)
+        return super().forward(*args, **kwargs)
+
+
+def distil(student, trajectories, out, **settings):
+    return distill_(student, student.groups(), trajectories, dataclasses.replace(CONFIG, **settings), out)
+
+
+@pytest.mark.parametrize("by", [math.nan, 30.0])
+def test_a_run_that_diverges_goes_back_to_its_best_with_half_the_rate(trajectories, tmp_path, by):
+    # It comes right again by itself where it has the steps for it, so it breaks just before it is looked at.
+    student = Breaking({39}, by)
+    with pytest.warns(UserWarning, match=r"goes back to step 20 with 0\.5 of the rate"):
+        result = distil(student, trajectories, tmp_path)
+    assert [(r["to"], r["last"]) for r in result.retreats] == [(20, False)]
+    assert result.validation[60] < 0.1 * result.validation[0]
+    assert json.loads((tmp_path / "curve.json").read_text())["retreats"] == result.retreats
+    # Finished, it is known to have gone back.
+    again = distil(Breaking(set()), trajectories, tmp_path)
+    assert again == result
+
+
+def test_a_run_that_always_diverges_ends_with_its_best(trajectories, tmp_path):
+    student = Breaking(set(range(30, 500)))
+    with pytest.warns(UserWarning, match="ends there"):
+        result = distil(student, trajectories, tmp_path)
+    assert [r["last"] for r in result.retreats] == [False, False, True]
+    assert result.steps == len(result.loss) == 20
+    assert max(result.validation) == 20
+    assert bool(torch.isfinite(student.weight).all())
+    with torch.no_grad():
+        fresh = Breaking(set())
+        assert distil(fresh, trajectories, tmp_path) == result
+        assert torch.equal(fresh.weight, student.weight)
+
+
+def test_a_run_may_be_told_not_to_go_back(trajectories, tmp_path):
+    with pytest.warns(UserWarning, match="ends there"):
+        result = distil(Breaking({39}), trajectories, tmp_path, retreats=0)
+    assert result.steps == 20

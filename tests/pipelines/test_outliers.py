@@ -83,6 +83,31 @@ def test_smoothing_without_compensation_undoes_them_too(error):
     assert error("twin", smooth, "w2a8") == pytest.approx(error("teacher", smooth, "w2a8"), rel=0.1)
 
 
+def test_scales_for_outlier_channels_alone_undo_them(error, teacher, twin, prompts, tmp_path):
+    few = dataclasses.replace(SMOOTH, name="few", smoothing=0.0, smoothing_outliers=20.0)
+    assert error("twin", few, "w2a8") < 1.1 * error("teacher", few, "w2a8")
+    assert error("twin", few, "w2a8") < 0.6 * error("twin", PLAIN, "w2a8")
+    scales = {}
+    for source in (teacher, twin):
+        report = quantize(source, tmp_path / source.parent.name, few, prompts=prompts, device="cpu")
+        model = FluxTransformer2DModel.from_pretrained(report.transformer)
+        scales[source] = {n: m.input_scale for n, m in model.named_modules() if hasattr(m, "input_scale")}
+    assert all(bool((c == 1).all()) for c in scales[teacher].values())
+    changed = {n: int((c != 1).sum()) for n, c in scales[twin].items()}
+    assert {count for name, count in changed.items() if name.endswith("to_q")} == {3}
+    assert not any(count for name, count in changed.items() if name.endswith("norm.linear"))
+
+
+def test_skipped_linears_keep_scales_of_one(teacher, prompts, tmp_path):
+    skip = dataclasses.replace(SMOOTH, smoothing_skip=("*.norm.linear", "*.norm1*.linear"))
+    model = FluxTransformer2DModel.from_pretrained(
+        quantize(teacher, tmp_path / "out", skip, prompts=prompts, device="cpu").transformer
+    )
+    ones = {n for n, m in model.named_modules() if hasattr(m, "input_scale") and bool((m.input_scale == 1).all())}
+    assert ones == {n for n, m in model.named_modules() if n.endswith("linear") and hasattr(m, "input_scale")}
+    assert ones
+
+
 def test_scales_are_stored_and_ranges_kept(teacher, prompts, tmp_path, monkeypatch):
     seen = []
     report = quantize(

@@ -8,8 +8,24 @@ import torch
 from tritflow.config import CalibrationConfig, DistillationConfig, Recipe
 from tritflow.models import FLUX1
 from tritflow.pipelines.quantize import plan
-from tritflow.pipelines.rivals import RIVALS, RivalError, absmean_lora, apply_rival_, find_rival, rival_identity
-from tritflow.pipelines.rivals.simulated import LowRankInt4, int4_groups, round_k_quant
+from tritflow.pipelines.rivals import (
+    RIVALS,
+    RivalError,
+    absmean_lora,
+    apply_rival_,
+    chosen_rivals,
+    find_rival,
+    rival_identity,
+)
+from tritflow.pipelines.rivals.gptq import grid, round_gptq
+from tritflow.pipelines.rivals.simulated import (
+    LowRankInt4,
+    int4_groups,
+    nf4_levels,
+    round_k_quant,
+    round_nf4,
+    round_tq2_0,
+)
 from tritflow.testing import random_linear, relative_error, tiny_flux_transformer, transformer_inputs
 
 
@@ -41,6 +57,8 @@ EXPECTED = {
     "q2_k-simulated": (2.625, 0.8),
     "q4_k-simulated": (4.5, 0.2),
     "svdquant-simulated": (0, 0.3),
+    "nf4-simulated": (4.127, 0.2),
+    "tq2_0-simulated": (2.0625, 1.5),
 }
 
 
@@ -160,3 +178,66 @@ def test_int4_groups_and_the_low_rank_branch():
         assert relative_error(whole(x), linear(x)) < 1e-4
         errors = [relative_error(LowRankInt4(linear, rank, 64)(x), linear(x)) for rank in (1, 48)]
     assert errors[1] < errors[0] < 0.25
+
+
+def test_nf4_has_its_published_levels_and_takes_the_nearest():
+    published = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+                 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
+    assert nf4_levels().tolist() == pytest.approx(published, abs=2e-6)
+    w = random_linear(512, 64).weight.detach()
+    q = round_nf4(w)
+    amax = w.reshape(-1, 64).abs().amax(1, keepdim=True)
+    levels = nf4_levels()
+    nearest = levels[(w.reshape(-1, 64)[..., None] / amax[..., None] - levels).abs().argmin(-1)] * amax
+    # Only the second quantization, of the maxima, stands between: 8 bits of what they differ by.
+    # It may tip a weight on a border to the next level.
+    assert relative_error(q.reshape(-1, 64), nearest) < 0.04
+    assert 0.05 < relative_error(q, w) < 0.12
+
+
+def test_tq2_0_is_the_largest_magnitude_a_block():
+    w = random_linear(512, 8).weight.detach()
+    q = round_tq2_0(w).reshape(-1, 256)
+    for row, block in zip(q, w.reshape(-1, 256), strict=True):
+        scale = float(block.abs().max().half())
+        assert set(row.tolist()) <= {-scale, 0.0, scale}
+        assert torch.equal(row != 0, block.abs() >= 0.5 * block.abs().max())
+
+
+def test_gptq_stays_on_its_grid_and_beats_rounding_to_it():
+    g = torch.Generator().manual_seed(0)
+    w = random_linear(128, 96).weight.detach()
+    x = torch.randn(2000, 128, generator=g) @ torch.randn(128, 128, generator=g)  # correlated inputs
+    h = x.T @ x / len(x)
+    q = round_gptq(w, h, 2, 64)
+    plain = torch.empty_like(w)
+    for start in (0, 64):
+        part = w[:, start : start + 64]
+        step, zero = grid(part, 2)
+        codes = ((part / step[:, None]).round() + zero[:, None]).clamp(0, 3)
+        plain[:, start : start + 64] = (codes - zero[:, None]) * step[:, None]
+        assert all(len(set(row)) <= 4 for row in q[:, start : start + 64].tolist())
+
+    def error(rounded):
+        return float((((rounded - w) @ h) * (rounded - w)).sum())
+
+    assert error(q) < 0.7 * error(plain)
+    # Inputs that are independent and alike leave nothing to push around but the rounding itself.
+    even = round_gptq(w, torch.eye(128), 2, 64)
+    assert (even - w).square().sum() == pytest.approx(float((plain - w).square().sum()), rel=1e-4)
+
+
+def test_all_rivals_are_those_that_need_no_training_and_no_twice():
+    names = [rival.name for rival in chosen_rivals("all")]
+    assert "absmean-lora" not in names
+    assert "gptq-2" in names
+    assert ("nf4-simulated" in names) == (not installed(RIVALS["nf4"]))
+    assert [r.name for r in chosen_rivals("hqq-2, gptq-2")] == ["hqq-2", "gptq-2"]
+    with pytest.raises(RivalError, match="did you mean 'gptq-2'"):
+        chosen_rivals("gptq2")
+
+
+def test_a_rival_that_calibrates_wants_the_pipeline():
+    model, names = flux()
+    with pytest.raises(RivalError, match="needs the whole pipeline"):
+        apply_rival_(RIVALS["gptq-2"], model, names)

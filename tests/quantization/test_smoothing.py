@@ -77,3 +77,17 @@ def test_mistakes_are_named():
         smoothing_scale(weight, amax * torch.inf, 0.5)
     with pytest.raises(ValueError, match="absmean"):
         round_weight(weight, "absmean", input_scale=amax)
+
+
+def test_only_outliers_get_a_scale_where_a_ratio_is_given():
+    weight, amax, _ = weight_and_ranges()
+    assert torch.equal(smoothing_scale(weight, amax, 0.0, outliers=20.0), torch.ones(64))
+    channels = torch.ones(64)
+    channels[[3, 40]] = torch.tensor([64.0, 90.0])
+    c = smoothing_scale(weight / channels, amax * channels, 0.0, outliers=20.0)
+    assert (c != 1).nonzero()[:, 0].tolist() == [3, 40]
+    # What was multiplied is divided: such a column is then as large as the others.
+    sizes = column_sizes(weight / channels) / c
+    assert 0.5 < float(sizes[[3, 40]].min() / sizes.median()) < float(sizes[[3, 40]].max() / sizes.median()) < 2
+    with pytest.raises(ValueError, match="above 1"):
+        smoothing_scale(weight, amax, 0.0, outliers=0.5)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from tritflow.config import ConfigError, Recipe
@@ -76,3 +78,29 @@ def test_recipes_that_only_round_say_what_keeps_the_pictures():
         assert (said is not None) == (name in ("absmean", "fast")), name
     assert "--recipe balanced" in advice("fast", 10**7)
     assert "--recipe large" in advice("fast", 12 * 10**9)
+
+
+def test_settings_that_came_later_leave_older_hashes_alone():
+    """A job from before them goes on."""
+    recipe = load_recipe("demo")
+    assert recipe_hash(recipe) == "f66e20f03a510960"
+    changed = dataclasses.replace(recipe, distillation=dataclasses.replace(recipe.distillation, retreats=1))
+    assert recipe_hash(changed) != recipe_hash(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smoothing = 0.0\nsmoothing_outliers = 0.5", "ratio above 1"),
+        ("smoothing_outliers = 20.0", "need smoothing"),
+        ("smoothing = 0.0\nsmoothing_skip = [3]", "list of patterns"),
+        ("[distillation]\nsteps = 1\ndamp_columns = true", 'optimizer = "muon"'),
+        ("[distillation]\nsteps = 1\nretreats = -1", "retreats is 0 or more"),
+        ("[distillation]\nsteps = 1\nretreat_above = 1.0", "retreat_above above 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(path)

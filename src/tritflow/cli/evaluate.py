@@ -56,6 +56,29 @@ def _scorers(given: list[str] | None) -> dict[str, str]:
     return chosen
 
 
+def _each(rivals: str, given: dict[str, Any]) -> None:
+    """`evaluate` with the arguments `given`, once for each rival."""
+    from tritflow.cli.console import say
+    from tritflow.evaluation.api import EvaluationError
+    from tritflow.evaluation.rivals import evaluate_rivals
+    from tritflow.pipelines.rivals import chosen_rivals
+
+    if given["rival"] is not None:
+        raise EvaluationError("give --rival or --rivals, not both")
+    chosen = chosen_rivals(rivals)
+
+    def one(rival: Any) -> None:
+        folder = rival.settings.get("folder")
+        name = rival.name if folder is None else f"{rival.name}={folder}"
+        evaluate(**{**given, "rivals": None, "rival": name, "label": rival.title, "skip_done": True})
+
+    failed = evaluate_rivals(chosen, one, say)
+    if failed:
+        say(f"{len(chosen) - len(failed)} of {len(chosen)} rivals done; not done: {', '.join(failed)}")
+    if len(failed) == len(chosen):
+        raise typer.Exit(1)
+
+
 def evaluate(
     suite: Annotated[str, typer.Argument(help="Which suite: scenes, geneval or t2i-compbench.")] = "scenes",
     model: Annotated[
@@ -83,6 +106,10 @@ def evaluate(
     rival: Annotated[
         str | None,
         typer.Option(help="Quantize a dense --model in memory by another method: nf4, quanto-int2, hqq-2, ..."),
+    ] = None,
+    rivals: Annotated[
+        str | None,
+        typer.Option(help="Each of these in turn, joined by commas, or `all` that can run here; resumes."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Pipeline that completes a bare transformer.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps (default: the fastest).")] = None,
@@ -115,6 +142,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of pictures and verdicts; resumes there.")] = None,
     results: Annotated[Path | None, typer.Option(help="Also append the run to this folder of results.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run as JSON and nothing else.")] = False,
+    skip_done: Annotated[bool, typer.Option("--skip-done", help="Do nothing where the run is in --out.")] = False,
 ) -> None:
     """Score a model on a suite, alone or against its teacher; a killed run resumes.
 
@@ -127,14 +155,18 @@ def evaluate(
     tritflow evaluate scenes --model small-student --against small
     tritflow evaluate scenes --model OUT --against FLUX_DIR --mode w2a8 --per-tag 20
     tritflow evaluate scenes --model small --rival hqq-2 --against small
+    tritflow evaluate scenes --model small --rivals all --against small --per-tag 128 --results benchmarks/results
     """
+    if rivals is not None:
+        return _each(rivals, dict(locals()))
     from rich.console import Console
 
     from tritflow.cli.console import print_json, say
-    from tritflow.evaluation.api import TaskOptions, get_task, limited
+    from tritflow.evaluation.api import TaskOptions, get_task, limited, prompts_hash
     from tritflow.evaluation.contenders import contender, trained_prompts
     from tritflow.evaluation.projection import extrapolate
     from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
+    from tritflow.evaluation.rivals import done_before
     from tritflow.evaluation.run import Plan, Sampling, projections
     from tritflow.evaluation.run import evaluate as run_evaluation
     from tritflow.pipelines.loading import pick_device
@@ -172,6 +204,11 @@ def evaluate(
             guidance_scale=same.guidance_scale,
         )
     folder = out or Path("runs/eval") / f"{suite}-{len(records)}x{sampling.samples}-seed{seed}"
+    if skip_done and done_before(
+        folder / "results.json", suite, student.model.hash, prompts_hash(records), (sampling.samples, seed)
+    ):
+        say(f"its results are in {folder} already")
+        return
     perceptual = None
     if lpips is not None:
         from tritflow.evaluation.scorers.lpips import Lpips

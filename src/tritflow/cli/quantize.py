@@ -23,6 +23,9 @@ _EXAMPLES = """Examples:
   tritflow quantize small OUT --recipe demo            # compensate and distil the built-in model
   tritflow quantize FLUX_DIR OUT --recipe balanced --prompts my_prompts.txt --device cuda
   torchrun --nproc-per-node 2 -m tritflow.cli.main quantize FLUX_DIR OUT --recipe best   # distils on two GPUs
+  tritflow quantize small OUT --recipe best --prompts scenes:49152 --keep-latents --set distillation.steps=20000
+  tritflow quantize small OUT2 --recipe best --prompts scenes:49152 --start OUT    # another leg
+  tritflow quantize small OUT3 --recipe best --prompts scenes:49152 --seed 1       # the same with other noise
   tritflow quantize --list                             # the recipes
 """
 
@@ -78,6 +81,19 @@ def quantize(
     ] = None,
     base: o.Base = None,
     device: o.Device = "auto",
+    seed: Annotated[
+        int | None, typer.Option(help="Of calibration's noise and prompts and of training's order: a second run.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting of the recipe; repeatable."),
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Distil on from this finished student (OUT of an earlier run, small-student).")
+    ] = None,
+    keep_latents: Annotated[
+        bool, typer.Option("--keep-latents", help="Also write what a later --start goes on from: a byte a weight.")
+    ] = False,
     full: Annotated[bool, typer.Option("--full", help="Copy the other components too, even above 1 GiB.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")] = False,
     keep_work: Annotated[
@@ -106,6 +122,10 @@ def quantize(
             prompts=prompts,
             base=base,
             device=device,
+            seed=seed,
+            settings=settings or (),
+            start=start,
+            keep_latents=keep_latents,
             full=full,
             overwrite=overwrite,
             keep_work=keep_work,
@@ -127,6 +147,7 @@ def quantize(
                 "digest": report.digest,
                 "components": report.components,
                 "note": hint,
+                "retreats": list(report.retreats),
                 "validation_mse": {str(k): v for k, v in report.validation.items()},
             }
         )
@@ -142,6 +163,9 @@ def quantize(
     if report.validation:
         first, last = (report.validation[k] for k in (min(report.validation), max(report.validation)))
         say(f"velocity error on held-out trajectories: {first:.5g} -> {last:.5g}")
+    for retreat in report.retreats:
+        then = "its best so far is what was written" if retreat["last"] else "it went on from there at half the rate"
+        say(f"diverged at step {retreat['at']} ({retreat['why']}), back to step {retreat['to']}: {then}")
     if hint:
         say(f"note: {hint}")
     if not report.components:

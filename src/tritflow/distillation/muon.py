@@ -8,7 +8,7 @@ scalable for LLM training" (2025). torch.optim.Muon takes one matrix at a time: 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +31,23 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Muon over 2-D parameters. `lr` is a tensor, so that a captured CUDA graph sees its changes."""
+    """Muon over 2-D parameters.
+
+    Args:
+        parameters: [N, K] each.
+        lr: a tensor, so that a captured CUDA graph sees its changes.
+        momentum: of the gradient.
+        weight_decay: decoupled.
+        factors: id of a parameter -> [K], by which the columns of its orthogonalised step are multiplied.
+    """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: Tensor, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[Tensor],
+        lr: Tensor,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        factors: Mapping[int, Tensor] | None = None,
     ) -> None:
         groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
@@ -44,6 +57,7 @@ class Muon:
         self.groups = list(groups.values())
         self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.factors = [_stacked(group, factors or {}) for group in self.groups]
 
     def momenta(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter with its momentum, a view of what `step` uses."""
@@ -56,11 +70,21 @@ class Muon:
     @torch.no_grad()
     def step(self) -> None:
         """One update from the parameters' `.grad`."""
-        for group, buffer in zip(self.groups, self.buffers, strict=True):
+        for group, buffer, factor in zip(self.groups, self.buffers, self.factors, strict=True):
             grad = torch.stack([p.grad for p in group])  # type: ignore[misc]
             buffer.lerp_(grad, 1 - self.momentum)
             update = orthogonalize(torch.lerp(grad, buffer, self.momentum)).float()
             update = update * (0.2 * max(update.shape[-2:]) ** 0.5)
+            if factor is not None:
+                update = update * factor
             if self.weight_decay:
                 update = update + self.weight_decay * torch.stack(group)
             torch._foreach_sub_(group, list((update * self.lr).unbind()))
+
+
+def _stacked(group: Sequence[Tensor], factors: Mapping[int, Tensor]) -> Tensor | None:
+    """[B, 1, K] of a group of equal shapes; None where no factor is given."""
+    if not any(id(p) in factors for p in group):
+        return None
+    ones = group[0].new_ones(group[0].shape[1])
+    return torch.stack([factors.get(id(p), ones) for p in group])[:, None]

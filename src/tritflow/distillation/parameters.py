@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from tritflow.config import DistillationConfig
 from tritflow.distillation.state import ParameterGroup
@@ -23,11 +23,15 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
         raise ValueError("the model holds no FakeTernaryLinear: call prepare_ before distilling")
     model.requires_grad_(False)
     latents: dict[str, nn.Parameter] = {}
+    factors: dict[str, Tensor] = {}
     scales: dict[str, nn.Parameter] = {}
     columns: dict[str, nn.Parameter] = {}
     biases: dict[str, nn.Parameter] = {}
     for name, twin in twins.items():
         latents[f"{name}.weight"] = twin.weight
+        columns_now = twin.scales()[1]
+        if config.damp_columns and columns_now is not None:
+            factors[f"{name}.weight"] = columns_now.detach().reciprocal().clamp_max(1.0)
         if config.train_scales:
             scales[f"{name}.log_weight_scale"] = twin.log_weight_scale
             if twin.log_input_scale is not None and config.column_learning_rate > 0:
@@ -38,7 +42,9 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
     for parameter in [*latents.values(), *scales.values(), *columns.values(), *biases.values(), *rest.values()]:
         parameter.requires_grad_(True)
     return [
-        ParameterGroup("latent weights", latents, config.learning_rate, config.weight_decay, matrices=True),
+        ParameterGroup(
+            "latent weights", latents, config.learning_rate, config.weight_decay, matrices=True, factors=factors
+        ),
         ParameterGroup("scales", scales, config.scale_learning_rate),
         ParameterGroup("column scales", columns, config.column_learning_rate),
         ParameterGroup("biases", biases, config.scale_learning_rate),

@@ -1,4 +1,5 @@
-"""Training spread over processes by FSDP2: each holds a part of every parameter and sees a part of every batch.
+"""Training spread over processes: each sees a part of every batch, and holds a part of every parameter (FSDP2) or
+all of them, where the optimiser needs whole matrices.
 
 Started by `torchrun`. Without a process group everything here does nothing, so that training has one code path.
 """
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,15 @@ class Ranks:
             value /= self.world
         return value
 
-    def agree(self, value: int) -> int:
+    def joined(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, one after the other: what `part` takes apart."""
+        if self.world == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def agree(self, value: T) -> T:
         """The first process's value, in all."""
         if self.world > 1:
             found = [value]

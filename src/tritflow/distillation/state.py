@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class ParameterGroup:
         learning_rate: peak of the schedule.
         weight_decay: decoupled.
         matrices: whether they are weight matrices, which Muon may take.
+        factors: name -> [K], by which Muon's steps are multiplied column by column; of some of the parameters.
     """
 
     name: str
@@ -41,14 +42,16 @@ class ParameterGroup:
     learning_rate: float
     weight_decay: float = 0.0
     matrices: bool = False
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a checkpoint stands."""
+    """Where a checkpoint stands: its step, the validation errors until then, and how often the run went back."""
 
     step: int
     validation: dict[int, float]
+    retreats: list[dict[str, Any]] = field(default_factory=list)
 
 
 class TrainingState:
@@ -61,7 +64,8 @@ class TrainingState:
         groups: see `ParameterGroup`; names must be unique.
         config: the run's settings.
         device: where the parameters are.
-        extra: further tensors that a step changes in place, kept and found again with the rest.
+        extra: further tensors that a step changes in place, kept and found again with the rest; each of several
+            processes has its rows of them.
     """
 
     def __init__(
@@ -83,16 +87,27 @@ class TrainingState:
             raise ValueError("there is nothing to train: no parameter was given")
         self.parameters = list(self.named.values())
         # A captured step needs its rates and counters on the GPU; sharded parameters mix with no such tensors.
-        self._on_gpu = device.type == "cuda" and Ranks.here().world == 1
+        self.sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
+        self.replicated = Ranks.here().world > 1 and not self.sharded
+        self._on_gpu = device.type == "cuda" and not self.sharded
         by_muon = [g for g in self.groups if g.matrices and config.optimizer == "muon"]
         by_adam = [g for g in self.groups if g not in by_muon]
         self._rates = {g.name: torch.zeros((), device=device) for g in self.groups}
-        self._muon = [Muon(g.parameters.values(), self._rates[g.name], weight_decay=g.weight_decay) for g in by_muon]
+        self._muon = [
+            Muon(
+                g.parameters.values(),
+                self._rates[g.name],
+                weight_decay=g.weight_decay,
+                factors={id(g.parameters[name]): f.to(device) for name, f in g.factors.items()},
+            )
+            for g in by_muon
+        ]
         self._momenta = {id(p): m for muon in self._muon for p, m in muon.momenta()}
         self._adam = self._adamw(by_adam) if by_adam else None
         self._adam_groups = by_adam
         self.clipped = [p for g in by_adam for p in g.parameters.values()]
         self.losses = torch.zeros(config.steps, device=device)
+        self.rate = 1.0  # by which the schedule is multiplied
 
     def _adamw(self, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
         on_gpu = self._on_gpu
@@ -133,7 +148,7 @@ class TrainingState:
 
     def set_learning_rates(self, step: int) -> None:
         """Set every group's rate for step number `step`."""
-        factor = learning_rate_factor(step, self.config)
+        factor = self.rate * learning_rate_factor(step, self.config)
         for group in self.groups:
             self._rates[group.name].fill_(group.learning_rate * factor)  # in place: a captured graph reads this tensor
         if self._adam is not None and not self._on_gpu:
@@ -152,7 +167,20 @@ class TrainingState:
         if self._adam is not None:
             self._adam.step()
 
-    def save(self, folder: Path, run: dict[str, Any], step: int, validation: dict[int, float]) -> None:
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether every parameter is finite, in all processes."""
+        sums = [(p.to_local() if hasattr(p, "to_local") else p).double().sum() for p in self.parameters]
+        return math.isfinite(float(Ranks.here().mean(torch.stack(sums).sum())))
+
+    def save(
+        self,
+        folder: Path,
+        run: dict[str, Any],
+        step: int,
+        validation: dict[int, float],
+        retreats: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write `folder/checkpoint.safetensors` atomically, whole tensors; all processes call, the first one writes."""
         ranks = Ranks.here()
         tensors = {"losses": self.losses}
@@ -167,20 +195,21 @@ class TrainingState:
             for key, value in self._moments(parameter).items():
                 keep(f"{key}/{name}", value)
         for name, value in self.extra.items():
-            keep(f"extra/{name}", value)
+            keep(f"extra/{name}", ranks.joined(value))
         if ranks.first:
             note = {"run": run, "step": step, "validation": {str(k): v for k, v in validation.items()}}
+            note |= {"retreats": list(retreats)} if retreats else {}
             write_tensors(folder / CHECKPOINT, tensors, note)
         ranks.wait()
 
     @torch.no_grad()
-    def load(self, folder: Path, run: dict[str, Any]) -> Saved | None:
+    def load(self, folder: Path, run: dict[str, Any], name: str = CHECKPOINT) -> Saved | None:
         """Restore a checkpoint of the same run; None if there is none, or it is of another run.
 
         Raises:
             ValueError: it is damaged.
         """
-        path = folder / CHECKPOINT
+        path = folder / name
         if not path.exists():
             return None
         try:
@@ -194,10 +223,23 @@ class TrainingState:
                     for key, value in self._moments(parameter).items():
                         put_(value, stream.get_tensor(f"{key}/{name}"))
                 for name, value in self.extra.items():
-                    put_(value, stream.get_tensor(f"extra/{name}"))
+                    put_(value, Ranks.here().part(stream.get_tensor(f"extra/{name}")))
         except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to train again") from None
-        return Saved(note["step"], {int(k): v for k, v in note["validation"].items()})
+        return _saved(note)
+
+    def note(self, folder: Path, run: dict[str, Any], name: str) -> Saved | None:
+        """Where a checkpoint of the same run stands, without restoring it; None if there is none that can be read."""
+        try:
+            with safe_open(folder / name, framework="pt") as stream:
+                note = json.loads(stream.metadata()["tritflow"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return _saved(note) if note["run"] == json.loads(json.dumps(run)) else None
+
+
+def _saved(note: dict[str, Any]) -> Saved:
+    return Saved(note["step"], {int(k): v for k, v in note["validation"].items()}, note.get("retreats", []))
 
 
 def learning_rate_factor(step: int, config: DistillationConfig) -> float:

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import TrainingState
 
 
@@ -45,14 +47,34 @@ class Step:
 
     def eager(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One step; returns the loss as a scalar on the device, without waiting for it."""
+        loss, gradients = self._backward(inputs)
+        self._exchange(gradients)
+        self._update(gradients)
+        return loss
+
+    def _backward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The loss, and all gradients in one piece where they have to be exchanged."""
         self.state.zero_grad()
         with autocast(self.state.device):
             loss = self.loss(inputs)
         loss.backward()
+        if not self.state.replicated:
+            return loss.detach(), None
+        return loss.detach(), torch.cat([p.grad.flatten() for p in self.state.parameters if p.grad is not None])
+
+    def _exchange(self, gradients: Tensor | None) -> None:
+        if gradients is not None:
+            dist.all_reduce(gradients)
+
+    def _update(self, gradients: Tensor | None) -> None:
+        if gradients is not None:
+            gradients = gradients / Ranks.here().world
+            own = [p.grad for p in self.state.parameters if p.grad is not None]
+            for grad, part in zip(own, gradients.split([g.numel() for g in own]), strict=True):
+                grad.copy_(part.view_as(grad))
         if self.grad_clip > 0 and self.state.clipped:
             nn.utils.clip_grad_norm_(self.state.clipped, self.grad_clip)
         self.state.step()
-        return loss.detach()
 
     def capture(self, sample: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """The same step as a CUDA graph over static inputs; parameters and optimiser state are left as they were."""
@@ -64,10 +86,20 @@ class Step:
             for _ in range(3):  # allocators, cuBLAS handles and autotuning settle outside the graph
                 self.eager(static)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, rest = torch.cuda.CUDAGraph(), None
+        gradients: Tensor | None = None
         self.state.zero_grad()
-        with torch.cuda.graph(graph):
-            loss = self.eager(static)
+        if self.state.replicated:
+            # Two graphs, and the exchange between them: a collective inside of one ties it to the communicator.
+            rest = torch.cuda.CUDAGraph()
+            # NCCL's own thread asks the device meanwhile, which would break a capture that watches all threads.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss, gradients = self._backward(static)
+            with torch.cuda.graph(rest, pool=graph.pool(), capture_error_mode="thread_local"):
+                self._update(gradients)
+        else:
+            with torch.cuda.graph(graph):
+                loss = self.eager(static)
         with torch.no_grad():
             for tensor, value in zip(self.state.tensors(), before, strict=True):
                 tensor.copy_(value)
@@ -76,6 +108,9 @@ class Step:
             for name, tensor in inputs.items():
                 static[name].copy_(tensor)
             graph.replay()
+            if rest is not None:
+                self._exchange(gradients)
+                rest.replay()
             return loss
 
         return replay

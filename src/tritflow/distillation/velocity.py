@@ -1,26 +1,27 @@
 """Teach a student the teacher's velocity, on stored trajectories or on states made meanwhile. Knows no model family and
 no layer type.
 
-The loss is the plain mean square error of the velocity, which for a flow model is the error of every sampler
-step. On CUDA the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student
-is bound by kernel launches: four times faster than eager there.
+The loss is the mean square error of the velocity, which for a flow model is the error of every sampler step. On CUDA
+the whole step (forward, backward, clipping, optimiser) is one CUDA graph, because a small student is bound by kernel
+launches: four times faster than eager there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from tritflow.calibration.artifacts import provenance, write_json
 from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
+from tritflow.distillation.guard import DistillationError, Guard
+from tritflow.distillation.losses import Measure, plain
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
@@ -32,23 +33,22 @@ VALIDATION_PAIRS = 512
 PAIRS = "pairs"
 
 
-class DistillationError(ValueError):
-    """Training diverged, or a checkpoint belongs to another run."""
-
-
 @dataclass(frozen=True)
 class DistillationResult:
     """What `distill_` reached.
 
     Attributes:
-        steps: optimiser steps made in all, earlier runs included.
+        steps: optimiser steps behind the result, earlier runs included.
         loss: training loss of every step.
         validation: step -> velocity MSE on held-out trajectories.
+        retreats: each time the run diverged: `at` which step, `to` which it went back, `why`, and whether it was the
+            `last`, so that the best checkpoint is the result.
     """
 
     steps: int
     loss: list[float]
     validation: dict[int, float]
+    retreats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def distill_(
@@ -59,6 +59,7 @@ def distill_(
     out_dir: Path | str,
     *,
     states: OnlineStates | None = None,
+    measure: Measure = plain,
     device: torch.device | str = "cpu",
     identity: dict[str, Any] | None = None,
     cuda_graph: bool = True,
@@ -66,14 +67,16 @@ def distill_(
 ) -> DistillationResult:
     """Train `groups` in place so that `student(**kwargs)` gives the recorded velocity.
 
-    In a process group, every process calls this with its part of the student (`sharded.shard_`) and the same arguments;
-    each takes its share of every batch, and a checkpoint is the same whoever goes on from it.
+    In a process group, every process calls this with its part of the student (`sharded.shard_`), or with the whole of
+    it, and the same arguments; each takes its share of every batch, and a checkpoint is the same whoever goes on from
+    it. Online states are each process's own, of its share of the batch.
 
     Args:
         student: called with a batch's kwargs; returns the velocity [B, tokens, channels].
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
         trajectories: training and held-out pairs.
-        states: train on these instead of the recorded training pairs (one process).
+        states: train on these instead of the recorded training pairs.
+        measure: the training loss, see `losses`; validation is the plain mean square whatever it is.
         config: steps, rates, batch size, seed.
         out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
             same identity is continued; on the CPU the result is then the same to the last bit.
@@ -84,15 +87,12 @@ def distill_(
 
     Raises:
         ValueError: a batch cannot be shared out evenly among the processes.
-        DistillationError: the loss is not finite, or the checkpoint is of another run.
+        DistillationError: it diverged before the first checkpoint, or the checkpoint is of another run.
         DiskFullError: no space left for a checkpoint; the same call resumes.
     """
     device = torch.device(device)
     out_dir = Path(out_dir)
     ranks = Ranks.here()
-    if ranks.world > 1 and (states is not None or config.optimizer == "muon"):
-        what = "online states are" if states is not None else "the muon optimizer is"
-        raise ValueError(f'{what} for one process; set online.pool = 0 and optimizer = "adamw" to use several')
     state = TrainingState(groups, config, device, {} if states is None else states.state)
     run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
     saved = state.load(out_dir, run)
@@ -108,14 +108,14 @@ def distill_(
             here = states.batch(inputs)
             predicted = student(**here.kwargs)
             states.advance(inputs, here.velocity, predicted.detach())
-            return mse_loss(predicted.float(), here.velocity)
+            return measure(predicted, here.velocity, here.kwargs)
         if PAIRS in inputs:
             inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
-        predicted = student(**{n: t for n, t in inputs.items() if n != VELOCITY})
-        return mse_loss(predicted.float(), inputs[VELOCITY])
+        kwargs = {n: t for n, t in inputs.items() if n != VELOCITY}
+        return measure(student(**kwargs), inputs[VELOCITY], kwargs)
 
     def validate() -> float:
-        return validation_error(student, trajectories, config.batch_size, device)
+        return ranks.agree(validation_error(student, trajectories, config.batch_size, device))
 
     step = Step(loss_of, state, config.grad_clip)
     if not start:
@@ -130,28 +130,31 @@ def distill_(
             return {PAIRS: rows}  # gathered by the step itself
         return _inputs(trajectories.pairs(rows, "train", device))
 
-    if cuda_graph and ranks.world == 1 and device.type == "cuda" and start < config.steps:
+    if cuda_graph and not state.sharded and device.type == "cuda" and start < config.steps:
         run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
+    judged = trajectories.size("holdout") > 0
+    guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)
     report_every = max(1, min(20, config.steps // 50))
-    for number in range(start, config.steps):
-        state.set_learning_rates(number)
-        state.losses[number] = ranks.mean(run_step(batch(number)))
-        done = number + 1
+    done = start
+    while done < config.steps:
+        state.set_learning_rates(done)
+        state.losses[done] = ranks.mean(run_step(batch(done)))
+        done += 1
         if done % report_every == 0 or done == config.steps:
-            loss = float(state.losses[number])
+            loss = float(state.losses[done - 1])
             if not math.isfinite(loss):
-                raise DistillationError(
-                    f"the loss is {loss} at step {done}: lower learning_rate, or raise warmup_steps"
-                )
+                done = guard.retreat(done, f"the loss is {loss}", validation)
+                continue
             if on_progress is not None:
                 on_progress(done, config.steps, loss)
-        if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+        if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
             validation[done] = validate()
-            state.save(out_dir, run, done, validation)
-    if start < config.steps:
-        validation[config.steps] = validate()
-        state.save(out_dir, run, config.steps, validation)
-    result = DistillationResult(config.steps, state.losses.tolist(), validation)
+            if guard.diverged(validation[done]):
+                done = guard.retreat(done, f"the validation error is {validation[done]:.4g}", validation)
+                continue
+            guard.save(done, validation)
+    made = guard.retreats[-1]["to"] if guard.retreats and guard.retreats[-1]["last"] else config.steps
+    result = DistillationResult(made, state.losses[:made].tolist(), validation, guard.retreats)
     if ranks.first:
         write_json(out_dir / "curve.json", _curve(result, run, device))
     return result
@@ -200,5 +203,6 @@ def _curve(result: DistillationResult, run: dict[str, Any], device: torch.device
         **provenance(device),
         "steps": result.steps,
         "validation_mse": {str(k): v for k, v in sorted(result.validation.items())},
+        **({"retreats": result.retreats} if result.retreats else {}),
         "loss": [float(f"{x:.6g}") for x in result.loss],
     }

@@ -75,7 +75,7 @@ def contender(
 
         with quiet():
             pipe = load_pipeline(model, base=base, device=str(on), dtype=as_type, mode=mode, backend=backend)
-        return pipe, {} if other is None else _quantized_by(other, pipe)
+        return pipe, {} if other is None else _quantized_by(other, pipe, pipeline)
 
     def load() -> Draw:
         from tritflow.pipelines.generate import generate
@@ -99,7 +99,9 @@ def contender(
     name = Path(model).resolve().name if Path(model).is_dir() else model
     found = fingerprint(parts)
     if other is None:
-        return Contender(ModelId(name, found), settings, load, str(on))
+        where = source.transformer or pipeline / "transformer"
+        facts = None if stored is None else functools.partial(_ternary_facts, Path(where))
+        return Contender(ModelId(name, found), settings, load, str(on), facts)
     from tritflow.pipelines.rivals import rival_identity
 
     identity = ModelId(f"{name}-{other.name}", digest({"model": found, **rival_identity(other)}))
@@ -118,12 +120,35 @@ def _usable_rival(name: str, model: str, stored: str | None, device: Any, dtype:
     return rival
 
 
-def _quantized_by(rival: Rival, pipe: Any) -> dict[str, Any]:
+def _quantized_by(rival: Rival, pipe: Any, folder: Path) -> dict[str, Any]:
     from tritflow.models import family_of
     from tritflow.pipelines.rivals import apply_rival_
 
     config = {"_class_name": type(pipe.transformer).__name__, **pipe.transformer.config}
-    return apply_rival_(rival, pipe.transformer, list(family_of(config).block_linears(config)))
+    names = list(family_of(config).block_linears(config))
+    return apply_rival_(rival, pipe.transformer, names, pipe=pipe, folder=folder)
+
+
+def _ternary_facts(transformer: Path) -> dict[str, Any]:
+    """As a rival's, of a ternary folder: what its linears take as stored, scales included."""
+    from tritflow.formats.checkpoint import TernaryFolder
+    from tritflow.formats.packing import packed_width
+
+    folder = TernaryFolder(transformer)
+    weights = size = 0
+    for name, width in folder.linears.items():
+        rows = folder.entry(f"{name}.weight").shape[0]
+        weights += rows * width
+        size += rows * packed_width(width, folder.ternary.packing) + 2 * rows
+        size += 2 * width if f"{name}.input_scale" in folder else 0
+    return {
+        "name": "tritflow",
+        "title": "tritflow",
+        "simulated": False,
+        "weights": weights,
+        "bytes": size,
+        "bits_per_weight": round(8 * size / weights, 4),
+    }
 
 
 def stored_mode(transformer: str | Path) -> str | None:

@@ -48,7 +48,7 @@ class Contender:
         settings: how it draws.
         load: returns its `draw`; called only when pictures are missing.
         device: where it draws.
-        facts: measures what else is to be told of it (bits a weight of a rival), plain JSON; None: nothing.
+        facts: measures what else is to be told of a quantized model (method, bits a weight), plain JSON; None: dense.
     """
 
     model: ModelId
@@ -199,7 +199,7 @@ def evaluate(
         "scores": summarise(task, judgements),
     }
     if student.facts is not None:
-        run["rival"] = student.facts()
+        run["quantizer"] = student.facts()
     unseen = [j for j in judgements if j.prompt_id not in seen]
     if seen:
         run["scores_without_overlap"] = summarise(task, unseen) if unseen else None

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tritflow.calibration.trajectories import seed_of
 from tritflow.distillation.online import OnlineStates
+from tritflow.distillation.sharded import Ranks
 from tritflow.pipelines.dense import whole_teacher
 from tritflow.pipelines.loading import generation_defaults
 from tritflow.pipelines.teacher import jittered_sigmas, position_ids, sizes_of, token_grid
@@ -29,6 +31,7 @@ def online_states(job: Job) -> tuple[OnlineStates, Any]:
     Raises:
         ValueError: the encoded prompts don't fit beside the models, or the pool is empty.
     """
+    ranks = Ranks.here()
     pipe = whole_teacher(job)
     recipe, device = job.recipe, job.device
     dtype = next(pipe.transformer.parameters()).dtype
@@ -49,13 +52,19 @@ def online_states(job: Job) -> tuple[OnlineStates, Any]:
         sigmas.to(device),
         recipe.calibration.guidance_scales if guided else None,
         (rows * columns, transformer.config.in_channels),
-        batch_size=recipe.distillation.batch_size,
+        batch_size=_share(recipe.distillation.batch_size, ranks),
         batches=recipe.online.pool,
         student_share=recipe.online.student_share,
         dtype=dtype,
-        seed=recipe.distillation.seed,
+        # Each process has trajectories of its own.
+        seed=recipe.distillation.seed if ranks.first else seed_of(recipe.distillation.seed, 2, ranks.rank),
     )
     return states, transformer
+
+
+def _share(batch: int, ranks: Ranks) -> int:
+    """Of a batch, for each process."""
+    return len(ranks.part(torch.arange(batch)))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tritflow.assets import ASSETS, asset_path
@@ -34,8 +35,9 @@ from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
 from tritflow.pipelines.records import RECORDS
 from tritflow.pipelines.scene_prompts import scene_prompts
+from tritflow.pipelines.start import LATENTS, Start, write_latents
 from tritflow.quantization.rounding import Rounded, round_weight
-from tritflow.recipes import DEFAULT, load_recipe, recipe_dict, recipe_hash
+from tritflow.recipes import DEFAULT, load_recipe, override, recipe_dict, recipe_hash
 
 WORK = ".work"
 COMPONENTS_LIMIT = 1 << 30
@@ -63,6 +65,7 @@ class QuantizeReport:
         components: whether the rest of the pipeline was copied beside it.
         validation: velocity MSE on held-out trajectories by step; empty without distillation.
         resumed: the job had been finished before, nothing was done.
+        retreats: each time distillation diverged and went back; see `DistillationResult`.
     """
 
     transformer: Path
@@ -73,6 +76,7 @@ class QuantizeReport:
     components: bool
     validation: dict[int, float]
     resumed: bool = False
+    retreats: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Job:
     prompts: PromptSet | None
     base: str | None
     device: torch.device
+    start: Start | None = None
+    keep_latents: bool = False
 
     @property
     def ternary(self) -> TernaryConfig:
@@ -96,11 +102,12 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What fixes the bytes: source, recipe with overrides, prompts."""
-        return {
+        found = {
             "source": self.source.fingerprint(),
             "recipe": recipe_hash(self.recipe),
             "prompts": self.prompts.sha256 if self.prompts else None,
         }
+        return found if self.start is None else {**found, "start": self.start.identity}
 
     @property
     def id(self) -> str:
@@ -120,6 +127,10 @@ def quantize(
     prompts: str | Path | PromptSet | None = None,
     base: str | Path | None = None,
     device: str | torch.device | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+    start: str | Path | None = None,
+    keep_latents: bool = False,
     full: bool = False,
     overwrite: bool = False,
     keep_work: bool = False,
@@ -140,6 +151,11 @@ def quantize(
             `calibration_prompts.txt` of the model folder, or the paper's set from the cache.
         base: pipeline that gives text encoders to a bare transformer, where the recipe needs them.
         device: where rounding and training run (None: the best there is).
+        seed: of calibration's noise and choice of prompts, and of every order of training (None: the recipe's).
+        settings: further changes of the recipe, see `recipes.override`.
+        start: a finished student of the same source that distillation goes on from, in the place of the recipe's
+            rounding, compensation and reconstruction.
+        keep_latents: also write `out/latents.safetensors`, from which another run may go on (a byte a weight).
         full: copy the other components even above 1 GiB.
         overwrite: replace what an earlier `quantize` wrote to `out`.
         keep_work: keep trajectories and checkpoints in `out/.work`.
@@ -152,7 +168,7 @@ def quantize(
     out = Path(out)
     job = plan(
         src, recipe, mode=mode, packing=packing, skip=skip, column_scale=column_scale, prompts=prompts, base=base,
-        device=device,
+        device=device, seed=seed, settings=settings, start=start, keep_latents=keep_latents,
     )  # fmt: skip
     progress = on_progress or (lambda stage, done, total: None)
     with processes(job.device) as ranks:
@@ -172,6 +188,8 @@ def _quantize(
     _check_out(out, job, overwrite)
     meta = _meta(job)
     previous = read_json(out / "meta.json") if (out / "meta.json").is_file() else None
+    if job.keep_latents and not (out / LATENTS).is_file() and _distilled(out, job, previous):
+        raise QuantizeError(f"{out} was distilled without --keep-latents; drop it, or --overwrite to distil again")
     if previous and previous["complete"]:
         ranks.agree(0)
         ranks.wait()
@@ -180,11 +198,13 @@ def _quantize(
     work = out / WORK
     validation: dict[int, float] = {}
     rest: Mapping[str, Tensor] = {}
+    retreats: list[dict[str, Any]] = []
     if ranks.agree(needs_teacher(job.recipe)):
         from tritflow.pipelines.student import learn
 
         learned = learn(job, work, progress)
         validation, rounded, rest, stage = learned.validation, learned.rounded, learned.rest, "write"
+        retreats = learned.retreats
     else:
         rounded, stage = _round_one(job), "round"
     digest = _write(job, out / "transformer", rounded, rest, stage, progress)
@@ -195,6 +215,10 @@ def _quantize(
         "validation_mse": {str(step): mse for step, mse in sorted(validation.items())},
         "components": copied,
     }
+    if job.keep_latents:
+        write_latents(out / LATENTS, load_file(work / LATENTS), digest)
+    if retreats:
+        meta["retreats"] = retreats
     if left_out is not None:
         meta["base"] = left_out
     if (work / RECORDS).is_file():
@@ -204,6 +228,13 @@ def _quantize(
         shutil.rmtree(work, ignore_errors=True)
     ranks.wait()
     return _report(out, job, meta)
+
+
+def _distilled(out: Path, job: Job, previous: Mapping[str, Any] | None) -> bool:
+    """Whether distillation is over and its latents are gone."""
+    work = out / WORK
+    learned = (work / "learned.json").is_file() and read_json(work / "learned.json").get("job") == job.id
+    return bool(previous and previous["complete"]) or (learned and not (work / LATENTS).is_file())
 
 
 def plan(
@@ -217,17 +248,22 @@ def plan(
     prompts: str | Path | PromptSet | None = None,
     base: str | Path | None = None,
     device: str | torch.device | None = None,
+    seed: int | None = None,
+    settings: Sequence[str] = (),
+    start: str | Path | None = None,
+    keep_latents: bool = False,
 ) -> Job:
     """Check everything that can be checked before work starts; arguments and errors as in `quantize`."""
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = override(load_recipe(recipe) if isinstance(recipe, str) else recipe, settings)
+    chosen = chosen if seed is None else _seeded(chosen, seed)
     given = {"mode": mode, "packing": packing, "column_scale": column_scale}
-    settings = chosen.ternary.to_dict() | {k: v for k, v in given.items() if v is not None}
-    settings["skip"] = [*chosen.ternary.skip, *skip]
+    stored = chosen.ternary.to_dict() | {k: v for k, v in given.items() if v is not None}
+    stored["skip"] = [*chosen.ternary.skip, *skip]
     if chosen.smoothing is not None:
         if column_scale is False:
             raise QuantizeError(f"recipe {chosen.name} smooths inputs by column scales; drop --no-column-scale")
-        settings["column_scale"] = True
-    ternary = TernaryConfig.from_dict(settings)
+        stored["column_scale"] = True
+    ternary = TernaryConfig.from_dict(stored)
     distillation, reconstruction = chosen.distillation, chosen.reconstruction
     if ternary.mode == "w2a8" and distillation.steps:
         distillation = dataclasses.replace(distillation, activation_bits=8)
@@ -245,6 +281,11 @@ def plan(
     for pattern in skip:
         if not any(TernaryConfig(targets=(pattern,)).matches(name) for name in inside):
             raise QuantizeError(f"--skip {pattern} matches none of the {len(inside)} block linears of {src}")
+    begin = None if start is None else Start(start, source.fingerprint())
+    if begin is not None:
+        chosen = _started(chosen, begin, linears)
+    if keep_latents and not chosen.distillation.steps:
+        raise QuantizeError(f"recipe '{chosen.name}' distils nothing, so there are no latents to keep")
     if needs_teacher(chosen) and family is not FLUX1:
         raise QuantizeError(
             f"recipe '{chosen.name}' runs the model, which tritflow does for FLUX.1 only, and {src} is {family.name}; "
@@ -263,6 +304,36 @@ def plan(
         prompts=found,
         base=None if base is None else str(base),
         device=on,
+        start=begin,
+        keep_latents=keep_latents,
+    )
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The same recipe with everything drawn anew."""
+    return dataclasses.replace(
+        recipe,
+        calibration=dataclasses.replace(recipe.calibration, seed=seed),
+        distillation=dataclasses.replace(recipe.distillation, seed=seed),
+        reconstruction=dataclasses.replace(recipe.reconstruction, seed=seed),
+    )
+
+
+def _started(recipe: Recipe, start: Start, linears: Mapping[str, tuple[int, int]]) -> Recipe:
+    """The recipe with nothing before distillation, and the student's kind of scales."""
+    if not recipe.distillation.steps:
+        raise QuantizeError(f"--start is where distillation goes on, and recipe '{recipe.name}' distils nothing")
+    missing = next((name for name in linears if name not in start), None)
+    if missing is not None:
+        raise QuantizeError(f"{start.path} keeps '{missing}' dense, so it cannot be started from; --skip it")
+    return dataclasses.replace(
+        recipe,
+        compensation=False,
+        smoothing=None,
+        smoothing_outliers=0.0,
+        smoothing_skip=(),
+        reconstruction=dataclasses.replace(recipe.reconstruction, steps=0),
+        ternary=dataclasses.replace(recipe.ternary, column_scale=start.column_scale),
     )
 
 
@@ -419,4 +490,5 @@ def _report(out: Path, job: Job, meta: dict[str, Any], resumed: bool = False) ->
         components=meta["components"],
         validation={int(step): mse for step, mse in meta["validation_mse"].items()},
         resumed=resumed,
+        retreats=meta.get("retreats", []),
     )

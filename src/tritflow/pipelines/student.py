@@ -10,6 +10,7 @@ Up to distillation the dense transformer is never whole in memory: its blocks ar
 .work/distilled/      checkpoint and loss curve
 .work/student/        roundings as distilled
 .work/rest.safetensors   dense parameters as distilled, where the recipe trains them
+.work/latents.safetensors   latent weights as distilled, where they are to be kept
 .work/calibration_records.jsonl   which recorded pairs compensation and reconstruction used
 """
 
@@ -29,8 +30,10 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json, write_tensors
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.config import Recipe, TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
+from tritflow.distillation.losses import measure_of
 from tritflow.distillation.parameters import parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
@@ -41,6 +44,7 @@ from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
 from tritflow.pipelines.records import RECORDS, Records
+from tritflow.pipelines.start import LATENTS, Start, pack_latent
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
 from tritflow.quantization.rounding import Rounded, round_weight
@@ -61,11 +65,13 @@ class Learned:
         rounded: rounding of a linear by name; the weight handed in is not looked at again.
         validation: step -> velocity MSE on held-out trajectories.
         rest: parameters by name that belong to no ternary linear, where they were trained.
+        retreats: see `DistillationResult`.
     """
 
     rounded: Callable[[str, Tensor], Rounded]
     validation: dict[int, float]
     rest: Mapping[str, Tensor] = field(default_factory=dict)
+    retreats: list[dict[str, Any]] = field(default_factory=list)
 
 
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
@@ -77,26 +83,34 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
     ranks = Ranks.here()
     done = read_json(summary) if summary.is_file() else {}
     if ranks.agree(done.get("job") != job.id):
-        validation = _learn(job, work, progress, ranks)
+        validation, retreats = _learn(job, work, progress, ranks)
+        done = {"job": job.id, "validation": {str(k): v for k, v in validation.items()}, "retreats": retreats}
         if ranks.first:
-            write_json(summary, {"job": job.id, "validation": {str(k): v for k, v in validation.items()}})
+            write_json(summary, done)
     else:
         validation = {int(k): v for k, v in done["validation"].items()}
     final = RoundedStore(work / _last_stage(job), job.id)
-    rest = load_file(work / REST) if job.recipe.distillation.rest_learning_rate > 0 and (work / REST).is_file() else {}
+    rest = load_file(work / REST) if _tunes_rest(job) and (work / REST).is_file() else {}
     ranks.wait()  # the first goes on, and clears up in the end
-    return Learned(lambda name, _: final[name], validation, rest)
+    return Learned(lambda name, _: final[name], validation, rest, done.get("retreats", []))
 
 
-def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> dict[int, float]:
+def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict[int, float], list[dict[str, Any]]]:
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
     if ranks.first:
         _calibrate(job, work, dtype, progress)
     ranks.wait()
     if not job.recipe.distillation.steps:
-        return {}
+        return {}, []
     start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
-    return _distill(job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), start, work, progress)
+    return _distill(
+        job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), job.start or start, work, progress
+    )
+
+
+def _tunes_rest(job: Job) -> bool:
+    """Whether dense parameters end up other than the source's."""
+    return job.recipe.distillation.rest_learning_rate > 0 or job.start is not None
 
 
 def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> None:
@@ -156,7 +170,14 @@ def _ranges(
 def _column_of(job: Job, ranges: dict[str, InputRange]) -> Callable[[str, Tensor], Tensor]:
     exponent = job.recipe.smoothing
     assert exponent is not None
-    return lambda name, weight: smoothing_scale(weight, ranges[name].amax, exponent)
+    skipped = TernaryConfig(targets=job.recipe.smoothing_skip)
+
+    def column_of(name: str, weight: Tensor) -> Tensor:
+        if skipped.matches(name):
+            return torch.ones(weight.shape[1], device=weight.device)
+        return smoothing_scale(weight, ranges[name].amax, exponent, job.recipe.smoothing_outliers)
+
+    return column_of
 
 
 def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]) -> None:
@@ -246,10 +267,10 @@ def _distill(
     job: Job,
     model: Any,
     trajectories: Trajectories,
-    start: RoundedStore,
+    start: RoundedStore | Start,
     work: Path,
     progress: Progress,
-) -> dict[int, float]:
+) -> tuple[dict[int, float], list[dict[str, Any]]]:
     config, ranks = job.recipe.distillation, Ranks.here()
     model.float()
     if len(start):
@@ -261,8 +282,13 @@ def _distill(
         rounded=start,
         activation_bits=config.activation_bits,
     )
+    if isinstance(start, Start):
+        twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
+        start.fill_(dict(rest_parameters(model)), {n: m.weight for n, m in twins.items()})
     order = job.family.block_order(job.source.config)
-    shard_(model, order, job.device)
+    whole_here = replicated(job.recipe)
+    if not whole_here:
+        shard_(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
     train = functools.partial(
         distill_,
@@ -272,25 +298,43 @@ def _distill(
         config,
         work / "distilled",
         states=states,
+        measure=measure_of(config, _token_grid(trajectories, job)),
         device=job.device,
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
     with training_attention(job.device):
-        if config.compile_blocks and job.device.type == "cuda" and ranks.world == 1:
+        if config.compile_blocks and job.device.type == "cuda" and (whole_here or ranks.world == 1):
             result = _compiled([model, *([] if teacher is None else [teacher])], train)
         else:
             result = train()
-    rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if config.rest_learning_rate > 0 else {}
+    rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if _tunes_rest(job) else {}
     if rest and ranks.first:
         write_tensors(work / REST, rest, {"job": job.id})
     store = RoundedStore(work / "student", job.id)
+    latents: dict[str, Tensor] = {}
     for block in order:
         with gathered(model.get_submodule(block)) as module:
             twins = {n: m for n, m in module.named_modules() if isinstance(m, FakeTernaryLinear)}
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
-    return result.validation
+                if job.keep_latents:
+                    latents |= {f"{block}.{n}": pack_latent(m.weight).cpu() for n, m in twins.items()}
+    if latents:
+        write_tensors(work / LATENTS, latents, {"job": job.id})
+    return result.validation, result.retreats
+
+
+def replicated(recipe: Recipe) -> bool:
+    """Whether each of several processes holds the whole student: Muon takes whole matrices, and the teacher of a pool
+    is whole beside it anyway."""
+    return recipe.online.pool > 0 or recipe.distillation.optimizer == "muon"
+
+
+def _token_grid(trajectories: Trajectories, job: Job) -> tuple[int, int]:
+    """Rows and columns of image tokens in what was recorded."""
+    ids = trajectories.pairs(torch.zeros(1, dtype=torch.long), "all", job.device).kwargs["img_ids"]
+    return int(ids[..., 1].max()) + 1, int(ids[..., 2].max()) + 1
 
 
 def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> DistillationResult:

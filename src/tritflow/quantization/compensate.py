@@ -101,7 +101,7 @@ def compensate(
     # Inputs that calibration never saw carry no error; the damping below still ties them to their weights.
     order = h.diagonal().argsort(descending=True) if act_order else torch.arange(k, device=w.device)
     w, h = w[:, order], h[order][:, order]
-    upper, h = _inverse_factor(h, damping * seen)
+    upper, h = inverse_factor(h, damping * seen)
     start_trits, start_scale = mse_optimal(w, h.diagonal())
     trits = _gptq(w, upper, start_scale, block_size)
     scale, error = _refit(w, trits, h)
@@ -140,7 +140,7 @@ def bias_correction(
     return (weight.float() - q) @ mean.to(weight.device, torch.float32)
 
 
-def _inverse_factor(h: Tensor, step: float) -> tuple[Tensor, Tensor]:
+def inverse_factor(h: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor of the inverse of the damped Hessian, and that Hessian."""
     for attempt in range(4):
         damped = h + torch.eye(h.shape[0], device=h.device) * (step * 10**attempt)

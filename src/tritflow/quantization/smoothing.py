@@ -12,6 +12,8 @@ taken after its rows were balanced: ternary rows have scales of their own, and o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ ROUNDS = 12
 FLOOR = 1e-3
 
 
-def smoothing_scale(weight: Tensor, input_amax: Tensor, exponent: float) -> Tensor:
+def smoothing_scale(weight: Tensor, input_amax: Tensor, exponent: float, outliers: float = 0.0) -> Tensor:
     """The `input_scale` c of a linear: W[n, k] ~= weight_scale[n] * trits[n, k] * c[k], inputs times c.
 
     Rescaling input channel k by r and its weights by 1 / r changes c[k] by 1 / r, whatever the exponent, and
@@ -32,9 +34,11 @@ def smoothing_scale(weight: Tensor, input_amax: Tensor, exponent: float) -> Tens
         weight: [N, K], any floating dtype.
         input_amax: [K], the largest magnitude of each input channel over calibration.
         exponent: a, from 0 (weights alone: all columns equally large) to 1 (activations alone).
+        outliers: only channels at least so many times as large as the layer's median channel get a scale, all others
+            exactly 1 (0: every channel gets one).
 
     Returns:
-        fp32 [K], geometric mean 1.
+        fp32 [K]; geometric mean 1, with `outliers` over those that are none.
 
     Raises:
         ValueError: shapes that do not fit, ranges that are not finite, or an exponent outside [0, 1].
@@ -43,12 +47,18 @@ def smoothing_scale(weight: Tensor, input_amax: Tensor, exponent: float) -> Tens
         raise ValueError(f"a weight {list(weight.shape)} needs ranges [K], not {list(input_amax.shape)}")
     if not 0.0 <= exponent <= 1.0:
         raise ValueError(f"the smoothing exponent must lie in [0, 1], not {exponent}")
+    if outliers and outliers <= 1.0:
+        raise ValueError(f"outliers are larger than the median: the ratio must be above 1 (or 0), not {outliers}")
     amax = input_amax.to(weight.device, torch.float32)
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("input ranges hold NaN or infinity: the calibration activations overflowed")
     weights = _log(column_sizes(weight))
     c = (1.0 - exponent) * weights - exponent * _log(amax)
-    return (c - c.mean()).exp()
+    if not outliers:
+        return (c - c.mean()).exp()
+    size = _log(amax)
+    large = size >= size.median() + math.log(outliers)
+    return torch.where(large, c - c[~large].mean(), torch.zeros_like(c)).exp()
 
 
 def column_sizes(weight: Tensor) -> Tensor:

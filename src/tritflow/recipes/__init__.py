@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _TABLES: dict[str, Any] = {
     "online": OnlineConfig,
 }
 DEFAULT = "fast"
+# Settings of distillation that came later: left out of the hash at their defaults, so that older jobs are known again.
+_LATER = ("damp_columns", "detail_weight", "late_weight", "retreats", "retreat_above")
 
 
 def recipe_names() -> list[str]:
@@ -57,11 +60,44 @@ def load_recipe(name: str | Path) -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name} is not TOML: {error}") from None
+    return _build(data, label, name)
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A recipe with some settings changed.
+
+    Args:
+        recipe: as loaded.
+        settings: "table.key=value" or "key=value" each, the value as TOML has it.
+
+    Raises:
+        ConfigError: a setting that is none, or that cannot be.
+    """
+    if not settings:
+        return recipe
+    data = {k: v for k, v in recipe_dict(recipe).items() if k != "name" and v is not None}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            given = tomllib.loads(f"{key} = {value}") if equals else {}
+        except tomllib.TOMLDecodeError:
+            given = {}
+        if not given:
+            raise ConfigError(f"--set {setting}: write TABLE.KEY=VALUE, such as distillation.steps=20000")
+        for name, changed in given.items():
+            here = data.get(name)
+            data[name] = here | changed if isinstance(here, dict) and isinstance(changed, dict) else changed
+    return _build(data, recipe.name, recipe.name)
+
+
+def _build(data: dict[str, Any], label: str, name: str | Path) -> Recipe:
     known = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"]
     for key in data:
         if key not in known:
             raise ConfigError(f"recipe {name} has an unknown setting '{key}'{nearest(key, known)}")
     parts: dict[str, Any] = dict(data)
+    if isinstance(data.get("smoothing_skip"), list):
+        parts["smoothing_skip"] = tuple(data["smoothing_skip"])
     for table, cls in _TABLES.items():
         section = data.get(table, {})
         if not isinstance(section, dict):
@@ -86,6 +122,13 @@ def recipe_hash(recipe: Recipe) -> str:
     data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary", "streaming")}
     if recipe.online == OnlineConfig():  # as the budget below
         del data["online"]
+    for name, default in (("smoothing_outliers", 0.0), ("smoothing_skip", [])):
+        if data[name] == default:
+            del data[name]
+    defaults = DistillationConfig().to_dict()
+    for name in _LATER:
+        if data["distillation"][name] == defaults[name]:
+            del data["distillation"][name]
     budget = recipe.streaming.budget_bytes
     if budget != StreamingConfig().budget_bytes:  # left out at its default: jobs from before there was one go on
         data["activation_budget"] = budget
@@ -168,9 +211,22 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
     if min(d.learning_rate, d.scale_learning_rate, d.column_learning_rate, d.rest_learning_rate) < 0:
         raise ConfigError(f"recipe {recipe.name}: a learning rate of distillation is negative")
+    if min(d.detail_weight, d.late_weight) <= -1:
+        raise ConfigError(f"recipe {recipe.name}: detail_weight and late_weight of distillation lie above -1")
+    if d.retreats < 0 or d.retreat_above <= 1:
+        raise ConfigError(f"recipe {recipe.name}: distillation.retreats is 0 or more, retreat_above above 1")
     a = recipe.smoothing
     if a is not None and not (isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1):
         raise ConfigError(f"recipe {recipe.name}: smoothing must lie between 0 and 1, not {a!r}")
+    ratio, skip = recipe.smoothing_outliers, recipe.smoothing_skip
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not (ratio == 0 or ratio > 1):
+        raise ConfigError(f"recipe {recipe.name}: smoothing_outliers is a ratio above 1, or 0, not {ratio!r}")
+    if not isinstance(skip, tuple) or not all(isinstance(p, str) for p in skip):
+        raise ConfigError(f"recipe {recipe.name}: smoothing_skip is a list of patterns, not {skip!r}")
+    if a is None and (ratio or skip):
+        raise ConfigError(f"recipe {recipe.name}: smoothing_outliers and smoothing_skip need smoothing, such as 0.0")
+    if d.damp_columns and d.optimizer != "muon":
+        raise ConfigError(f'recipe {recipe.name}: distillation.damp_columns is for optimizer = "muon"')
     if a is not None and recipe.ternarizer == "absmean":
         raise ConfigError(f"recipe {recipe.name}: smoothing needs the mse ternarizer; absmean has no column scales")
     if recipe.compensation and recipe.ternarizer == "absmean":

@@ -31,7 +31,8 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
         parts += [f"## {spec.title or spec.name}", body]
     for topic, runs in sources.runs.items():
         newest = list({str(r.get("label")): r for r in current_runs(runs)}.values())
-        for name, draw in (("scores", figures.tag_scores), ("bands", figures.band_detail)):
+        drawn = (("scores", figures.tag_scores), ("bands", figures.band_detail), ("rivals", figures.rivals))
+        for name, draw in drawn:
             try:
                 figure = draw(newest)
             except ReportError:
@@ -40,6 +41,11 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
             write_atomically(path, figures.encode(figure))
             written.append(path)
             parts.append(f"![{topic}: {name}]({path.name})")
+    if sources.runs.get("scaling"):
+        path = out / "scaling.svg"
+        write_atomically(path, figures.encode(figures.scaling(sources.runs["scaling"])))
+        written.append(path)
+        parts.append(f"![What is kept against size and steps]({path.name})")
     if sources.runs.get("training"):
         path = write_curve(sources, out / "training-curve.svg")
         written.append(path)

@@ -79,6 +79,83 @@ def band_detail(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def rivals(runs: Sequence[Run]) -> Figure:
+    """Two panels against measured bits a weight: score kept and PSNR; ours filled, simulated ones hollow."""
+    runs = [r for r in runs if r.get("quantizer") and r.get("paired")]
+    if not runs:
+        raise ReportError("no run of a quantized model was paired with its teacher")
+    figure, panels = _figure(9.0, 3.8, 2)
+    for axes, path, name in zip(panels, (_kept, _psnr), ("score kept (%)", "PSNR to the teacher (dB)"), strict=True):
+        for i, run in enumerate(runs):
+            score = path(run)
+            if not score:
+                continue
+            ours, color = run["quantizer"]["name"] == "tritflow", _COLORS[i % len(_COLORS)]
+            axes.errorbar(
+                [run["quantizer"]["bits_per_weight"]],
+                [score["value"]],
+                yerr=[[_end(score, "low")], [_end(score, "high")]],
+                color=color,
+                marker="D" if ours else ("o", "s", "^")[i // len(_COLORS) % 3],
+                markersize=7 if ours else 5,
+                markerfacecolor="white" if run["quantizer"].get("simulated") else color,
+                linewidth=0,
+                elinewidth=1,
+                capsize=2,
+                label=str(run["label"]),
+            )
+        axes.set_xlabel("bits a weight")
+        axes.set_ylabel(name)
+    panels[0].axvline(3.0, color="0.7", linewidth=0.8, zorder=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=3, loc="outside lower center", fontsize=7)
+    return figure
+
+
+def scaling(runs: Sequence[Run]) -> Figure:
+    """Score kept and PSNR against the steps of distillation, a line a size of transformer, with 95 % intervals."""
+    newest = {(r["size"], r["steps"]): r for r in runs if r.get("paired")}
+    if not newest:
+        raise ReportError("no run holds sizes and steps to draw")
+    sizes = sorted({(r["parameters"], r["size"]) for r in newest.values()})
+    figure, panels = _figure(9.0, 3.4, 2)
+    for axes, path, name in zip(
+        panels, (_kept, _own_psnr), ("score kept (%)", "PSNR to the teacher (dB)"), strict=True
+    ):
+        for i, (_, size) in enumerate(sizes):
+            found = [(steps, path(r)) for (of, steps), r in sorted(newest.items(), key=lambda e: e[0][1]) if of == size]
+            shown = [(steps, score) for steps, score in found if score and score.get("value") is not None]
+            axes.errorbar(
+                [steps for steps, _ in shown],
+                [s["value"] for _, s in shown],
+                yerr=[[_end(s, "low") for _, s in shown], [_end(s, "high") for _, s in shown]],
+                color=_COLORS[i % len(_COLORS)],
+                marker="o",
+                markersize=3.5,
+                linewidth=1.2,
+                capsize=2,
+                label=size,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("steps of distillation")
+        axes.set_ylabel(name)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _own_psnr(run: Run) -> dict[str, Any] | None:
+    return run.get("psnr")
+
+
+def _kept(run: Run) -> dict[str, Any] | None:
+    found = run["paired"]["overall"].get("kept")
+    return None if not found else {k: 100 * found[k] for k in ("value", "low", "high") if found.get(k) is not None}
+
+
+def _psnr(run: Run) -> dict[str, Any] | None:
+    return (run.get("fidelity") or {}).get("psnr")
+
+
 def sensitivity(run: Run) -> Figure:
     """A map of layers by block, coloured by the error of each alone, and each stream's sum over the timesteps."""
     layers = run.get("layers")

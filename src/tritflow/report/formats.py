@@ -75,6 +75,7 @@ def kernel(data: Any) -> str:
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": text,
     "kernel": kernel,
+    "yes": lambda data: MISSING if data is None else "yes" if data else "no",
     "int": lambda data: MISSING if data is None else f"{round(data):,}",
     "number": _decimal(3),
     "number1": _decimal(1),
@@ -90,5 +91,5 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "bytes": size,
 }
 """How a column may print its values, by the name a table's spec uses."""
-WORDS = ("text", "kernel")
+WORDS = ("text", "kernel", "yes")
 """Formats of words; the others are of numbers."""

@@ -6,6 +6,7 @@ A spec lives in `tables.toml`:
     title = "..."
     topic = "scenes"                              # which results files
     where = { "task.name" = "scenes" }            # optional: only runs with these values
+    has = "quantizer"                             # optional: only runs that have this
     current = true                                # optional: only runs of the suite's newest version and of one
                                                   # teacher, that of the newest run labelled "teacher"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
@@ -59,6 +60,7 @@ class Spec:
     columns: tuple[Column, ...]
     title: str = ""
     where: dict[str, Any] = field(default_factory=dict)
+    has: str = ""
     current: bool = False
     rows: tuple[dict[str, Any], ...] = ()
     each: tuple[str, ...] = ()
@@ -86,7 +88,19 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
     specs = {}
     for name, data in tomllib.loads(source).items():
         known = (
-            *("topic", "columns", "title", "where", "current", "rows", "each", "teachers", "entries", "reference"),
+            *(
+                "topic",
+                "columns",
+                "title",
+                "where",
+                "has",
+                "current",
+                "rows",
+                "each",
+                "teachers",
+                "entries",
+                "reference",
+            ),
             "note",
         )
         for key in data:
@@ -101,7 +115,7 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
                     f"table '{name}', column '{column.name}': no format '{column.format}'"
                     f"{nearest(column.format, list(FORMATS))}"
                 )
-        rest = {k: data[k] for k in ("title", "where", "current", "teachers", "entries", "note") if k in data}
+        rest = {k: data[k] for k in ("title", "where", "has", "current", "teachers", "entries", "note") if k in data}
         if isinstance(data.get("entries"), list):
             rest["entries"] = tuple(data["entries"])
         rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
@@ -150,6 +164,8 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     runs = [r for r in runs if _matches(r, spec.where)]
     if spec.current:
         runs = current_runs(runs)
+    if spec.has:
+        runs = [r for r in runs if lookup(r, spec.has) is not None]
     if spec.rows:
         newest = [next((r for r in reversed(runs) if _matches(r, row)), None) for row in spec.rows]
         return [r for r in newest if r is not None]

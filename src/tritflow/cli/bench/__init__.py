@@ -10,6 +10,7 @@ from tritflow.cli.bench import (
     memory,
     model,
     quantization,
+    scaling,
     suites,
 )
 from tritflow.cli.bench.app import app
@@ -25,5 +26,6 @@ __all__ = [
     "memory",
     "model",
     "quantization",
+    "scaling",
     "suites",
 ]

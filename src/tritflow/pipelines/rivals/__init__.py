@@ -11,8 +11,9 @@ from tritflow.pipelines.rivals.registry import (
     Rival,
     RivalError,
     apply_rival_,
+    chosen_rivals,
     find_rival,
     rival_identity,
 )
 
-__all__ = ["RIVALS", "Rival", "RivalError", "apply_rival_", "find_rival", "rival_identity"]
+__all__ = ["RIVALS", "Rival", "RivalError", "apply_rival_", "chosen_rivals", "find_rival", "rival_identity"]

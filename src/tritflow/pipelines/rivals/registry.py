@@ -37,6 +37,8 @@ class Rival:
         cuda: whether only CUDA devices will do.
         bf16: whether only bfloat16 will do.
         simulated: whether the arithmetic is this project's own stand-in.
+        calibrated: whether `apply` also gets `pipe`, the pipeline around the model, and `folder`, where that lies.
+        stands_for: name of the rival that a simulation replaces where that one cannot run.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Rival:
     cuda: bool = False
     bf16: bool = False
     simulated: bool = False
+    calibrated: bool = False
+    stands_for: str | None = None
 
     @property
     def version(self) -> str | None:
@@ -98,6 +102,25 @@ RIVALS: dict[str, Rival] = {
             {"width_per_rank": 96, "group_size": 64},
             simulated=True,
         ),
+        Rival(
+            "nf4-simulated",
+            "NF4, double quantization (simulated)",
+            "simulated:nf4",
+            {},
+            simulated=True,
+            stands_for="nf4",
+        ),
+        Rival(
+            "tq2_0-simulated", "GGUF TQ2_0 (simulated)", "simulated:tq2_0", {}, simulated=True, stands_for="gguf-tq2_0"
+        ),
+        Rival(
+            "gptq-2",
+            "GPTQ 2 bits, group 64 (computed here)",
+            "gptq:gptq",
+            {"bits": 2, "group_size": 64, "prompts": 64},
+            simulated=True,
+            calibrated=True,
+        ),
         Rival("absmean-lora", "absmean trits + LoRA, distilled", "absmean_lora:apply", {"folder": None}),
     )
 }
@@ -119,6 +142,18 @@ def find_rival(name: str) -> Rival:
     return dataclasses.replace(rival, settings={**rival.settings, "folder": folder})
 
 
+def chosen_rivals(text: str) -> list[Rival]:
+    """Rivals by name, joined by commas; `all`: every one that needs no training, a simulation only where the library
+    that it stands for is not installed.
+
+    Raises `RivalError` for a name that is none.
+    """
+    if text != "all":
+        return [find_rival(name.strip()) for name in text.split(",") if name.strip()]
+    found = [r for r in RIVALS.values() if "folder" not in r.settings]
+    return [r for r in found if r.stands_for is None or RIVALS[r.stands_for].version is None]
+
+
 def rival_identity(rival: Rival) -> dict[str, Any]:
     """What decides its pictures beside the model: plain JSON. A trained rival is known by its folder's meta.json."""
     settings = dict(rival.settings)
@@ -132,8 +167,13 @@ def rival_identity(rival: Rival) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def apply_rival_(rival: Rival, model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+def apply_rival_(
+    rival: Rival, model: nn.Module, names: Sequence[str], *, pipe: Any = None, folder: str | Path | None = None
+) -> dict[str, Any]:
     """Quantize the linears `names` of a dense model that is on its device, in place.
+
+    Args:
+        pipe, folder: the pipeline around the model and where it lies, for a rival that calibrates.
 
     Returns:
         Plain JSON: `title`, `version`, `simulated`, `weights` (how many), `bytes` that they take with their scales,
@@ -150,8 +190,13 @@ def apply_rival_(rival: Rival, model: nn.Module, names: Sequence[str]) -> dict[s
     widths = {name: _linear(model, name).in_features for name in names}
     module, _, function = rival.apply.partition(":")
     call = getattr(importlib.import_module(f"tritflow.pipelines.rivals.{module}"), function)
+    more = dict(rival.settings)
+    if rival.calibrated:
+        if pipe is None or folder is None:
+            raise RivalError(f"{rival.title} calibrates on pictures' latents: it needs the whole pipeline")
+        more |= {"pipe": pipe, "folder": str(folder)}
     try:
-        size: int = call(model, list(names), parameter.device, parameter.dtype, **rival.settings)
+        size: int = call(model, list(names), parameter.device, parameter.dtype, **more)
         # Kernels that some libraries build when they are first used fail here, not in the middle of a picture.
         for name, width in widths.items():
             model.get_submodule(name)(torch.zeros(1, 8, width, device=parameter.device, dtype=parameter.dtype))

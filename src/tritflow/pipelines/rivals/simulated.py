@@ -76,6 +76,73 @@ def _fit_blocks(w: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return best_scale, best_minimum
 
 
+# NormalFloat's 16 levels (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E), made from their definition below.
+_NF4_OFFSET = 0.9677083
+_NF4_BLOCK, _NF4_SUPER = 64, 256
+
+
+def nf4_levels() -> Tensor:
+    """fp32 [16], ascending: quantiles of the normal distribution, 8 from 0 up and 8 down to it, largest 1."""
+    normal = torch.distributions.Normal(0.0, 1.0)
+
+    def quantiles(count: int) -> Tensor:
+        return normal.icdf(torch.linspace(_NF4_OFFSET, 0.5, count, dtype=torch.float64))[:-1]
+
+    levels = torch.cat([quantiles(9), torch.zeros(1, dtype=torch.float64), -quantiles(8)]).sort().values
+    return (levels / levels.max()).float()
+
+
+def nf4(model: nn.Module, names: list[str], device: torch.device, dtype: torch.dtype) -> int:
+    """NF4 with blocks of 64 whose largest magnitudes are 8-bit themselves, in blocks of 256 around their mean.
+
+    The library's second step has a dynamic 8-bit code; a linear one of as many levels stands for it here.
+    """
+    size = 0
+    for name in names:
+        linear = _linear(model, name)
+        if linear.weight.numel() % _NF4_BLOCK:
+            raise RivalError(f"NF4 has blocks of {_NF4_BLOCK}, and '{name}' has {linear.weight.numel()} weights")
+        linear.weight.copy_(round_nf4(linear.weight.detach().float()))
+        blocks = linear.weight.numel() // _NF4_BLOCK
+        size += linear.weight.numel() // 2 + blocks + 4 * -(-blocks // _NF4_SUPER) + 4
+    return size
+
+
+def round_nf4(weight: Tensor) -> Tensor:
+    """The values that NF4 with double quantization gives a weight, fp32 of the same shape."""
+    levels = nf4_levels().to(weight.device)
+    blocks = weight.reshape(-1, _NF4_BLOCK)
+    amax = blocks.abs().amax(dim=1)
+    mean = amax.mean()
+    padded = torch.nn.functional.pad(amax - mean, (0, -len(amax) % _NF4_SUPER)).view(-1, _NF4_SUPER)
+    step = padded.abs().amax(dim=1, keepdim=True).clamp_min(1e-20) / 127
+    amax = ((padded / step).round() * step).flatten()[: len(amax)] + mean
+    borders = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize((blocks / amax[:, None].clamp_min(1e-20)).contiguous(), borders)
+    return (levels[codes] * amax[:, None]).reshape(weight.shape)
+
+
+def tq2_0(model: nn.Module, names: list[str], device: torch.device, dtype: torch.dtype) -> int:
+    """TQ2_0: blocks of 256 with an fp16 scale, the largest magnitude, and weights rounded to -1, 0 or 1 of it."""
+    size = 0
+    for name in names:
+        linear = _linear(model, name)
+        if linear.in_features % SUPER_BLOCK:
+            raise RivalError(f"TQ2_0 has blocks of {SUPER_BLOCK}, and '{name}' has {linear.in_features} inputs")
+        linear.weight.copy_(round_tq2_0(linear.weight.detach().float()))
+        size += linear.weight.numel() // SUPER_BLOCK * 66
+    return size
+
+
+def round_tq2_0(weight: Tensor) -> Tensor:
+    """The values that TQ2_0 gives a weight [N, K], fp32."""
+    blocks = weight.reshape(-1, SUPER_BLOCK)
+    scale = blocks.abs().amax(dim=1, keepdim=True)
+    share = blocks / scale.clamp_min(1e-20)
+    trits = share.sign() * (share.abs() + 0.5).floor()  # C's rounding: halves away from zero
+    return (trits * scale.half().float()).reshape(weight.shape)
+
+
 def svdquant(
     model: nn.Module, names: list[str], device: torch.device, dtype: torch.dtype, width_per_rank: int, group_size: int
 ) -> int:
