@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class SceneBatch:
     @classmethod
     def join(cls, parts: Sequence[SceneBatch]) -> SceneBatch:
         """All scenes of `parts`, in order."""
-        joined: dict[str, Tensor | None] = {}
+        joined: dict[str, Any] = {}
         for field in fields(cls):
             own = [getattr(p, field.name) for p in parts]
             if any(v is not None for v in own):
@@ -57,11 +58,12 @@ class SceneBatch:
                     torch.full(p.kind.shape[:2], absent) if v is None else v for p, v in zip(parts, own, strict=True)
                 ]
                 joined[field.name] = torch.cat(own)
-        return cls(**joined)  # type: ignore[arg-type]
+        return cls(**joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> SceneBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SceneBatch(**{name: None if v is None else change(v) for name, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: None if v is None else change(v) for name, v in values.items()}
+        return SceneBatch(**changed)
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """The same batch on another device."""

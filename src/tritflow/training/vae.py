@@ -142,7 +142,7 @@ def detector_scores(
     """Share of true renders of held-out prompts that the detector reads right, per tag; after the VAE's round trip
     if a VAE is given, with the reconstruction's PSNR in dB under `psnr`. `pool` reads pictures side by side."""
     tasks = [(tag, per_tag, i, min(per_tag, i + READ), size, seed) for tag in TAGS for i in range(0, per_tag, READ)]
-    each = map if pool is None else pool.map
+    each: Any = map if pool is None else pool.map
     passed: dict[str, list[bool]] = {tag: [] for tag in TAGS}
     errors, shown = [], []
     for images in each(_true_renders, tasks):
