@@ -127,6 +127,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
 @torch.no_grad()
 def check(task: Task, device: str = "cuda") -> dict[str, Any]:
     """Relative errors of a backend on a few blocks of the real width, stock and optimized, against the reference."""
+    from tritflow.models.flux1 import is_modulation
     from tritflow.modules import TernaryLinear
     from tritflow.pipelines import synthetic
     from tritflow.pipelines.optimize import deoptimize, optimize
@@ -136,7 +137,7 @@ def check(task: Task, device: str = "cuda") -> dict[str, Any]:
     inputs = step_inputs(config, task["size"], 1, device, torch.bfloat16)
     inputs["timestep"] = torch.full((1,), 0.5, device=device, dtype=torch.bfloat16)
     linears = [m for name, m in model.named_modules() if isinstance(m, TernaryLinear)]
-    modulation = {id(m) for name, m in model.named_modules() if synthetic.is_modulation(name)}
+    modulation = {id(m) for name, m in model.named_modules() if is_modulation(name)}
 
     def configure(mode: Any, dtype: Any, backend: Any) -> None:
         for linear in linears:
