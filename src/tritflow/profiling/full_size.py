@@ -185,7 +185,7 @@ def bench(
         config: a `FluxTransformer2DModel` config.
         device: `cuda`, or `cpu` for a small config.
         stages: names of `STAGES`.
-        seconds: after which nothing new is started; the same call goes on later.
+        seconds: for everything; the same call goes on later.
         shard_bytes: of the dense checkpoint.
         say: told each result in a line.
 
@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("full-size"), help="where the files lie; kept")
     parser.add_argument("--out", type=Path, help="folder for full-size.json")
     parser.add_argument("--stage", action="append", choices=STAGES, help="only this one; may be repeated")
-    parser.add_argument("--seconds", type=float, default=900.0, help="start nothing new after this long")
+    parser.add_argument("--seconds", type=float, default=900.0, help="for everything; what was found by then is kept")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
