@@ -271,6 +271,7 @@ def load_pipeline(
     as_type = pick_dtype(dtype, on)
     overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
     TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
+    from tritflow.pipelines.fallback import warn_of_fallback
     from tritflow.pipelines.offloading import apply_plan, keep_plan
 
     source = locate_model(model, base)
@@ -289,6 +290,7 @@ def load_pipeline(
         raise ModelError(_other_pipeline(str(model), type(pipe).__name__))
     if overrides:
         configure_(pipe, **overrides)
+    warn_of_fallback(pipe, on)
     if plan is not None:
         apply_plan(pipe, plan, on)
         return pipe
