@@ -224,6 +224,16 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: str | None = None
     return optimize(model, device=device)
 
 
+def import_for(folder: Path) -> None:
+    """Import all that loading and optimizing the transformer in a folder needs, for whoever times the loading alone."""
+    import diffusers
+
+    import tritflow.pipelines.optimize
+    import tritflow.pipelines.quantizer  # noqa: F401
+
+    getattr(diffusers, read_json_file(folder / "config.json")["_class_name"])  # imported when it is first asked for
+
+
 def _for_optimize(device: torch.device, optimized: bool) -> AbstractContextManager[None]:
     """While this lasts, ternary weights are loaded to where the optimized forward wants them."""
     if not optimized:

@@ -147,13 +147,9 @@ def _quantize(dense: Path, out: Path, device: str) -> dict[str, Any]:
 
 
 def _load(folder: Path, how: str, device: str) -> dict[str, Any]:
-    import diffusers
+    from tritflow.pipelines.loading import import_for, load_transformer
 
-    import tritflow.pipelines.optimize
-    import tritflow.pipelines.quantizer  # noqa: F401 - imports are not loading
-    from tritflow.pipelines.loading import load_transformer
-
-    _ = diffusers.FluxTransformer2DModel  # diffusers imports it when it is first asked for
+    import_for(folder)  # imports are not loading
     cold = evict(folder)
     before = 0 if device == "cpu" else torch.cuda.memory_allocated()
     straight = device if how in ("to the GPU", "optimized") else None
