@@ -84,6 +84,20 @@ def test_invalid_code_names_the_row() -> None:
         check_2bit(packed, 256)
 
 
+@pytest.mark.parametrize("byte", [0, 1, 7, 8, 2047, 262143, 262144, 299999])
+@pytest.mark.parametrize("field", range(4))
+def test_one_invalid_code_is_found_wherever_it_is(byte: int, field: int) -> None:
+    """Also in the last, incomplete run of words, and in rows that are a part of a larger matrix."""
+    packed = torch.full((3125, 96), 0b11010011, dtype=torch.uint8)
+    check_2bit(packed, 384)
+    packed.view(-1)[byte] = packed.view(-1)[byte] & ~(3 << 2 * field) | 2 << 2 * field
+    with pytest.raises(CheckpointError, match=f"row {byte // 96} holds the 2-bit code 10"):
+        check_2bit(packed, 384)
+    row = byte // 96
+    with pytest.raises(CheckpointError, match="row 1 holds"):
+        check_2bit(packed[row - 1 : row + 2] if row else torch.cat([packed[1:2], packed[:1]]), 384)
+
+
 @pytest.mark.parametrize("tail", [1, 31, 32, 100, 127])
 def test_nonzero_padding_is_refused_at_every_padded_position(tail: int) -> None:
     packed = pack_2bit(random_trits(2, 128 + tail))

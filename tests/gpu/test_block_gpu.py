@@ -22,6 +22,7 @@ from tritflow.kernels import (
     w2a8_matmul,
     w2a16_linear,
 )
+from tritflow.models.flux1 import is_modulation
 from tritflow.pipelines import synthetic
 from tritflow.pipelines.optimize import deoptimize, optimize
 from tritflow.testing import assert_close, relative_error, transformer_inputs
@@ -226,7 +227,7 @@ def test_fused_forward_equals_the_stock_one(mode, backend):
 
 
 def _modulation(model):
-    return [module for name, module in model.named_modules() if synthetic.is_modulation(name)]
+    return [module for name, module in model.named_modules() if is_modulation(name)]
 
 
 def _taken(model, **options):

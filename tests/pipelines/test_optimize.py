@@ -10,7 +10,7 @@ import torch
 import tritflow
 from tritflow.modules import TernaryLinear
 from tritflow.pipelines.generate import generate
-from tritflow.pipelines.loading import configure_, load_pipeline
+from tritflow.pipelines.loading import ModelError, configure_, load_pipeline, load_transformer
 from tritflow.pipelines.optimize import OptimizeError, deoptimize, is_optimized, optimize
 from tritflow.testing import assert_close
 
@@ -97,6 +97,37 @@ def test_moving_is_part_of_it(folder):
     assert_close(_latents(optimize(pipe, device="cpu")), _latents(_pipe(folder)), 1e-4)
     for block in pipe.transformer.transformer_blocks:
         assert isinstance(block.norm1.linear, TernaryLinear)
+
+
+def _bytes(images):
+    return [image.tobytes() for image in images]
+
+
+@pytest.mark.parametrize("mode", ["w2a16", "w2a8"])
+def test_a_seed_draws_the_same_picture_bit_for_bit(folder, mode):
+    """Whole generations: twice by one pipeline, by one loaded again, and by one loaded for the optimized forward."""
+    prompts, seeds = ["a red circle", "two blue stars"], [7, 8]
+
+    def draw(pipe):
+        return _bytes(generate(pipe, prompts, seeds, height=32, width=32, num_inference_steps=3, batch_size=2))
+
+    pipe = optimize(_pipe(folder, mode))
+    first = draw(pipe)
+    assert first[0] != first[1]
+    assert draw(pipe) == first
+    assert draw(optimize(_pipe(folder, mode))) == first
+    loaded = load_pipeline(folder, device="cpu", mode=mode, optimized=True)
+    assert is_optimized(loaded)
+    assert draw(loaded) == first
+
+
+def test_loading_for_the_optimized_forward(folder):
+    model = load_transformer(folder / "transformer", torch.float32, "cpu", optimized=True)
+    assert is_optimized(model)
+    with pytest.raises(ModelError, match="needs a device"):
+        load_transformer(folder / "transformer", torch.float32, optimized=True)
+    with pytest.raises(ModelError, match="either a memory plan or optimize"):
+        load_pipeline(folder, device="cpu", optimized=True, plan=object())
 
 
 def test_lora_draws_on_the_fused_forward(folder, caplog):

@@ -279,3 +279,31 @@ def test_blocks_compile_without_a_graph_break(ternary: Path) -> None:
         expected = model(**inputs)[0]
         model.compile_repeated_blocks(fullgraph=True, backend="eager")
         assert_close(model(**inputs)[0], expected, 1e-5)
+
+
+def test_weights_go_straight_to_where_the_optimized_forward_wants_them(ternary: Path) -> None:
+    """What a CPU can tell of it: where each tensor would go, with and without a device map."""
+    from tritflow.models.flux1 import is_modulation
+    from tritflow.pipelines.quantizer import TritflowQuantizer, straight_to
+
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    held, other = "transformer_blocks.0.norm1.linear.weight", "transformer_blocks.0.attn.to_q.weight"
+    with straight_to(cuda, is_modulation):
+        quantizer = TritflowQuantizer(TritflowConfig())
+        mapped = TritflowQuantizer(TritflowConfig())
+    after = TritflowQuantizer(TritflowConfig())
+    for each in (quantizer, after):
+        each.validate_environment(device_map=None)
+    mapped.validate_environment(device_map={"": "cpu", "transformer_blocks.0.attn": "cuda:1"})
+    assert [quantizer._destination(name, "cpu") for name in (held, other)] == [cpu, cuda]
+    assert [mapped._destination(name) for name in (held, other)] == [cpu, torch.device("cuda:1")]
+    assert [after._destination(name) for name in (held, other)] == [cpu, cpu]
+    assert [q._pinned(held) for q in (quantizer, mapped, after)] == [True, False, False]
+    assert not quantizer._pinned(other)
+
+
+def test_no_tensor_of_a_ternary_layer_keeps_the_file_mapped(ternary: Path) -> None:
+    found = linears(load(ternary))
+    for name, linear in found.items():
+        assert linear.packed.untyped_storage().nbytes() == linear.packed.nbytes, name
+        assert linear.weight_scale.untyped_storage().nbytes() == linear.weight_scale.nbytes, name

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tritflow.formats.packing import check_2bit
+from tritflow.models.flux1 import is_modulation
 from tritflow.modules import TernaryLinear
-from tritflow.pipelines.synthetic import is_modulation, random_dense, random_ternary
+from tritflow.pipelines.synthetic import random_dense, random_ternary
 from tritflow.testing import transformer_inputs
 
 CONFIG = {

@@ -8,7 +8,6 @@ import torch
 from tritflow.modules import TernaryLinear
 from tritflow.pipelines import synthetic_pipeline
 from tritflow.pipelines.generate import generate
-from tritflow.profiling import end_to_end
 
 TINY = {
     "text_encoder": {
@@ -55,21 +54,26 @@ def test_it_draws_and_is_the_same_again(parts):
     assert len(set(picture.tobytes())) > 16  # something was drawn
 
 
-def test_the_bench_takes_it(parts, monkeypatch):
-    monkeypatch.setattr(synthetic_pipeline, "components", lambda: parts)
-    monkeypatch.setattr(
-        end_to_end,
-        "generate",
-        lambda pipe, prompt, seed, num_inference_steps: generate(
-            pipe, prompt, seed, height=64, width=64, num_inference_steps=num_inference_steps, max_sequence_length=64
-        ),
-    )
-    run = end_to_end.measure(
-        None, device="cpu", mode="w2a8", optimized=True, num_inference_steps=2, rounds=1, dtype="bfloat16"
-    )
-    assert run["model"] == synthetic_pipeline.RANDOM
-    assert run["optimized"]
-    assert run["later"]["text"]["p50"] > 0
+def test_a_folder_of_it_draws_the_same(parts, tmp_path):
+    from tritflow.formats.checkpoint import verify_folder
+    from tritflow.pipelines.loading import load_pipeline
+
+    size = synthetic_pipeline.write_random_pipeline(tmp_path / "random", "cpu", parts)
+    assert size == sum(path.stat().st_size for path in (tmp_path / "random").rglob("*") if path.is_file())
+    verify_folder(tmp_path / "random" / "transformer")
+    stamp = (tmp_path / "random" / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert synthetic_pipeline.write_random_pipeline(tmp_path / "random", "cpu", parts) == size
+    assert (tmp_path / "random" / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == stamp
+    settings = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 64}
+    (expected,) = generate(synthetic_pipeline.random_pipeline(parts), "a red star", 0, **settings)
+    loaded = load_pipeline(tmp_path / "random", device="cpu", dtype="bfloat16")
+    (found,) = generate(loaded, "a red star", 0, **settings)
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_embeddings_are_stored_once(parts):
+    encoder = synthetic_pipeline.random_pipeline(parts).text_encoder_2
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
 
 
 def test_the_real_size():

@@ -21,6 +21,8 @@ def handle(task):
         time.sleep(60)
     if task["do"] == "raise":
         raise ValueError("bad\\n  luck")
+    if task["do"] == "environment":
+        return {"stays": os.environ["STAYS"], "added": os.environ["ADDED"]}
     print("a library's chatter")
     return {"square": task["x"] ** 2}
 
@@ -59,6 +61,35 @@ def test_crash_hang_and_error_are_results(worker):
     assert by_kind["raise"]["error"] == "ValueError: bad | luck"
     assert "code 11" in by_kind["crash"]["error"]
     assert "no answer within 3 s" in by_kind["hang"]["error"]
+
+
+def test_the_end_of_all_time_is_not_taken_for_a_hanging_task(worker):
+    found = []
+    run_isolated(
+        worker,
+        [{"do": "hang"}, {"do": "square", "x": 1}],
+        silence=200,
+        deadline=time.monotonic() + 8,
+        on_result=lambda task, result: found.append(result["error"]),
+    )
+    assert found[0].startswith("stopped after ")
+    assert "no answer" not in found[0]
+    assert int(found[0].split()[2]) <= 8
+    assert found[1] == "skipped: out of time"
+
+
+def test_the_environment_is_added_to(worker, monkeypatch):
+    monkeypatch.setenv("STAYS", "here")
+    found = []
+    run_isolated(
+        worker,
+        [{"do": "environment"}],
+        silence=30,
+        deadline=time.monotonic() + 30,
+        on_result=lambda task, result: found.append(result),
+        environment={"ADDED": "too"},
+    )
+    assert found == [{"stays": "here", "added": "too"}]
 
 
 def test_out_of_time_is_said(worker):

@@ -65,3 +65,21 @@ def test_what_cannot_be_kept_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(bench, "pick_device", lambda _: torch.device("cpu"))
     with pytest.raises(DeviceError, match="needs a CUDA device"):
         bench.measure("6GiB")
+
+
+def test_a_plan_that_does_not_hold_is_a_result(gpu, monkeypatch):
+    drawn = []
+
+    def generate(*_, **__):
+        if drawn:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        drawn.append(1)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(bench, "generate", generate)
+    run = bench.measure("6.5GiB", pictures=2)
+    assert not run["kept"]
+    assert run["error"] == "picture 2 did not fit: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert len(run["seconds"]) == 1
+    assert "picture 2 did not fit" in bench.table(run)
+    assert gpu[-1] == 1.0

@@ -103,6 +103,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the noise; the choice of prompts does not change.")] = 0,
     mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8, for a ternary --model.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels, for a ternary --model.")] = None,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Draw by the fused forward, the one that is timed; a ternary --model.")
+    ] = False,
     rival: Annotated[
         str | None,
         typer.Option(help="Quantize a dense --model in memory by another method: nf4, quanto-int2, hqq-2, ..."),
@@ -190,7 +193,7 @@ def evaluate(
         "num_inference_steps": steps,
         "guidance_scale": guidance,
     }
-    student = contender(model, mode=mode, backend=backend, rival=rival, **common, **asked)
+    student = contender(model, mode=mode, backend=backend, rival=rival, optimized=optimize, **common, **asked)
     teacher = None
     if against is not None:
         # The teacher draws as its student does, or the two would not start from the same noise.

@@ -32,11 +32,13 @@ def contender(
     width: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    optimized: bool = False,
 ) -> Contender:
     """A model ready to be evaluated; its weights are loaded only when pictures are missing.
 
     Settings left out are the model folder's own (`generation.json`). `mode` and `backend` are for ternary models.
-    `rival` names another quantizer (`pipelines.rivals`) that a dense model goes through in memory.
+    `rival` names another quantizer (`pipelines.rivals`) that a dense model goes through in memory. `optimized` draws
+    by `tritflow.optimize`'s forward, the one that is timed.
 
     Raises `ModelError` and `DeviceError` of `pipelines.loading` when the model is not there, `EvaluationError`
     when a mode is asked of a dense model or a rival of a ternary one, `RivalError` when the rival cannot run here.
@@ -52,6 +54,8 @@ def contender(
     stored = stored_mode(source.transformer or pipeline / "transformer")
     if mode is not None and stored is None:
         raise EvaluationError(f"'{model}' is a dense model; --mode {mode} is for ternary ones")
+    if optimized and stored is None:
+        raise EvaluationError(f"'{model}' is a dense model; --optimize is for ternary ones")
     other = None if rival is None else _usable_rival(rival, model, stored, on, as_type)
     defaults = GenerationDefaults.read(pipeline)
     extra: dict[str, Any] = {
@@ -60,6 +64,7 @@ def contender(
         "max_sequence_length": defaults.max_sequence_length,
         "backend": backend,
         "rival": None if other is None else other.name,
+        "optimized": True if optimized else None,
     }
     settings = Settings(
         height or defaults.height,
@@ -74,7 +79,9 @@ def contender(
         from tritflow.pipelines.loading import load_pipeline, quiet
 
         with quiet():
-            pipe = load_pipeline(model, base=base, device=str(on), dtype=as_type, mode=mode, backend=backend)
+            pipe = load_pipeline(
+                model, base=base, device=str(on), dtype=as_type, mode=mode, backend=backend, optimized=optimized
+            )
         return pipe, {} if other is None else _quantized_by(other, pipe, pipeline)
 
     def load() -> Draw:
@@ -96,16 +103,21 @@ def contender(
 
         return draw
 
+    def path() -> dict[str, Any]:
+        from tritflow.pipelines.flags import flags
+
+        return flags(loaded()[0], on)
+
     name = Path(model).resolve().name if Path(model).is_dir() else model
     found = fingerprint(parts)
     if other is None:
         where = source.transformer or pipeline / "transformer"
         facts = None if stored is None else functools.partial(_ternary_facts, Path(where))
-        return Contender(ModelId(name, found), settings, load, str(on), facts)
+        return Contender(ModelId(name, found), settings, load, str(on), facts, path)
     from tritflow.pipelines.rivals import rival_identity
 
     identity = ModelId(f"{name}-{other.name}", digest({"model": found, **rival_identity(other)}))
-    return Contender(identity, settings, load, str(on), lambda: loaded()[1])
+    return Contender(identity, settings, load, str(on), lambda: loaded()[1], path)
 
 
 def _usable_rival(name: str, model: str, stored: str | None, device: Any, dtype: Any) -> Rival:

@@ -6,6 +6,7 @@ Nothing here knows a suite or a model: a suite is a `Task`, a model is a name, a
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ class Contender:
         load: returns its `draw`; called only when pictures are missing.
         device: where it draws.
         facts: measures what else is to be told of a quantized model (method, bits a weight), plain JSON; None: dense.
+        flags: which path it draws by, see `pipelines.flags`; asked when pictures are drawn. None: not known.
     """
 
     model: ModelId
@@ -56,11 +58,13 @@ class Contender:
     load: Callable[[], Draw]
     device: str = "cpu"
     facts: Callable[[], dict[str, Any]] | None = None
+    flags: Callable[[], dict[str, Any]] | None = None
 
     @property
     def folder_name(self) -> str:
-        """Name of its picture folder: model, hash, and mode and backend where they are named."""
+        """Name of its picture folder: model, hash, and mode, backend and the optimized forward where they are named."""
         chosen = [self.settings.extra.get(key) for key in ("mode", "backend")]
+        chosen += ["optimized"] if self.settings.extra.get("optimized") else []
         words = [Path(self.model.name).name or "model", self.model.hash[:8], *(str(c) for c in chosen if c)]
         return slug(" ".join(words))
 
@@ -196,6 +200,7 @@ def evaluate(
             "overlap": {"known": trained_on is not None, "count": len(seen), "ids": sorted(seen)},
         },
         "pictures": {"folder": student.folder_name, "hash": mine.hash},
+        "flags": _flags_of(out, student.folder_name),
         "scores": summarise(task, judgements),
     }
     if student.facts is not None:
@@ -220,6 +225,7 @@ def evaluate(
             "model": asdict(teacher.model),
             "settings": asdict(teacher.settings),
             "pictures": {"folder": teacher.folder_name, "hash": theirs.hash},
+            "flags": _flags_of(out, teacher.folder_name),
             "scores": summarise(task, baseline),
         }
         run["paired"] = compare(task, judgements, baseline)
@@ -303,7 +309,7 @@ def _draw(
             out / folder,
             task,
             records,
-            who.load,
+            partial(_load_noting, who, out, folder),
             who.model,
             who.settings,
             samples=sampling.samples,
@@ -341,6 +347,31 @@ def _draw(
                 report,
             )
     return sets
+
+
+def _load_noting(who: Contender, out: Path, folder: str) -> Draw:
+    """Load a model, and leave beside its pictures by which path they are drawn; once for all of them."""
+    draw = who.load()
+    if who.flags is not None:
+        flags, before = who.flags(), _flags_of(out, folder)
+        if before is not None and before != flags:
+            changed = [f"{key}: {before.get(key)}, now {new}" for key, new in flags.items() if before.get(key) != new]
+            raise EvaluationError(
+                f"{out / folder} holds pictures that were drawn another way ({'; '.join(changed)}); finish them there, "
+                "or give another --out"
+            )
+        write_atomically(_flags_path(out, folder), canonical(flags).encode())
+    return draw
+
+
+def _flags_path(out: Path, folder: str) -> Path:
+    return out / f"{folder}.flags.json"
+
+
+def _flags_of(out: Path, folder: str) -> dict[str, Any] | None:
+    """By which path a folder's pictures were drawn; None where nobody noted it."""
+    path = _flags_path(out, folder)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

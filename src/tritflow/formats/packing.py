@@ -25,6 +25,9 @@ TRITS_PER_BYTE = 5
 """Of base 3: 3^5 = 243 <= 256."""
 
 _SLAB = 1 << 22  # trits handled at once: temporaries of a few MiB
+_SLAB_ELSEWHERE = 1 << 24  # on a GPU, where every slab costs some twenty launches
+_WORDS = 1 << 15  # of eight bytes, checked at once by NumPy: they and a temporary fit in a core's cache
+_LOW = 0x5555555555555555  # the low bit of every code in eight bytes
 
 
 def packed_width(in_features: int, packing: Packing = "2bit") -> int:
@@ -34,8 +37,9 @@ def packed_width(in_features: int, packing: Packing = "2bit") -> int:
     return -(-in_features // TRITS_PER_BYTE)
 
 
-def _slabs(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _SLAB // max(1, columns))
+def _slabs(tensor: Tensor, columns: int) -> Iterator[slice]:
+    rows = tensor.shape[0]
+    step = max(1, (_SLAB if tensor.device.type == "cpu" else _SLAB_ELSEWHERE) // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
@@ -88,7 +92,7 @@ def pack_2bit(trits: Tensor) -> Tensor:
     rows, in_features = trits.shape
     width = packed_width(in_features)
     out = torch.empty((rows, width), dtype=torch.uint8, device=trits.device)
-    for slab in _slabs(rows, in_features):
+    for slab in _slabs(trits, in_features):
         part = trits[slab]
         _require_trit_values(part)
         part = torch.nn.functional.pad(part, (0, width * 4 - in_features))
@@ -118,7 +122,7 @@ def unpack_2bit(packed: Tensor, in_features: int, *, check: bool = True) -> Tens
     _require_packed(packed, in_features, "2bit")
     rows = packed.shape[0]
     out = torch.empty((rows, in_features), dtype=torch.int8, device=packed.device)
-    for slab in _slabs(rows, in_features):
+    for slab in _slabs(packed, in_features):
         part = packed[slab]
         if check:
             _check_2bit(part, in_features, slab.start)
@@ -132,7 +136,7 @@ def unpack_2bit(packed: Tensor, in_features: int, *, check: bool = True) -> Tens
 def check_2bit(packed: Tensor, in_features: int) -> None:
     """Raise `CheckpointError` unless `packed` is exactly what `pack_2bit` can write; allocates no trits."""
     _require_packed(packed, in_features, "2bit")
-    for slab in _slabs(packed.shape[0], in_features):
+    for slab in _slabs(packed, in_features):
         _check_2bit(packed[slab], in_features, slab.start)
 
 
@@ -142,29 +146,38 @@ def check_packed(packed: Tensor, in_features: int, packing: Packing) -> None:
         check_2bit(packed, in_features)
         return
     _require_packed(packed, in_features, packing)
-    for slab in _slabs(packed.shape[0], in_features):
+    for slab in _slabs(packed, in_features):
         _check_base3(packed[slab], in_features, slab.start)
 
 
-def _invalid(part: Tensor) -> Tensor:
-    """Not zero where a byte holds the code 10.
+def _has_invalid(part: Tensor) -> bool:
+    """Whether a byte holds the code 10, whose high bit stands alone; eight bytes at a time.
 
-    On a CPU by NumPy, eight bytes at a time: PyTorch is slow at single bytes, and starts all its threads for every
-    slab.
+    On a CPU by NumPy: PyTorch is slow at single bytes, and starts all its threads for every small operation, which wait
+    for each other where other processes compute, too. NumPy lets go of the interpreter's lock, so threads may share
+    the work.
     """
     if part.device.type != "cpu":
-        return (part >> 1) & ~part & 0x55
-    words = part.contiguous().numpy().view(np.uint64)
-    bad = words >> np.uint64(1)
-    bad &= ~words
-    bad &= np.uint64(0x5555555555555555)
-    return torch.from_numpy(bad.view(np.uint8))
+        whole = part.clone() if part.storage_offset() % 8 else part.contiguous()
+        word = whole.view(torch.int64)
+        return bool(((word >> 1) & ~word & _LOW).any())
+    words = part.contiguous().numpy().reshape(-1).view(np.uint64)
+    with_high = np.empty(min(_WORDS, words.size), np.uint64)
+    for start in range(0, words.size, _WORDS):
+        some = words[start : start + _WORDS]
+        filled = with_high[: some.size]
+        # Every high bit copied to its low bit changes nothing where codes are valid.
+        np.right_shift(some, np.uint64(1), out=filled)
+        np.bitwise_and(filled, np.uint64(_LOW), out=filled)
+        np.bitwise_or(filled, some, out=filled)
+        if not np.array_equal(filled, some):
+            return True
+    return False
 
 
 def _check_2bit(part: Tensor, in_features: int, first_row: int) -> None:
-    bad = _invalid(part)
-    if bool(bad.any()):
-        row = first_row + int(bad.any(dim=1).nonzero()[0])
+    if _has_invalid(part):
+        row = first_row + int(((part >> 1) & ~part & 0x55).any(dim=1).nonzero()[0])
         raise CheckpointError(f"row {row} holds the 2-bit code 10, which no trit has: the weight is damaged")
     tail = in_features % BLOCK
     if tail:
@@ -191,7 +204,7 @@ def pack_base3(trits: Tensor) -> Tensor:
     rows, in_features = trits.shape
     width = packed_width(in_features, "base3")
     out = torch.empty((rows, width), dtype=torch.uint8, device=trits.device)
-    for slab in _slabs(rows, in_features):
+    for slab in _slabs(trits, in_features):
         part = trits[slab]
         _require_trit_values(part)
         part = torch.nn.functional.pad(part, (0, width * TRITS_PER_BYTE - in_features))
@@ -221,7 +234,7 @@ def unpack_base3(packed: Tensor, in_features: int, *, check: bool = True) -> Ten
     rows, width = packed.shape
     out = torch.empty((rows, in_features), dtype=torch.int8, device=packed.device)
     table = _base3_table().to(packed.device)
-    for slab in _slabs(rows, in_features):
+    for slab in _slabs(packed, in_features):
         part = packed[slab]
         if check:
             _check_base3(part, in_features, slab.start)
@@ -279,6 +292,6 @@ def repack(packed: Tensor, in_features: int, source: Packing, target: Packing) -
     _require_packed(packed, in_features, source)
     width = packed_width(in_features, target)
     out = torch.empty((packed.shape[0], width), dtype=torch.uint8, device=packed.device)
-    for slab in _slabs(packed.shape[0], in_features):
+    for slab in _slabs(packed, in_features):
         out[slab] = pack(unpack(packed[slab], in_features, source), target)
     return out

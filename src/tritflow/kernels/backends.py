@@ -125,6 +125,20 @@ def select(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -
     return kernel.run
 
 
+def fallback(device: torch.device) -> str | None:
+    """Why `auto` has nothing but the reference for products on a GPU, in one line; None where it has more."""
+    if device.type != "cuda":
+        return None
+    for name in _ORDER["cuda"]:
+        found = _usable(name, device)
+        if not isinstance(found, str):
+            break
+    if name != "reference":
+        return None
+    reason = _usable("triton", device)  # of all that could have run, the one with the fewest wants
+    return reason if isinstance(reason, str) else None
+
+
 def describe() -> dict[str, str]:
     """Every backend and whether it can run on this machine, for `tritflow inspect --env`."""
     lines: dict[str, str] = {}

@@ -10,6 +10,14 @@ from tritflow.formats.architecture import Shape, flux1_shapes
 from tritflow.models.family import BlockCalls, ChannelGroup
 from tritflow.models.shaped import ShapedFamily
 
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
+"""Ends of the names of modulation layers inside the blocks."""
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a module of a FLUX.1 transformer is one of the blocks' modulation layers."""
+    return "transformer_blocks." in name and name.endswith(MODULATION)
+
 
 class Flux1(ShapedFamily):
     """`FluxTransformer2DModel`. 14 linears a double block, 6 a single block: 494 in FLUX.1-dev."""

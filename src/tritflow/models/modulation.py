@@ -160,12 +160,15 @@ class Modulation:
         """Move the layers to host memory (pinned, where CUDA is); returns the bytes that left the device."""
         moved = 0
         for linear in self.linears:
-            if linear.weight.device.type != "cpu":
-                moved += sum(t.nbytes for t in (*linear.parameters(), *linear.buffers()))
-                linear.to("cpu")
+            tensors = (*linear.parameters(), *linear.buffers())
+            moved += sum(t.nbytes for t in tensors if t.device.type != "cpu")
             base = base_of(linear)
             if isinstance(base, TernaryLinear) and torch.cuda.is_available() and not base.packed.is_pinned():
-                base.set_packed_(base.packed.pin_memory())
+                # Right into pinned memory, wherever it comes from: pageable memory in between would be a second copy.
+                packed = torch.empty(base.packed.shape, dtype=torch.uint8, pin_memory=True)
+                base.set_packed_(packed.copy_(base.packed))
+            if any(t.device.type != "cpu" for t in tensors):
+                linear.to("cpu")
         return moved
 
     def restore_(self, device: torch.device) -> None:

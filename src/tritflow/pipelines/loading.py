@@ -8,7 +8,7 @@ other components from a base pipeline.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,19 +196,52 @@ def check_weights(folder: Path) -> None:
             SafetensorsFile(file)
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, device: str | None = None) -> Any:
+def load_transformer(folder: Path, dtype: torch.dtype, device: str | None = None, *, optimized: bool = False) -> Any:
     """A transformer alone, as diffusers loads it.
 
     Args:
         folder: a dense or ternary transformer folder.
         dtype: of whatever is not ternary.
         device: load straight there, which is several times faster than through host memory; None: to host memory.
+        optimized: call `tritflow.optimize` without a scheduler, too, see `load_pipeline`; `device` is needed.
+
+    Raises:
+        ModelError: `optimized` without a device.
+        OptimizeError: the model cannot be optimized.
     """
     import diffusers
 
+    if optimized and device is None:
+        raise ModelError("an optimized transformer needs a device to be loaded to")
     name = read_json_file(folder / "config.json")["_class_name"]
-    where = {} if device is None else {"device_map": device}
-    return getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **where)
+    where = {} if device is None or optimized else {"device_map": device}
+    with _for_optimize(torch.device(device or "cpu"), optimized):
+        model = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **where)
+    if not optimized:
+        return model
+    from tritflow.pipelines.optimize import optimize
+
+    return optimize(model, device=device)
+
+
+def import_for(folder: Path) -> None:
+    """Import all that loading and optimizing the transformer in a folder needs, for whoever times the loading alone."""
+    import diffusers
+
+    import tritflow.pipelines.optimize
+    import tritflow.pipelines.quantizer  # noqa: F401
+
+    getattr(diffusers, read_json_file(folder / "config.json")["_class_name"])  # imported when it is first asked for
+
+
+def _for_optimize(device: torch.device, optimized: bool) -> AbstractContextManager[None]:
+    """While this lasts, ternary weights are loaded to where the optimized forward wants them."""
+    if not optimized:
+        return nullcontext()
+    from tritflow.models.flux1 import is_modulation
+    from tritflow.pipelines.quantizer import straight_to
+
+    return straight_to(device, is_modulation)
 
 
 def load_pipeline(
@@ -220,6 +253,7 @@ def load_pipeline(
     mode: str | None = None,
     backend: str | None = None,
     plan: MemoryPlan | None = None,
+    optimized: bool = False,
 ) -> Any:
     """Load a dense or ternary FLUX.1 or FLUX.2 pipeline with stock diffusers classes.
 
@@ -231,17 +265,23 @@ def load_pipeline(
         mode: overrides the checkpoint's `w2a16` or `w2a8`.
         backend: overrides the checkpoint's kernel choice.
         plan: where components lie, from `plan_memory`; None: all on the device.
+        optimized: call `tritflow.optimize`, too. Ternary weights then go to the device at once, and those of the
+            modulation layers into pinned host memory, never to the device.
 
     Returns:
         A diffusers pipeline of one of `PIPELINE_CLASSES` on the device.
 
     Raises:
-        ModelError, DeviceError, CheckpointError, AssetError, MemoryPlanError: one line each, naming what is wrong.
+        ModelError, DeviceError, CheckpointError, AssetError, MemoryPlanError, OptimizeError: one line each, naming
+            what is wrong.
     """
+    if optimized and plan is not None:
+        raise ModelError("the optimized forward takes no offloading; give either a memory plan or optimize")
     on = pick_device(device)
     as_type = pick_dtype(dtype, on)
     overrides = {key: value for key, value in (("mode", mode), ("backend", backend)) if value is not None}
     TernaryConfig.from_dict(overrides)  # refused before gigabytes are read
+    from tritflow.pipelines.fallback import warn_of_fallback
     from tritflow.pipelines.offloading import apply_plan, keep_plan
 
     source = locate_model(model, base)
@@ -249,7 +289,7 @@ def load_pipeline(
         keep_plan(plan, on)
     import diffusers
 
-    with _one_line(model):
+    with _one_line(model), _for_optimize(on, optimized):
         parts: dict[str, Any] = {}
         if source.transformer is not None:
             parts["transformer"] = load_transformer(source.transformer, as_type)
@@ -260,9 +300,14 @@ def load_pipeline(
         raise ModelError(_other_pipeline(str(model), type(pipe).__name__))
     if overrides:
         configure_(pipe, **overrides)
+    warn_of_fallback(pipe, on)
     if plan is not None:
         apply_plan(pipe, plan, on)
         return pipe
+    if optimized:
+        from tritflow.pipelines.optimize import optimize
+
+        return optimize(pipe, device=on)
     return pipe.to(on)
 
 

@@ -7,11 +7,15 @@ with its checksum and with the digest in config.json: a damaged file never becom
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import CustomDtype
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -32,6 +36,31 @@ _HASHERS = 8
 _MEND = "run `tritflow inspect` on the folder, then fetch or quantize it again"
 
 
+@dataclass(frozen=True)
+class _Straight:
+    """Where ternary weights go that diffusers itself would put into host memory."""
+
+    device: torch.device
+    on_host: Callable[[str], bool]
+
+
+_STRAIGHT: ContextVar[_Straight | None] = ContextVar("tritflow_straight", default=None)
+
+
+@contextmanager
+def straight_to(device: torch.device, on_host: Callable[[str], bool]) -> Iterator[None]:
+    """While this block runs, `from_pretrained` without a device map puts the weights of ternary layers on `device`.
+
+    Everything else, and the layers whose name `on_host` takes, stays in host memory; weights of the latter in
+    pinned memory if the device is a CUDA one. A device map could not say that: it would come with hooks.
+    """
+    token = _STRAIGHT.set(_Straight(device, on_host))
+    try:
+        yield
+    finally:
+        _STRAIGHT.reset(token)
+
+
 def ternary_linears(model: nn.Module) -> dict[str, TernaryLinear]:
     """Every `TernaryLinear` of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
@@ -46,6 +75,13 @@ def storage_tensors(model: nn.Module, state_dict: Mapping[str, Tensor], packing:
             packed = repack(packed.cpu(), linear.in_features, "2bit", "base3")
         tensors[f"{name}.weight"] = packed
     return tensors
+
+
+def _check(name: str, packed: Tensor, in_features: int, packing: Packing) -> None:
+    try:
+        check_packed(packed, in_features, packing)
+    except CheckpointError as error:
+        raise CheckpointError(f"'{name}': {error}") from error
 
 
 class CheckpointAudit:
@@ -72,16 +108,39 @@ class CheckpointAudit:
         if (Path(self.where) / "config.json").is_file():
             TernaryFolder(self.where)
 
-    def add(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Hash one shard's tensors as they came from the file. Raises `CheckpointError` naming a damaged one."""
+    def add(self, state_dict: Mapping[str, Tensor], then: Callable[[str, Tensor], Any] | None = None) -> dict[str, Any]:
+        """Hash one shard's tensors as they came from the file.
+
+        Args:
+            state_dict: the shard.
+            then: called with every tensor by the thread that has just read it.
+
+        Returns:
+            What `then` returned, by name.
+
+        Raises:
+            CheckpointError: names a damaged tensor; or what `then` raised, if all are sound.
+        """
+
+        def work(item: tuple[str, Tensor]) -> tuple[str, Any, Exception | None]:
+            sha256 = self._sum.add(*item)
+            try:
+                return sha256, then(*item) if then is not None else None, None
+            except Exception as error:  # told after every checksum has been compared
+                return sha256, None, error
+
         # Hashing holds no lock, and it is also what reads the mapped files: threads do both at once.
         with ThreadPoolExecutor(min(_HASHERS, os.cpu_count() or 1)) as pool:
-            sums = list(pool.map(lambda item: self._sum.add(*item), state_dict.items()))
-        for name, sha256 in zip(state_dict, sums, strict=True):
+            done = dict(zip(state_dict, pool.map(work, state_dict.items()), strict=True))
+        for name, (sha256, _, _) in done.items():
             if self._checksums.get(name, sha256)[:CHECKSUM_DIGITS] != sha256[:CHECKSUM_DIGITS]:
                 raise CheckpointError(
                     f"{self.where}: tensor '{name}' does not match its checksum: the file is damaged; {_MEND}"
                 )
+        for _, _, error in done.values():
+            if error is not None:
+                raise error
+        return {name: result for name, (_, result, _) in done.items()}
 
     def finish(self) -> None:
         """Compare the sum of all tensors with the digest. Raises `CheckpointError` when they differ."""
@@ -105,10 +164,14 @@ class TritflowQuantizer(DiffusersQuantizer):
         self._audit: CheckpointAudit | None = None
         self._loaded: set[str] = set()
         self._names: set[str] = set()
+        self._straight = _STRAIGHT.get()
+        self._device_map: Any = None
+        self._features: dict[str, int] = {}
+        self._copies: dict[str, Any] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot be honoured: ternary weights are small, so there is no offloading to the disk."""
-        device_map = kwargs.get("device_map")
+        self._device_map = device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 "ternary weights cannot be offloaded to the disk (device_map names 'disk'); use device_map=None "
@@ -135,8 +198,39 @@ class TritflowQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Not to change anything: the one hook that sees every tensor of a shard as it lies on disk."""
         if self._audit is not None:
-            self._audit.add(state_dict)
+            self._copies.update(self._audit.add(state_dict, self._copy))
         return state_dict
+
+    def _destination(self, name: str, given: Any = None) -> torch.device:
+        """Where a ternary layer's weight goes, `name` being the tensor's and `given` what diffusers says, if it has."""
+        layer = name.rpartition(".")[0]
+        if self._straight is not None and self._device_map is None:
+            return torch.device("cpu") if self._straight.on_host(layer) else self._straight.device
+        if given is None:
+            places = self._device_map if isinstance(self._device_map, dict) else {"": "cpu"}
+            while layer and layer not in places:
+                layer = layer.rpartition(".")[0]
+            given = places.get(layer, "cpu")
+        return torch.device(given)
+
+    def _copy(self, name: str, raw: Tensor) -> Tensor | None:
+        """A weight that stays in host memory, out of the mapped file and checked; None for every other tensor.
+
+        By the threads that hash: the bytes are in their caches then, and NumPy's copies need no team of threads each.
+        """
+        features = self._features.get(name)
+        if features is None or self.ternary.packing != "2bit" or self._destination(name).type != "cpu":
+            return None
+        _check(name, raw, features, "2bit")
+        copy = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=self._pinned(name))
+        np.copyto(copy.numpy(), raw.numpy())
+        return copy
+
+    def _pinned(self, name: str) -> bool:
+        straight = self._straight
+        if straight is None or self._device_map is not None or straight.device.type != "cuda":
+            return False
+        return straight.on_host(name.rpartition(".")[0])
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and self.ternary.matches(n)]
@@ -151,6 +245,9 @@ class TritflowQuantizer(DiffusersQuantizer):
             self._check_names(set(model.state_dict()))
             parts = ("weight", "weight_scale", "input_scale")
             self._names = {f"{n}.{part}" for n in linears for part in parts} & self._loaded
+            self._features = {f"{n}.weight": model.get_submodule(n).in_features for n in linears}
+            if self._straight is not None and self._straight.device.type == "cuda":
+                torch.cuda.init()  # before threads ask for pinned memory
         else:
             self._names = {f"{name}.weight" for name in linears}
         model.register_to_config(quantization_config=self.quantization_config)
@@ -199,19 +296,24 @@ class TritflowQuantizer(DiffusersQuantizer):
             self._quantize(model, name, raw.to(target_device))
             return
         linear = model.get_submodule(name)
-        if leaf == "weight":
-            packed = raw.to(target_device)  # first: a GPU checks and repacks many times faster than a CPU
-            try:
-                check_packed(packed, linear.in_features, self.ternary.packing)
-            except CheckpointError as error:
-                raise CheckpointError(f"'{param_name}': {error}") from error
+        home = self._destination(param_name, target_device)
+        if leaf != "weight":
+            # Not the mapped file itself: a view of it would keep all of its pages.
+            linear._buffers[leaf] = raw.clone() if home.type == "cpu" else raw.to(home)
+            return
+        packed = self._copies.pop(param_name, None)
+        if packed is None:
+            if self._straight is not None and self._pinned(param_name):
+                home = self._straight.device
+            packed = raw.to(home)  # first: a GPU checks and repacks many times faster than a CPU
+            _check(param_name, packed, linear.in_features, self.ternary.packing)
             if self.ternary.packing != "2bit":
                 packed = repack(packed, linear.in_features, self.ternary.packing, "2bit")
             elif packed is raw:
-                packed = raw.clone()  # out of the mapped file
-            linear.set_packed_(packed)
-        else:
-            linear._buffers[leaf] = raw.to(target_device)
+                packed = raw.clone()
+            if self._pinned(param_name):
+                packed = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True).copy_(packed)
+        linear.set_packed_(packed)
 
     def _quantize(self, model: Any, name: str, weight: Tensor) -> None:
         """Round one dense linear to the nearest ternary one. Its bias is loaded before or after, by diffusers."""
@@ -235,7 +337,7 @@ class TritflowQuantizer(DiffusersQuantizer):
         for name, tensor in model.state_dict().items():
             if tensor.is_meta:
                 raise CheckpointError(f"tensor '{name}' is missing from the checkpoint; {_MEND}")
-        self._loaded, self._names = set(), set()
+        self._loaded, self._names, self._features = set(), set(), {}
         self.quantization_config.attach(model)
         prepare_for_lora_(model)
         return model

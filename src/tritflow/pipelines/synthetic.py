@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from tritflow.config import ActivationDtype, Backend, Mode, TernaryConfig
 from tritflow.formats.architecture import FLUX1_DEV
 from tritflow.formats.packing import packed_width
+from tritflow.models.flux1 import is_modulation
 from tritflow.modules import TernaryLinear, swap_linears_
 
-MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
-"""Ends of the names of modulation layers inside the blocks."""
-
 _SCALE = 1.2  # of a ternary row against K ** -0.5: a third of the trits is zero
-
-
-def is_modulation(name: str) -> bool:
-    """Whether a module of a FLUX.1 transformer is one of the blocks' modulation layers."""
-    return "transformer_blocks." in name and name.endswith(MODULATION)
 
 
 def random_dense(config: Mapping[str, Any] = FLUX1_DEV, device: str = "cuda", dtype: torch.dtype | None = None) -> Any:

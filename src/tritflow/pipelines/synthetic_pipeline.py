@@ -1,12 +1,16 @@
 """FLUX.1-dev's whole pipeline by its published configs, with random content: for measuring, not drawing.
 
-Contents are repeated noise, made in host memory in seconds: text encoders, transformer and VAE are as large and as slow
-as the real ones, and the pictures are noise. The tokenizers are the small FLUX's.
+Contents are repeated noise, made in seconds: text encoders, transformer and VAE are as large and as slow as the real
+ones, and the pictures are noise. The tokenizers are the small FLUX's.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +19,9 @@ from torch import Tensor, nn
 from tritflow.assets import teacher_path
 from tritflow.config import TernaryConfig
 from tritflow.formats.architecture import FLUX1_DEV
+from tritflow.formats.checkpoint import TransformerWriter
 from tritflow.pipelines.component_sizes import meta_model
+from tritflow.pipelines.quantizer import ternary_linears
 
 CLIP_L: dict[str, Any] = {
     "hidden_size": 768,
@@ -78,25 +84,82 @@ def random_pipeline(parts: tuple[Component, ...] | None = None) -> Any:
     Args:
         parts: of the pipeline; FLUX.1-dev's by default. Input features of ternary layers have to be multiples of 128.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from diffusers import FluxPipeline
     from transformers import AutoTokenizer
 
-    models: dict[str, Any] = {
-        name: meta_model(library, cls, config, torch.bfloat16)
-        for name, _, library, cls, config in (components() if parts is None else parts)
-    }
     noise, trits = _noise(), _random_bytes()
-    for model in models.values():
-        _fill(model, noise, trits)
-    # The shift of FLUX.1-dev's scheduler at 1024x1024.
     pipe: Any = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=_scheduler(),
         tokenizer=AutoTokenizer.from_pretrained(teacher_path() / "tokenizer"),
         tokenizer_2=AutoTokenizer.from_pretrained(teacher_path() / "tokenizer_2"),
-        **models,
+        **{part[0]: _made(part, "cpu", noise, trits) for part in (components() if parts is None else parts)},
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def write_random_pipeline(out: Path, device: str = "cpu", parts: tuple[Component, ...] | None = None) -> int:
+    """Write the folder of such a pipeline: a ternary transformer of two bits a trit, everything else in bf16.
+
+    Args:
+        out: the folder; components that an earlier call finished are left as they are.
+        device: where contents are made, one component at a time.
+        parts: as in `random_pipeline`.
+
+    Returns:
+        Bytes of the folder.
+    """
+    noise, trits = _noise().to(device), _random_bytes().to(device)
+    small = teacher_path()
+    index = json.loads((small / "model_index.json").read_text())
+    index = {key: value for key, value in index.items() if key.startswith("_") or "tokenizer" in key}
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(small / name, out / name, dirs_exist_ok=True)
+    _scheduler().save_pretrained(out / "scheduler")
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    for part in components() if parts is None else parts:
+        name, _, library, cls, config = part
+        index[name] = [library, cls]
+        done = out / f"{name}.done"
+        if done.exists():
+            continue
+        model = _made(part, device, noise, trits)
+        if "quantization_config" in config:
+            _write_ternary(model, out / name, config)
+        else:
+            model.save_pretrained(out / name)
+        del model
+        done.touch()
+    # Last, since it makes the folder a pipeline.
+    (out / "model_index.json").write_text(json.dumps(index, indent=2))
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _write_ternary(model: Any, out: Path, config: Mapping[str, Any]) -> None:
+    linears = ternary_linears(model)
+    inside = {f"{name}.{part}" for name in linears for part in ("weight", "weight_scale", "bias")}
+    writer = TransformerWriter(out, TernaryConfig(), "random")
+    for name, linear in linears.items():
+        bias = None if linear.bias is None else linear.bias.detach().cpu()
+        writer.add_packed(name, linear.packed.cpu(), linear.in_features, linear.weight_scale.cpu(), None, bias)
+    for name, tensor in model.state_dict().items():
+        if name not in inside:
+            writer.add_dense(name, tensor.cpu())
+    writer.finish({key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _scheduler() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)  # that of FLUX.1-dev at 1024x1024
+
+
+def _made(part: Component, device: str, noise: Tensor, trits: Tensor) -> Any:
+    """One component with its content, on `device`."""
+    _, _, library, cls, config = part
+    model: Any = meta_model(library, cls, config, torch.bfloat16)
+    _fill(model, noise, trits, device)
+    return model
 
 
 def _noise() -> Tensor:
@@ -111,9 +174,11 @@ def _random_bytes() -> Tensor:
     return codes[torch.randint(81, (_PERIOD,), generator=g)].to(torch.uint8)
 
 
-def _fill(model: Any, noise: Tensor, trits: Tensor) -> None:
+def _fill(model: Any, noise: Tensor, trits: Tensor, device: str) -> None:
     positions = [name for name, _ in model.named_buffers() if name.endswith("position_ids")]
-    model.to_empty(device="cpu").eval().requires_grad_(False)
+    model.to_empty(device=device).eval().requires_grad_(False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # leaving the meta device gave every name a tensor of its own
     norms = {f"{name}.weight" for name, m in model.named_modules() if not isinstance(m, nn.Linear | nn.Conv2d)}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         flat = tensor.detach().view(-1)
@@ -123,4 +188,6 @@ def _fill(model: Any, noise: Tensor, trits: Tensor) -> None:
             flat.fill_(1.0)
         else:
             source = trits if flat.dtype == torch.uint8 else noise.to(flat.dtype)
-            flat.copy_(source.repeat(-(-flat.numel() // _PERIOD))[: flat.numel()])
+            whole = flat.numel() // _PERIOD * _PERIOD
+            flat[:whole].view(whole // _PERIOD, _PERIOD).copy_(source.expand(whole // _PERIOD, _PERIOD))
+            flat[whole:].copy_(source[: flat.numel() - whole])

@@ -84,6 +84,7 @@ def set_attention(name: str) -> None:
 def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -> Any:
     """The contender's transformer, compiled or optimized if it is to be."""
     from tritflow.kernels import attention
+    from tritflow.models.flux1 import is_modulation
     from tritflow.models.flux1_blocks import attend
     from tritflow.pipelines import synthetic
     from tritflow.pipelines.optimize import optimize
@@ -103,7 +104,7 @@ def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -
             modulation_device="cpu" if fused and device != "cpu" else None,
         )
         for name, module in model.named_modules():
-            if synthetic.is_modulation(name):
+            if is_modulation(name):
                 module.backend = "auto"  # a few rows are no matter for a backend that was chosen for thousands
         if fused:
             kind, where = settings.get("attention") or ("", "")
@@ -121,13 +122,14 @@ def build(settings: Mapping[str, Any], config: Mapping[str, Any], device: str) -
 def dense_fp8(config: Mapping[str, Any], device: str) -> Any:
     """Block linears as dense e4m3, modulation in bf16."""
     from tritflow.config import TernaryConfig
+    from tritflow.models.flux1 import is_modulation
     from tritflow.pipelines import synthetic
     from tritflow.profiling.dense_fp8 import DenseFp8Linear
 
     targets, model = TernaryConfig(), synthetic.on_meta(config)
     synthetic.replace_(
         model,
-        lambda name, _: targets.matches(name) and not synthetic.is_modulation(name),
+        lambda name, _: targets.matches(name) and not is_modulation(name),
         lambda name, linear: DenseFp8Linear(linear.in_features, linear.out_features, "meta"),
         device,
     )

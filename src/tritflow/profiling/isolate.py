@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ def run_isolated(
     silence: float,
     deadline: float,
     on_result: Callable[[Task, dict[str, Any]], None],
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run ``python -m MODULE --worker TASKS`` until every task has a result; see ``serve`` for the child's half.
 
     ``silence`` is how many seconds a task may take; past ``deadline`` (``time.monotonic()``) what is left is reported
-    as skipped. A result is the child's dict, or {"error": one line}.
+    as skipped, and a task that runs is ended. A result is the child's dict, or {"error": one line}, which tells the
+    two apart. ``environment`` is added to this process's.
     """
     todo = list(enumerate(tasks))
     while todo:
@@ -40,7 +42,7 @@ def run_isolated(
             for _, task in todo:
                 on_result(task, {"error": "skipped: out of time"})
             return
-        done, broken, why = _one_child(module, todo, silence, deadline, on_result)
+        done, broken, why = _one_child(module, todo, silence, deadline, on_result, environment)
         todo = [(i, t) for i, t in todo if i not in done]
         if broken is not None:
             on_result(tasks[broken], {"error": why})
@@ -57,6 +59,7 @@ def _one_child(
     silence: float,
     deadline: float,
     on_result: Callable[[Task, dict[str, Any]], None],
+    environment: Mapping[str, str] | None,
 ) -> tuple[set[int], int | None, str]:
     tasks = dict(todo)
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as handle:
@@ -67,6 +70,7 @@ def _one_child(
         stdout=subprocess.PIPE,
         stderr=log,
         text=False,
+        env=None if environment is None else {**os.environ, **environment},
     )
     assert child.stdout is not None
     selector = selectors.DefaultSelector()
@@ -75,11 +79,14 @@ def _one_child(
     current: int | None = None
     why = ""
     rest = b""
+    began = time.monotonic()
     try:
         while True:
-            patience = min(silence, deadline - time.monotonic())
-            if patience <= 0 or not selector.select(patience):
-                why = f"no answer within {silence:.0f} s" if patience > 0 else "stopped: out of time"
+            left = deadline - time.monotonic()
+            if left <= 0 or not selector.select(min(silence, left)):
+                # The end of everybody's time says nothing about the task; its own limit does.
+                own = time.monotonic() - began
+                why = f"no answer within {silence:.0f} s" if left > silence else _out_of_time(own)
                 break
             data = os.read(child.stdout.fileno(), 1 << 16)
             if not data:
@@ -93,7 +100,7 @@ def _one_child(
                 if not line.startswith(b"{"):
                     continue  # something a library printed
                 message = json.loads(line)
-                current = message["task"]
+                current, began = message["task"], time.monotonic()
                 if "result" in message:
                     # At once: whoever stops this process still has what was found.
                     done.add(message["task"])
@@ -106,6 +113,12 @@ def _one_child(
         log.close()
         Path(handle.name).unlink(missing_ok=True)
     return done, current, why
+
+
+def _out_of_time(seconds: float) -> str:
+    return (
+        f"stopped after {seconds:.0f} s: the time given for everything was up, so nothing is known about it; give more"
+    )
 
 
 def serve(path: str, handle: Callable[[Task], dict[str, Any]]) -> None:

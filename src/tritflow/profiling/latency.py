@@ -18,6 +18,7 @@ from torch import nn
 
 from tritflow import results
 from tritflow.modules import TernaryLinear
+from tritflow.pipelines.flags import flags
 from tritflow.pipelines.generate import generate
 from tritflow.pipelines.loading import generation_defaults, load_pipeline, pick_device, quiet
 
@@ -171,6 +172,7 @@ def measure(
                     **summary,
                     "cpu_milliseconds": quantiles(cpu_times[name]),
                     "resident_bytes": resident[name],
+                    "flags": flags(pipes[name], on),
                     "rounds": rounds,
                     "threads": torch.get_num_threads(),
                     "load_before": before,

@@ -49,7 +49,7 @@ def measure(
     Returns:
         A run for `tritflow.results`, topic `memory`: `budget_bytes`, `plan`, `used_bytes` (the most that the allocator
         reserved, plus what the driver counts outside of it), both summands, `kept` (whether that is within the
-        budget) and `seconds` of each picture.
+        budget, and every picture was drawn), `error` (None, or why a picture was not), and `seconds` of each picture.
 
     Raises:
         MemoryPlanError, MemorySizeError: nothing fits, or no size.
@@ -73,13 +73,19 @@ def measure(
                 plan = plan_memory(model, limit, height=size, width=size, base=base, device=on)
                 pipe = load_pipeline(model, base=base, device=on, mode=mode, plan=plan)
         torch.cuda.reset_peak_memory_stats(on)
-        seconds = []
+        seconds: list[float] = []
+        failed = None
         with tempfile.TemporaryDirectory(prefix="tritflow-memory-") as folder:
-            for seed in range(pictures):
-                begin = time.perf_counter()
-                drawn = generate(pipe, PROMPT, seed, height=size, width=size, num_inference_steps=num_inference_steps)
-                save_pictures(drawn, Path(folder) / "picture.png")
-                seconds.append(round(time.perf_counter() - begin, 3))
+            try:
+                for seed in range(pictures):
+                    begin = time.perf_counter()
+                    drawn = generate(
+                        pipe, PROMPT, seed, height=size, width=size, num_inference_steps=num_inference_steps
+                    )
+                    save_pictures(drawn, Path(folder) / "picture.png")
+                    seconds.append(round(time.perf_counter() - begin, 3))
+            except torch.OutOfMemoryError as error:
+                failed = f"picture {len(seconds) + 1} did not fit: {str(error).splitlines()[0][:200]}"
         reserved = torch.cuda.max_memory_reserved(on)
         free, total = torch.cuda.mem_get_info(on)
         outside = total - free - torch.cuda.memory_reserved(on)
@@ -94,9 +100,10 @@ def measure(
         "used_bytes": reserved + outside,
         "reserved_bytes": reserved,
         "outside_bytes": outside,
-        "kept": reserved + outside <= limit,
+        "kept": failed is None and reserved + outside <= limit,
+        "error": failed,
         "seconds": seconds,
-        "last_seconds": seconds[-1],
+        "last_seconds": seconds[-1] if seconds else None,
         "settings": {"size": size, "num_inference_steps": num_inference_steps, "pictures": pictures},
         "note": note,
     }
@@ -108,6 +115,7 @@ def table(run: dict[str, Any]) -> str:
     lines = [f"{run['model']} on {run['device']}, within {gib(run['budget_bytes'])}:"]
     lines += [f"  {name:16} {gib(part['bytes']):>10}  {part['placement']}" for name, part in parts.items()]
     inside, outside = gib(run["reserved_bytes"]), gib(run["outside_bytes"])
-    end = f"{'within the budget' if run['kept'] else 'MORE THAN THE BUDGET'}; last picture {run['last_seconds']:.1f} s"
+    last = f"last picture {run['last_seconds']:.1f} s" if run["seconds"] else "no picture"
+    end = f"{run['error'] or ('within the budget' if run['kept'] else 'MORE THAN THE BUDGET')}; {last}"
     lines.append(f"used {gib(run['used_bytes'])} ({inside} by PyTorch, {outside} outside), {end}")
     return "\n".join(lines)

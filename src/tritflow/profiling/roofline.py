@@ -17,7 +17,7 @@ from typing import Any
 from tritflow import results
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
 from tritflow.models import FLUX1
-from tritflow.pipelines.synthetic import is_modulation
+from tritflow.models.flux1 import is_modulation
 
 _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tritflow import results
 from tritflow.formats.architecture import FLUX1_DEV
+from tritflow.pipelines.flags import flags
 from tritflow.profiling.contenders import (
     CONTENDERS,
     STEPS,
@@ -96,6 +97,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         out: Tensor = model(**inputs, timestep=t.expand(task["batch"]).to(torch.bfloat16) / 1000)[0]
         return out
 
+    path = flags(model, device)
     beside = Beside(model, step, settings["lora"], task["count"]) if "lora" in settings else None
     begin = time.perf_counter()
     first = step()
@@ -118,6 +120,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
         "build_seconds": round(built, 2),
         "first_step_seconds": round(first_seconds, 2),
         "finite": finite,
+        "flags": path,
         "same_bits_again": repeats,
         **kernels,
         **({} if beside is None else {"lora": beside.finish(quantiles(times))}),
@@ -127,6 +130,7 @@ def _measure(task: Task, device: str) -> dict[str, Any]:
 @torch.no_grad()
 def check(task: Task, device: str = "cuda") -> dict[str, Any]:
     """Relative errors of a backend on a few blocks of the real width, stock and optimized, against the reference."""
+    from tritflow.models.flux1 import is_modulation
     from tritflow.modules import TernaryLinear
     from tritflow.pipelines import synthetic
     from tritflow.pipelines.optimize import deoptimize, optimize
@@ -136,7 +140,7 @@ def check(task: Task, device: str = "cuda") -> dict[str, Any]:
     inputs = step_inputs(config, task["size"], 1, device, torch.bfloat16)
     inputs["timestep"] = torch.full((1,), 0.5, device=device, dtype=torch.bfloat16)
     linears = [m for name, m in model.named_modules() if isinstance(m, TernaryLinear)]
-    modulation = {id(m) for name, m in model.named_modules() if synthetic.is_modulation(name)}
+    modulation = {id(m) for name, m in model.named_modules() if is_modulation(name)}
 
     def configure(mode: Any, dtype: Any, backend: Any) -> None:
         for linear in linears:
@@ -199,7 +203,7 @@ def bench(
 
     Args:
         out: folder.
-        seconds: after which nothing new is started.
+        seconds: for everything: a contender that runs longer is ended, and says so.
         size: of the pictures, in pixels.
         batch: pictures at once.
         count: timed steps.
@@ -338,7 +342,7 @@ def table(run: Mapping[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=MODULE, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("transformer-bench"), help="folder for transformer.json")
-    parser.add_argument("--seconds", type=float, default=350.0, help="start nothing new after this long")
+    parser.add_argument("--seconds", type=float, default=350.0, help="for everything; what was found by then is kept")
     parser.add_argument("--size", type=int, default=1024, help="of the pictures, in pixels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--count", type=int, default=20, help="timed steps")

@@ -23,7 +23,7 @@ _LORA = """Examples:
 def lora(
     size: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
     count: Annotated[int, typer.Option(min=1, help="Timed steps, with the adapter and twice without.")] = 20,
-    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 150.0,
+    seconds: Annotated[float, typer.Option(min=1, help="For everything; what was found by then is kept.")] = 300.0,
     contender: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     note: Note = "",
     results: Results = None,

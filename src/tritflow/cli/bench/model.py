@@ -59,7 +59,7 @@ _FULL_SIZE = """Examples:
 def full_size(
     workdir: Annotated[Path, typer.Option("--workdir", help="Where the files lie; kept, so that a next call goes on.")],
     stage: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 900.0,
+    seconds: Annotated[float, typer.Option(min=1, help="For everything; what was found by then is kept.")] = 900.0,
     note: Note = "",
     results: Results = None,
     json: Json = False,
