@@ -16,7 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tritflow.kernels.hopper.attention_parts import load_tiles, quantize_queries, scaled, store_rows, weigh
+from tritflow.kernels.hopper.attention_parts import (
+    load_tiles,
+    quads,
+    quantize_queries,
+    scaled,
+    store_rows,
+    weigh,
+    weigh_half,
+)
 
 
 @gluon.constexpr_function
@@ -29,9 +37,14 @@ def _weighted(s, state, scale, exponent, v, n, MASK: gl.constexpr, S: gl.constex
     """Makes a tile's weights of its logits and begins their product with its values v; state is (acc, m, sums)."""
     acc, m, sums = state
     mma: gl.constexpr = _mma(v.shape[0])
-    p, m, alpha, row = weigh(s, m, scale, exponent, n, MASK, S, mma)
+    if len(sums.shape) == 2:
+        p, m, alpha, row = weigh_half(s, m, scale, exponent, n, MASK, S, mma)
+        older = scaled(sums, alpha)
+    else:
+        p, m, alpha, row = weigh(s, m, scale, exponent, n, MASK, S, mma)
+        older = sums * alpha
     acc = warpgroup_mma(p, v.permute((1, 0)), scaled(acc, alpha), is_async=True)
-    return acc, m, sums * alpha + row * gl.exp2(0.0 - exponent)
+    return acc, m, older + row * gl.exp2(0.0 - exponent)
 
 
 @gluon.jit
@@ -66,7 +79,7 @@ def _step(
 @gluon.jit
 def _attend(
     q, scales, buffers,
-    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, AHEAD: gl.constexpr,
+    S: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Slot j holds the keys of tile j and the values of tile j - 1. Returns the weighted values and sums."""
     q_scale, k_scale, v_exponent = scales
@@ -77,7 +90,10 @@ def _attend(
     rows: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, _mma(D), 4))
     acc = gl.zeros((64, D), gl.float32, _mma(D))
     m = gl.full((64,), float("-inf"), gl.float32, rows)
-    sums = gl.zeros((64,), gl.float32, rows)
+    if HALF:
+        sums = gl.zeros((64, 4), gl.float32, quads())
+    else:
+        sums = gl.zeros((64,), gl.float32, rows)
     state = (acc, m, sums)
     scale = q_scale * gl.load(k_scale)
     exponent = gl.load(v_exponent)
@@ -103,6 +119,8 @@ def _attend(
     mbarrier.wait(full.index(stage), phase)
     acc, m, sums = _weighted(s, state, scale, exponent, v_bufs.index(stage), (TILES - 1) * BN, S % BN != 0, S)
     acc = warpgroup_mma_wait(0, deps=[acc])
+    if HALF:
+        sums = gl.convert_layout(gl.sum(sums, axis=1), rows, assert_trivial=True)
     return acc, sums + scale * 0.0
 
 
@@ -110,7 +128,7 @@ def _attend(
 def _consume(
     PART: gl.constexpr, operands, buffers,
     S: gl.constexpr, PADDED: gl.constexpr, STAGES: gl.constexpr, BLOCK: gl.constexpr, QMAX: gl.constexpr,
-    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, AHEAD: gl.constexpr,
+    FLOOR: gl.constexpr, CONSUMERS: gl.constexpr, AHEAD: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 queries."""
     q_ptr, k_scale, v_exponent, out_ptr, factor, q_strides, out_strides, H = operands
@@ -124,7 +142,7 @@ def _consume(
     q_scale = quantize_queries(q, q_ptr, q_strides, b, h, first, factor, S, QMAX, FLOOR, rows)
     k_scale += bh * (PADDED // BLOCK)
     v_exponent += bh * (PADDED // BLOCK)
-    acc, sums = _attend(q, (q_scale, k_scale, v_exponent), buffers, S, STAGES, BLOCK, AHEAD)
+    acc, sums = _attend(q, (q_scale, k_scale, v_exponent), buffers, S, STAGES, BLOCK, AHEAD, HALF)
     store_rows(scaled(acc, 1.0 / sums), out_ptr, out_strides, b, h, first, S)
 
 
@@ -152,6 +170,7 @@ def attention_kernel(
     FLOOR: gl.constexpr,
     CONSUMERS: gl.constexpr,
     AHEAD: gl.constexpr,
+    HALF: gl.constexpr,
 ):
     """64 queries a consumer, of one head; launch with 4 warps (the first consumer) on [S / (64 CONSUMERS), B H].
 
@@ -178,14 +197,14 @@ def attention_kernel(
     # Written out twice, since a tuple that has a name holds no constants.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD)),
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF)),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 1], [232, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
-            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD)),
+            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF)),
+            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF)),
+            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF)),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip

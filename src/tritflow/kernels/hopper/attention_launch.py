@@ -27,16 +27,19 @@ class AttentionConfig:
         stages: of `keys` keys and values in shared memory.
         keys: of a tile, 64 or 128.
         ahead: multiply queries with the next tile's keys while this tile's weights are made.
+        half: make weights in packed fp16, and add them up in it.
     """
 
     consumers: int = 2
     stages: int = 3
     ahead: bool = True
     keys: int = 128
+    half: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.consumers} consumers, {self.keys} keys, {self.stages} stages" + (", ahead" if self.ahead else "")
+        words = [f"{self.consumers} consumers", f"{self.keys} keys", f"{self.stages} stages"]
+        return ", ".join([*words, *(["ahead"] if self.ahead else []), *(["half"] if self.half else [])])
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -46,10 +49,12 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "PADDED": triton.cdiv(tokens, BLOCK) * BLOCK,
         "STAGES": config.stages,
         "BLOCK": BLOCK,
-        "QMAX": QMAX[dtype],
+        # Read as fp16 no product may pass 65,504, and keys reach 448: 1 * 448 * 128 features.
+        "QMAX": 1.0 if config.half and dtype != "int8" else QMAX[dtype],
         "FLOOR": AMAX_FLOOR,
         "CONSUMERS": config.consumers,
         "AHEAD": config.ahead,
+        "HALF": config.half,
     }
 
 
