@@ -63,6 +63,11 @@ def w2a8(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def adaln(dtype: str | None) -> str:
+    """Name of the layer norm with modulation in the files, by the dtype it quantizes to; n and k are its features."""
+    return f"adaln {dtype or 'plain'}"
+
+
 def slug(device: str) -> str:
     """File name of a GPU."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

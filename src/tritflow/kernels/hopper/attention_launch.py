@@ -28,6 +28,7 @@ class AttentionConfig:
         keys: of a tile, 64 or 128.
         ahead: multiply queries with the next tile's keys while this tile's weights are made.
         half: make weights in packed fp16, and add them up in it.
+        skip: leave out the multiplication of sums with a tile's factor where that is 1 for all rows of a warp.
     """
 
     consumers: int = 2
@@ -35,11 +36,21 @@ class AttentionConfig:
     ahead: bool = True
     keys: int = 128
     half: bool = False
+    skip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.skip and self.ahead:
+            raise ValueError("skip=True needs ahead=False: there are not enough registers for both")
 
     @property
     def name(self) -> str:
         words = [f"{self.consumers} consumers", f"{self.keys} keys", f"{self.stages} stages"]
-        return ", ".join([*words, *(["ahead"] if self.ahead else []), *(["half"] if self.half else [])])
+        return ", ".join([*words, *(name for name in ("ahead", "half", "skip") if getattr(self, name))])
+
+
+def query_max(dtype: str, config: AttentionConfig) -> float:
+    """The largest magnitude that queries are scaled to: read as fp16 no product with keys of 448 may pass 65,504."""
+    return 1.0 if config.half and dtype != "int8" else QMAX[dtype]  # 448 * 128 features
 
 
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
@@ -49,32 +60,36 @@ def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any
         "PADDED": triton.cdiv(tokens, BLOCK) * BLOCK,
         "STAGES": config.stages,
         "BLOCK": BLOCK,
-        # Read as fp16 no product may pass 65,504, and keys reach 448: 1 * 448 * 128 features.
-        "QMAX": 1.0 if config.half and dtype != "int8" else QMAX[dtype],
+        "QMAX": query_max(dtype, config),
         "FLOOR": AMAX_FLOOR,
         "CONSUMERS": config.consumers,
         "AHEAD": config.ahead,
         "HALF": config.half,
+        "SKIP": config.skip,
     }
 
 
 def attend(
     q: Tensor, quantized: Quantized, scale: float | None = None, config: AttentionConfig | None = None
 ) -> Tensor:
-    """Attention of q [B, S, H, D], D contiguous, 64 or 128, on keys and values that `quantize` gave."""
+    """Attention of q [B, S, H, D], D contiguous, 64 or 128, on keys and values that `quantize` gave.
+
+    Where that holds queries, too (scaled to at most `query_max`), q gives shape and dtype alone.
+    """
     batch, tokens, heads, features = q.shape
     k8, v8 = quantized.k8, quantized.v8
     if v8 is None or quantized.v_exponent is None:
         raise ValueError("Hopper's attention takes values in e4m3")
     dtype, element = ("int8", gl.int8) if k8.dtype == torch.int8 else ("float8_e4m3fn", gl.float8e4nv)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # contiguous, whatever q is
     config = config or AttentionConfig()
     k_block, v_block = [config.keys, features], [features, config.keys]
     swizzled = gl.NVMMASharedLayout.get_default_for
     attention_kernel[(triton.cdiv(tokens, 64 * config.consumers), batch * heads)](
-        q,
+        q if quantized.q8 is None else quantized.q8,
         TensorDescriptor(k8, list(k8.shape), [features, 1], k_block, swizzled(k_block, element)),
         TensorDescriptor(v8, list(v8.shape), [v8.shape[1], 1], v_block, swizzled(v_block, gl.float8e4nv)),
+        quantized.k_scale if quantized.q_scale is None else quantized.q_scale,
         quantized.k_scale,
         quantized.v_exponent,
         out,

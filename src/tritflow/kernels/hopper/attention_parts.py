@@ -99,6 +99,20 @@ def quantize_queries(
 
 
 @gluon.jit
+def read_queries(q, q_ptr, q_scale, first, last, rows: gl.constexpr):
+    """64 rows of 8-bit queries [.., D] from `first` on, those before `last`, to `q`; returns their scales."""
+    D: gl.constexpr = q.shape[1]
+    wide: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
+    t = first + gl.arange(0, 64, gl.SliceLayout(1, wide))
+    at = gl.expand_dims(t.to(gl.int64) * D, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, wide)), 0)
+    q.store(gl.load(q_ptr + at, mask=gl.expand_dims(t < last, 1).broadcast_to((64, D))))
+    fence_async_shared()
+    gl.thread_barrier()
+    t = first + gl.arange(0, 64, rows)
+    return gl.load(q_scale + t, mask=t < last, other=0.0)
+
+
+@gluon.jit
 def _row_max(x):
     """Maximum of rows in two steps: many short chains of operations instead of few long ones."""
     rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
@@ -244,6 +258,36 @@ def weigh_half(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mm
 def scaled(x, rows):
     """Each row of x times its number; the layouts differ in columns only."""
     return x * gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.constexpr_function
+def _rescaling(n):
+    """Multiply n accumulators, pairs of two rows in turn, by their rows' factors, unless a warp has none but 1."""
+    lines = [
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, ${2 * n}, 0f3F800000;",
+        f"setp.neu.or.f32 p, ${2 * n + 2}, 0f3F800000, p;",
+        "vote.sync.any.pred q, p, 0xffffffff;",
+        "@!q bra DONE;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * n + (i & 2)};" for i in range(n)),
+        "DONE:",
+    ]
+    return "{" + " ".join(lines) + "}"
+
+
+@gluon.constexpr_function
+def _rescaled_constraints(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescaled(x, rows):
+    """`scaled` of an accumulator of 64 rows by powers of two, which a warp leaves out where all are 1."""
+    N: gl.constexpr = x.shape[1] // 2
+    factors = gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, x.type.layout)), 1).broadcast_to(x.shape)
+    return gl.inline_asm_elementwise(
+        _rescaling(N), _rescaled_constraints(N), [x, factors], dtype=gl.float32, is_pure=True, pack=N
+    )
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import attention, block, expand, gemm, low_rank, quantize, rope
+from tritflow.kernels.triton import adaln, attention, block, expand, gemm, low_rank, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -86,30 +86,34 @@ def _quantize_cases(fp8: bool) -> list[Case]:
     q = "*fp8e4nv" if fp8 else "*i8"
     kind = "fp8" if fp8 else "int8"
     vectors = {"input_scale_ptr": "*bf16", "q_ptr": q, "scale_ptr": "*fp32"}
-    adaln = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "scale_ptr": "*bf16", "input_scale_ptr": "*bf16", "out_ptr": q}
+    normed = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "scale_ptr": "*bf16", "input_scale_ptr": "*bf16", "out_ptr": q}
+    quantizing = _quantizing(fp8)
     strides = _numbers("tokens", "stride_b", "stride_s", "shift_stride", "scale_stride")
     return [
         Case(
             f"quantize {kind}",
             quantize.quantize_kernel,
             {"x_ptr": "*bf16", **vectors, **_numbers("stride_m")},
-            {"K": 3072, "BLOCK_K": 4096, **_quantizing(fp8)},
+            {"K": 3072, "BLOCK_K": 4096, **quantizing},
             {**_row(3072, 1024), "enable_fp_fusion": False},
             fp8,
         ),
-        Case(
-            f"adaln + quantize {kind}",
-            block.adaln_kernel,
-            {**adaln, "out_scale_ptr": "*fp32", **strides},
-            {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "BLOCK_K": 4096, "ROWS": 1, **_quantizing(fp8)},
-            {"num_warps": 2},
-            fp8,
+        *(
+            Case(
+                f"adaln + quantize {kind}, {tile['ROWS']} tokens, {tile['num_warps']} warps",
+                adaln.adaln_kernel,
+                {**normed, "out_scale_ptr": "*fp32", **strides},
+                {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "ROWS": tile["ROWS"], "WIDTH": tile["WIDTH"], **quantizing},
+                {"num_warps": tile["num_warps"]},
+                fp8,
+            )
+            for tile in adaln.TILES
         ),
         Case(
             f"gelu + quantize {kind}",
             block.gelu_kernel,
             {"x_ptr": "*bf16", "prefix_ptr": "*bf16", **vectors, **_numbers("x_stride", "prefix_stride")},
-            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **_quantizing(fp8)},
+            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **quantizing},
             _row(15360),
             fp8,
         ),

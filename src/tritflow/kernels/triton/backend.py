@@ -11,6 +11,7 @@ from torch import Tensor
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.reference import in_two_passes
 from tritflow.kernels.triton import block
+from tritflow.kernels.triton.adaln import adaln, adaln_quantize
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
 from tritflow.kernels.triton.low_rank import low_rank_add_, low_rank_down
 from tritflow.kernels.triton.quantize import MAX_FEATURES, quantize_activation
@@ -185,8 +186,8 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "low_rank_down": Kernel(low_rank_down, _supports_down),
         "low_rank_add_": Kernel(low_rank_add_, _supports_low_rank_add),
-        "adaln": Kernel(block.adaln, _supports_adaln),
-        "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
+        "adaln": Kernel(adaln, _supports_adaln),
+        "adaln_quantize": Kernel(adaln_quantize, _supports_adaln_quantize),
         "gelu": Kernel(block.gelu, _supports_gelu),
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
         "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),

@@ -58,28 +58,6 @@ def store_quantized(
 
 
 @triton.jit
-def store_quantized_rows(
-    x,
-    k,
-    inside,
-    q_ptr,
-    scale_ptr,
-    rows,
-    there,
-    K: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    FP8: tl.constexpr,
-):
-    """`store_quantized` of x[rows, k], for those rows that are there."""
-    amax = scale_of(magnitude(x), 1, FLOOR)
-    full = tl.full(amax.shape, QMAX, tl.float32)
-    scaled = x * tl.div_rn(full, amax)[:, None]
-    tl.store(q_ptr + rows[:, None] * K + k[None, :], rounded(scaled, FP8), mask=inside)
-    tl.store(scale_ptr + rows, tl.div_rn(amax, full), mask=there)
-
-
-@triton.jit
 def quantize_kernel(
     x_ptr,
     input_scale_ptr,
