@@ -117,7 +117,8 @@ def rivals() -> list[Contender]:
 
 def plain(dtype: str) -> Contender:
     """Plain Triton's kernel."""
-    from tritflow.kernels.triton.attention import attend, quantize
+    from tritflow.kernels.triton.attention import attend
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     return Contender(
         f"triton {dtype}",
@@ -129,7 +130,7 @@ def plain(dtype: str) -> Contender:
 def hopper(dtype: str, settings: dict[str, Any]) -> Contender:
     """The Hopper kernel in one configuration; it quantizes its queries itself."""
     from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend
-    from tritflow.kernels.triton.attention import quantize
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     config = AttentionConfig(**settings)
     return Contender(

@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tritflow.kernels.attention_reference import BLOCK
 from tritflow.kernels.hopper.attention import attention_kernel
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton.attention import Quantized, logit_factor, quantize
+from tritflow.kernels.triton.attention_inputs import Quantized, logit_factor, normed_quantize, quantize
 from tritflow.kernels.triton.block import contiguous_features
 
 
@@ -109,3 +109,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str = "int8", scale: float
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (contiguous_features(t) for t in (q, k, v))
     return attend(q, quantize(None, k, v, dtype), scale)
+
+
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, config: AttentionConfig | None = None) -> Tensor:
+    """See `tritflow.kernels.normed_attention`, its arguments in its order."""
+    config, context, dtype = config or AttentionConfig(), rest[4], rest[10]
+    tokens = q.shape[1] + (0 if context is None else context.shape[1])
+    like = q.new_empty(()).expand(q.shape[0], tokens, *q.shape[2:])
+    if not like.numel():
+        return q.new_empty(like.shape)
+    return attend(like, normed_quantize(q, k, v, *rest, query_max=query_max(dtype, config)), config=config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -165,6 +167,17 @@ def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: floa
     return q.shape[-1] in (64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.normed_attention`."""
+    from tritflow.kernels.hopper.attention_launch import normed_attention as run
+
+    return run(q, k, v, *rest)
+
+
+def _supports_normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    return _supports_attention(q, k, v, *rest[-2:])
+
+
 BACKEND = Backend(
     name="hopper",
     device_types=("cuda",),
@@ -176,5 +189,6 @@ BACKEND = Backend(
         "w2a16_low_rank": Kernel(w2a16_low_rank, _supports_w2a16_low_rank),
         # In e4m3 2 % faster than plain Triton's alone, in int8 slower: by name only.
         "attention": Kernel(attention, _supports_attention, automatic=False),
+        "normed_attention": Kernel(normed_attention, _supports_normed_attention, automatic=False),
     },
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from tritflow.kernels import tuning
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
 from tritflow.kernels.triton.block import contiguous_features
-from tritflow.kernels.triton.quantize import magnitude, scale_of
+from tritflow.kernels.triton.quantize import magnitude, rounded, scale_of
 
 
 @triton.jit
@@ -99,11 +99,8 @@ def _one_token(
     for i in tl.static_range(len(x)):
         if not QUANTIZE:
             piece = y[i].to(out_ptr.dtype.element_ty)
-        elif FP8:
-            piece = (y[i] * factor).to(tl.float8e4nv)
         else:
-            # 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-            piece = (y[i] * factor + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+            piece = rounded(y[i] * factor, FP8)
         if (i + 1) * WIDTH > K:
             tl.store(out + i * WIDTH + k, piece, mask=i * WIDTH + k < K)
         else:

@@ -166,12 +166,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) 
     return run(q, k, v, dtype, scale, e4m3=_has_fp8(q.device))
 
 
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.normed_attention`; without e4m3 a pass of its own norms and turns."""
+    from tritflow.kernels.triton import attention as kernels
+
+    if _has_fp8(q.device):
+        return kernels.normed_attention(q, k, v, *rest)
+    q_weight, k_weight, cos, sin, context_q, context_k, context_v, *weights, eps, dtype, scale = rest
+    if cos.shape[1] != q.shape[-1]:
+        cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, context_q, context_k, *weights, eps)
+    v = v if context_v is None else torch.cat([context_v, v], dim=1)
+    return kernels.attention(q, k, v, dtype, scale, e4m3=False)
+
+
 def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
     features, e4m3 = q.shape[-1], _has_fp8(q.device)
     # 8-bit products take 32 features at a time; values that stay in float32 fill the shared memory of small GPUs.
     most = 128 if q.dtype == torch.float32 and not e4m3 else 256
     fits = 32 <= features <= most and features & (features - 1) == 0
     return q.dtype in _FLOATS and fits and (dtype == "int8" or e4m3)
+
+
+def _supports_normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    return _supports_attention(q, k, v, *rest[-2:])
 
 
 BACKEND = Backend(
@@ -192,6 +210,7 @@ BACKEND = Backend(
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
         "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),
         "attention": Kernel(attention, _supports_attention),
+        "normed_attention": Kernel(normed_attention, _supports_normed_attention),
         "gated_residual": Kernel(block.gated_residual, _supports_residual),
     },
 )

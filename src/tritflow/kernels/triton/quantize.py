@@ -32,8 +32,8 @@ def rounded(scaled, FP8: tl.constexpr):
     if FP8:
         q = scaled.to(tl.float8e4nv)
     else:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+        # Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+        q = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     return q
 
 
