@@ -31,14 +31,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
 SKINNY: dict[str, dict[str, Any]] = {
-    "2 warps": {"parts": 2, "chunk": 64, "rows": 16},
-    "2 warps, 32 rows": {"parts": 2, "chunk": 64, "rows": 32},
     "4 warps": {"parts": 4, "chunk": 64, "rows": 16},
     "4 warps, 56 registers": {"parts": 4, "chunk": 64, "rows": 16, "registers": 56},
     "4 warps, 32 rows": {"parts": 4, "chunk": 64, "rows": 32},
     "4 warps, 32 rows, 96 registers": {"parts": 4, "chunk": 64, "rows": 32, "registers": 96},
     "4 warps, early": {"parts": 4, "chunk": 64, "rows": 16, "early": True},
-    "2 warps, early": {"parts": 2, "chunk": 64, "rows": 16, "early": True},
+    "4 warps, 56 registers, early": {"parts": 4, "chunk": 64, "rows": 16, "registers": 56, "early": True},
+    "4 warps, early, prefetch": {"parts": 4, "chunk": 64, "rows": 16, "early": True, "prefetch": True},
+    "4 warps, 56 registers, early, prefetch": {
+        **{"parts": 4, "chunk": 64, "rows": 16, "registers": 56, "early": True, "prefetch": True},
+    },
+    "4 warps, 32 rows, 96 registers, early, prefetch": {
+        **{"parts": 4, "chunk": 64, "rows": 32, "registers": 96, "early": True, "prefetch": True},
+    },
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.hopper import supports, why_not
 
@@ -101,8 +102,13 @@ def w2a16_linear(
     rows = x.reshape(-1, x.shape[-1])
     if input_scale is not None:
         rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
-    product = w2a16_skinny if rows.shape[0] <= _SKINNY_TOKENS else w2a16_gemm
-    return product(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
+    if rows.shape[0] <= _SKINNY_TOKENS:
+        choice = tuning.lookup(x.device, tuning.W2A16, *_shape(x, weight))
+        settings = {} if choice is None or choice.backend != "hopper" else choice.config
+        out = w2a16_skinny(rows, weight, weight_scale, bias, **settings)
+    else:
+        out = w2a16_gemm(rows, weight, weight_scale, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _supports_w2a16(
