@@ -11,12 +11,14 @@ from tritflow.cli.bench.app import app
 from tritflow.cli.bench.options import Device, Json, Note, Results, Threads, set_threads, store
 from tritflow.cli.console import print_json, say
 
+_PARTS = ("passes", "few rows", "first factor", "16-bit products", "products", "gemlite")
 _KERNELS = """Examples:
 
 \b
   tritflow bench kernels
   tritflow bench kernels --threads 1 --seconds 30 --results benchmarks/results
   tritflow bench kernels --device cuda --quick --json
+  tritflow bench kernels --device cuda --only passes --only "few rows" --seconds 60
 """
 
 
@@ -28,6 +30,7 @@ def kernels(
         typer.Option(min=0.01, help="CPU: for each of three comparisons (10); GPU: stop after (240)."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="GPU: two shapes only.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"GPU: a part of the run: {', '.join(_PARTS)}.")] = None,
     threads: Threads = None,
     note: Note = "",
     results: Results = None,
@@ -37,15 +40,21 @@ def kernels(
 
     On a GPU every kernel variant is checked against the reference first, in a process of its own.
     """
+    from tritflow.config import nearest
     from tritflow.pipelines.loading import DeviceError, pick_device
 
+    for part in only or ():
+        if part not in _PARTS:
+            raise typer.BadParameter(f"no part '{part}'{nearest(part, list(_PARTS))}: use one of {', '.join(_PARTS)}")
     on = pick_device(device)
     if on.type == "cuda":
-        run = _gpu_kernels(str(on), 240.0 if seconds is None else seconds, quick, note)
+        run = _gpu_kernels(str(on), 240.0 if seconds is None else seconds, quick, note, tuple(only or ()))
         store(results, "kernels-cuda", [run])
         if json:
             print_json(run)
         return
+    if only:
+        raise DeviceError("--only chooses parts of the run on a GPU; add --device cuda")
     if on.type != "cpu":
         raise DeviceError(f"--device {device}: kernels are measured on cpu and cuda; use --device cpu")
     from tritflow.profiling import cpu
@@ -59,16 +68,16 @@ def kernels(
         print(cpu.table(run))
 
 
-def _gpu_kernels(device: str, seconds: float, quick: bool, note: str) -> dict[str, Any]:
+def _gpu_kernels(device: str, seconds: float, quick: bool, note: str, only: tuple[str, ...]) -> dict[str, Any]:
     """The probe, whose running account goes to stderr."""
     import contextlib
     import sys
     import tempfile
 
-    from tritflow.profiling.kernels import bench_gpu
+    from tritflow.profiling.kernels import DEFAULT_PARTS, bench_gpu
 
     with tempfile.TemporaryDirectory(prefix="tritflow-kernels-") as folder, contextlib.redirect_stdout(sys.stderr):
-        return bench_gpu(device, seconds, quick, note, Path(folder))
+        return bench_gpu(device, seconds, quick, note, Path(folder), only or DEFAULT_PARTS)
 
 
 _TUNE = """Examples:

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.attention_reference import BLOCK
 from tritflow.kernels.hopper.attention import attention_kernel
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
@@ -53,6 +54,13 @@ def query_max(dtype: str, config: AttentionConfig) -> float:
     return 1.0 if config.half and dtype != "int8" else QMAX[dtype]  # 448 * 128 features
 
 
+def tuned_config(q: Tensor, dtype: str) -> AttentionConfig:
+    """The configuration that was fastest for queries [B, S, H, D] on this GPU, or the fixed one."""
+    batch, tokens, heads, features = q.shape
+    choice = tuning.lookup(q.device, tuning.attention(dtype), tokens, batch * heads, features)
+    return AttentionConfig() if choice is None or choice.backend != "hopper" else AttentionConfig(**choice.config)
+
+
 def constants(tokens: int, dtype: str, config: AttentionConfig) -> dict[str, Any]:
     """The kernel's constants for inputs of [B, tokens, H, D] and a `dtype` of queries and keys."""
     return {
@@ -82,7 +90,7 @@ def attend(
         raise ValueError("Hopper's attention takes values in e4m3")
     dtype, element = ("int8", gl.int8) if k8.dtype == torch.int8 else ("float8_e4m3fn", gl.float8e4nv)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # contiguous, whatever q is
-    config = config or AttentionConfig()
+    config = config or tuned_config(q, dtype)
     k_block, v_block = [config.keys, features], [features, config.keys]
     swizzled = gl.NVMMASharedLayout.get_default_for
     attention_kernel[(triton.cdiv(tokens, 64 * config.consumers), batch * heads)](
@@ -113,9 +121,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str = "int8", scale: float
 
 def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, config: AttentionConfig | None = None) -> Tensor:
     """See `tritflow.kernels.normed_attention`, its arguments in its order."""
-    config, context, dtype = config or AttentionConfig(), rest[4], rest[10]
+    context, dtype = rest[4], rest[10]
     tokens = q.shape[1] + (0 if context is None else context.shape[1])
     like = q.new_empty(()).expand(q.shape[0], tokens, *q.shape[2:])
     if not like.numel():
         return q.new_empty(like.shape)
+    config = config or tuned_config(like, dtype)
     return attend(like, normed_quantize(q, k, v, *rest, query_max=query_max(dtype, config)), config=config)

@@ -164,6 +164,11 @@ Four blocks of the last two fit a multiprocessor, so that 9 tokens each are one 
 """
 
 
+def label(tile: dict[str, int]) -> str:
+    """A setting in words."""
+    return "{ROWS} tokens, {num_warps} warps of {WIDTH}".format(**tile)
+
+
 def launch_tile(features: int) -> dict[str, int]:
     """The settings without tuning: one token a program, a warp for 1,536 features."""
     warps = max(1, min(16, triton.next_power_of_2(features) // 2048))
