@@ -79,7 +79,7 @@ def test_adaln(poisoned, shape, columns):
 @inside
 @pytest.mark.parametrize("index", range(6))
 def test_every_setting_of_adaln(poisoned, index):
-    """Batches, tokens that no program's number divides, features that no piece's width divides, a mean of 300 deviations."""
+    """Batches, a last program and a last piece that are not full, a mean of 300 deviations, a NaN."""
     import torch
 
     from tritflow.kernels import reference

@@ -1,4 +1,4 @@
-"""`tritflow::attention` and `normed_attention`: softmax attention on 8-bit tensor cores, without mask, for inference."""
+"""`tritflow::attention` and `normed_attention`: softmax attention on 8-bit tensor cores, no mask, for inference."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ torch.library.register_fake("tritflow::attention", _attention_fake, lib=_LIB)
 _LIB.define(
     "normed_attention(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
     " Tensor? context_q=None, Tensor? context_k=None, Tensor? context_v=None, Tensor? context_q_weight=None,"
-    " Tensor? context_k_weight=None, float eps=1e-6, str dtype='int8', float? scale=None, str backend='auto') -> Tensor",
+    " Tensor? context_k_weight=None, float eps=1e-6, str dtype='int8', float? scale=None, str backend='auto')"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIB.impl("normed_attention", _normed_attention, "CompositeExplicitAutograd")

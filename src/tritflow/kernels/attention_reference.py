@@ -70,7 +70,7 @@ def normed_attention(
     dtype: str,
     scale: float | None,
 ) -> Tensor:
-    """See `attention_op.normed_attention`: `qk_norm_rope`, then `attention`, in float32 up to the one rounding at the end."""
+    """See `attention_op.normed_attention`: `qk_norm_rope`, then `attention`, rounded once, at the end."""
     if cos.shape[1] != q.shape[-1]:
         cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
     before = [None if t is None else t.float() for t in (context_q, context_k)]

@@ -100,7 +100,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def projected(shape: Shape, seed: int = 0, device: str = "cuda") -> tuple[Tensor, ...]:
-    """Queries, keys and values side by side as a product writes them, norm weights, rotation tables (a number a pair)."""
+    """Queries, keys and values side by side as a product writes them, norm weights, tables (a number a pair)."""
     tokens, heads, features = shape
     g = torch.Generator(device).manual_seed(seed)
     three = torch.randn((1, tokens, 3, heads, features), generator=g, device=device).bfloat16().unbind(2)
@@ -192,22 +192,21 @@ def handle(task: Task) -> dict[str, Any]:
     return {"relative_error": error, "from_products": whole}
 
 
-def _sound(shape: Shape, say: Say, seconds: float) -> list[Contender]:
-    """The Hopper kernel's configurations that are right here."""
+def sound_settings(shape: Shape, say: Say, seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """The Hopper kernel's configurations that are right here, by the dtype of queries and keys."""
     from tritflow.kernels.hopper import why_not
 
+    found: dict[str, list[dict[str, Any]]] = {dtype: [] for dtype in DTYPES}
     reason = why_not(torch.cuda.current_device())
     if reason is not None:
         say(f"hopper: {reason}")
-        return []
+        return found
     tasks: list[Task] = [{"shape": [shape[0], 2, shape[2]], "dtype": d, "settings": s} for s in HOPPER for d in DTYPES]
-    found = []
 
     def note(task: Task, result: dict[str, Any]) -> None:
-        contender = hopper(task["dtype"], task["settings"])
-        say(f"{contender.name}: {result}")
+        say(f"{hopper(task['dtype'], task['settings']).name}: {result}")
         if "error" not in result:
-            found.append(contender)
+            found[task["dtype"]].append(task["settings"])
 
     deadline = time.monotonic() + seconds
     workers = max(1, min(len(tasks), (os.cpu_count() or 2) - 2))  # nearly all of it is compiling
@@ -234,8 +233,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     {name: relative error}}}; a contender that fails has {"error": ...} for its time.
 
     Attention that runs for long is slower, since the clock follows the power. "among_products" is how a model calls it:
-    each call after a bf16 product, whose own time is taken off. "from_products": with norm, rotation and quantization of
-    what a product wrote (16-bit contenders: `qk_norm_rope` before).
+    each call after a bf16 product, whose own time is taken off. "from_products": with norm, rotation and quantization
+    of what a product wrote (16-bit contenders: `qk_norm_rope` before).
     """
     sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
     candidates = []
@@ -329,7 +328,7 @@ def _rows(
     return found
 
 
-def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:
+def bench(shapes: list[Shape], note: str = "", *, seconds: float = 120.0, say: Say = print) -> dict[str, Any]:
     """`measure` at every shape, with where it was measured: one run of the results.
 
     Args:
@@ -338,7 +337,9 @@ def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Sa
         seconds: for the checks.
         say: told each result in a line.
     """
-    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *_sound(shapes[0], say, seconds)]
+    sound = sound_settings(shapes[0], say, seconds)
+    ours = [hopper(dtype, settings) for dtype in DTYPES for settings in sound[dtype]]
+    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *ours]
     return {**provenance("cuda"), "note": note, "attention": [measure(shape, contenders, say=say) for shape in shapes]}
 
 

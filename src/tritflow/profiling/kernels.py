@@ -77,7 +77,7 @@ def _ceilings() -> dict[str, Any]:
 
 
 def _sixteen_bits(m: int, n: int, k: int, variants: list[str]) -> dict[str, Any]:
-    """16-bit products alone: in turn as elsewhere, and each of ours block behind block with the dense one ("paired")."""
+    """16-bit products alone: in turn as elsewhere, and ours block behind block with the dense one ("paired")."""
     dense = rivals_16bit(m, n, k)
     ternary = ours(m, n, k, ["hopper", *(v for v in variants if v != "hopper")], "bf16", BACKENDS)
     times = graph_times([*dense, *ternary], rounds=3, milliseconds=12.0)
@@ -169,7 +169,9 @@ PARTS = ("passes", "few rows", "first factor", "16-bit products", "products", "g
 DEFAULT_PARTS = tuple(part for part in PARTS if part != "16-bit products")
 
 
-def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...] = DEFAULT_PARTS) -> list[dict[str, Any]]:
+def probe(
+    out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...] = DEFAULT_PARTS
+) -> list[dict[str, Any]]:
     """Check every variant, time those that are right, print tables and write ``out/kernels.json`` as it goes.
 
     Returns what the file holds: {"task": ..., "result": ...} in the order in which they were done.
@@ -356,7 +358,9 @@ def main(arguments: list[str]) -> None:
     elif options.probe:
         if not torch.cuda.is_available():
             raise SystemExit("the probe needs a CUDA device, and this machine shows none")
-        run = bench_gpu("cuda", options.seconds, options.quick, options.note, options.out, tuple(options.part or DEFAULT_PARTS))
+        run = bench_gpu(
+            "cuda", options.seconds, options.quick, options.note, options.out, tuple(options.part or DEFAULT_PARTS)
+        )
         print(json.dumps(run["means"], indent=1))
         if options.results is not None:
             results.append(results.path_for(options.results, "kernels-cuda", run["device"]), "kernels-cuda", run)

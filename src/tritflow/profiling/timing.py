@@ -63,7 +63,7 @@ def paired_times(
 ) -> dict[str, dict[str, float]]:
     """Two candidates in turn, block behind block: what the GPU's power and temperature do to one they do to the other.
 
-    Returns quantiles of microseconds a call by name, and of "ratio", the rival's median over ours of each pair of blocks.
+    Returns quantiles of microseconds a call by name, and of "ratio": the rival's median over ours, pair by pair.
     """
     graphs = [(c, *_captured(c)) for c in (ours, rival)]
     times: list[list[float]] = [[], []]

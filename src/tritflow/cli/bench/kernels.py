@@ -11,6 +11,7 @@ from tritflow.cli.bench.app import app
 from tritflow.cli.bench.options import Device, Json, Note, Results, Threads, set_threads, store
 from tritflow.cli.console import print_json, say
 
+_TUNED = ("few rows", "adaln", "first factor", "attention", "products")
 _PARTS = ("passes", "few rows", "first factor", "16-bit products", "products", "gemlite")
 _KERNELS = """Examples:
 
@@ -40,12 +41,9 @@ def kernels(
 
     On a GPU every kernel variant is checked against the reference first, in a process of its own.
     """
-    from tritflow.config import nearest
     from tritflow.pipelines.loading import DeviceError, pick_device
 
-    for part in only or ():
-        if part not in _PARTS:
-            raise typer.BadParameter(f"no part '{part}'{nearest(part, list(_PARTS))}: use one of {', '.join(_PARTS)}")
+    _known(only, _PARTS)
     on = pick_device(device)
     if on.type == "cuda":
         run = _gpu_kernels(str(on), 240.0 if seconds is None else seconds, quick, note, tuple(only or ()))
@@ -68,6 +66,14 @@ def kernels(
         print(cpu.table(run))
 
 
+def _known(only: list[str] | None, parts: tuple[str, ...]) -> None:
+    from tritflow.config import nearest
+
+    for part in only or ():
+        if part not in parts:
+            raise typer.BadParameter(f"no part '{part}'{nearest(part, list(parts))}: use one of {', '.join(parts)}")
+
+
 def _gpu_kernels(device: str, seconds: float, quick: bool, note: str, only: tuple[str, ...]) -> dict[str, Any]:
     """The probe, whose running account goes to stderr."""
     import contextlib
@@ -85,6 +91,7 @@ _TUNE = """Examples:
 \b
   tritflow bench tune                                  # two to four minutes; used from then on
   tritflow bench tune --backend triton --tokens 1024
+  tritflow bench tune --only attention --only "few rows" --seconds 90
 """
 
 
@@ -93,18 +100,21 @@ def tune(
     backend: Annotated[list[str] | None, typer.Option(help="triton, scratch or hopper (all).")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of activations (4608, 4096, 512).")] = None,
     out: Annotated[Path | None, typer.Option(help="File of choices (default: in the cache folder).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"A part: {', '.join(_TUNED)}.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Start nothing new after this long.")] = 240.0,
     json: Json = False,
 ) -> None:
-    """Find the fastest kernel for each of FLUX.1-dev's products on this GPU, and use it from then on."""
+    """Find the fastest kernel for each of FLUX.1-dev's products and passes on this GPU, and use it from then on."""
     from tritflow.pipelines.loading import pick_device
     from tritflow.profiling import tune as bench
 
+    _known(only, _TUNED)
     pick_device("cuda")
     times = bench.tune(
         out,
         backends=tuple(backend or bench.BACKENDS),
         tokens=tuple(tokens or bench.TOKENS),
+        parts=tuple(only or bench.PARTS),
         seconds=seconds,
         say=say,
     )

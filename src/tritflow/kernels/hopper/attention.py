@@ -208,14 +208,24 @@ def attention_kernel(
     # Written out twice, since a tuple that has a name holds no constants.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF, SKIP)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF, SKIP)),
+            (_consume, (
+                gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF, SKIP,
+            )),
+            (_consume, (
+                gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 2, AHEAD, HALF, SKIP,
+            )),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 1], [232, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP)),
-            (_consume, (gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP)),
-            (_consume, (gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP)),
+            (_consume, (
+                gl.constexpr(0), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP,
+            )),
+            (_consume, (
+                gl.constexpr(1), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP,
+            )),
+            (_consume, (
+                gl.constexpr(2), operands, buffers, S, PADDED, STAGES, BLOCK, QMAX, FLOOR, 3, AHEAD, HALF, SKIP,
+            )),
             (load_tiles, (k_desc, v_desc, buffers, S, PADDED, STAGES)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip

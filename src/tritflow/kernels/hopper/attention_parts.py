@@ -170,7 +170,9 @@ def _coded(s, m, scale, exponent, n, MASK: gl.constexpr, S: gl.constexpr, mma: g
 @gluon.constexpr_function
 def quads(warps=4):
     """[64, 4]: a thread's own two rows, and its place among the four threads that share them."""
-    return gl.DistributedLinearLayout([[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    return gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
 """Layer norm, modulation and quantization in one pass over the tokens: see `block_ops.adaln_quantize`.
 
-What bounds it is instructions issued: 9 kB a token leave time for some twenty of them a feature. So features are held as
-pieces of one width, that no lane is spent on padding (3072 is three times 1024); rounding to int8 is one multiply-add,
-whose low byte is the integer; and a program that takes several tokens reads the modulation once and has the next token on
-its way while it reduces this one.
+What bounds it is instructions issued: 9 kB a token leave time for some twenty of them a feature. So features are held
+as pieces of one width, that no lane is spent on padding (3072 is three times 1024); rounding to int8 is one
+multiply-add, whose low byte is the integer; and a program that takes several tokens reads the modulation once and has
+the next token on its way while it reduces this one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """8-bit attention in plain Triton: see `tritflow.kernels.attention`.
 
-`attention_inputs` brings queries, keys and values into 8 bits in one launch, `attention_kernel` walks over the keys with
-a running maximum, as FlashAttention does.
+`attention_inputs` brings queries, keys and values into 8 bits in one launch, `attention_kernel` walks over the keys
+with a running maximum, as FlashAttention does.
 
 Weights become operand A of the second product without moving between threads: a thread holds columns {2c, 2c+1} of
 every eight of the first product's result and needs {4c .. 4c+3} of every sixteen, so keys are taken in another order,

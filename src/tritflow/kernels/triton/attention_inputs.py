@@ -220,9 +220,9 @@ def normed_quantize_kernel(
     BLOCK: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
 ):
-    """BLOCK keys and queries (program axis 2: 0) or values (1) of one head, of C + (S - C) tokens; see `quantize_kernel`.
+    """BLOCK keys and queries (program axis 2: 0) or values (1) of one head, of S tokens; see `quantize_kernel`.
 
-    Strides are those of batch, tokens and heads; tables float32 [S, TABLE].
+    The first C are those of the context. Strides are those of batch, tokens and heads; tables float32 [S, TABLE].
     """
     block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
