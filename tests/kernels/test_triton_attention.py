@@ -173,8 +173,8 @@ def _whole(args):
 
 @inside
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("context", [0, 20, 128])
-def test_normed_and_turned_on_the_way(kind, context):
+@pytest.mark.parametrize(("tokens", "context"), [(150, 0), (150, 20), (128, 0), (150, 128), (200, 56)])
+def test_normed_and_turned_on_the_way(kind, tokens, context):
     """The same 8 bits as from normed and turned queries and keys that went to memory in float32."""
     import torch
 
@@ -182,7 +182,7 @@ def test_normed_and_turned_on_the_way(kind, context):
     from tritflow.kernels.triton.attention_inputs import normed_quantize, quantize
     from tritflow.testing import assert_close
 
-    args = _projected(150, context, 3, 32)
+    args = _projected(tokens, context, 3, 32)
     whole = _whole(args)
     q, k = reference.qk_norm_rope(*args[:2], *whole[3:9], *args[10:12])
     v = args[2] if not context else torch.cat([args[9], args[2]], dim=1)

@@ -242,7 +242,7 @@ def _attention_cases() -> list[Case]:
         types |= _numbers(*(f"{name}_stride_{axis}" for name in "qkv" for axis in "bsh"), "H", "S", "PADDED")
         constants = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "D": 128}
         normed = dict(constants)
-        constants |= {"FP8": kind != "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK}
+        constants |= {"FP8": kind != "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK, "WHOLE": True}
         name = f"quantize for attention {kind}" + ("" if e4m3 else ", 16-bit values")
         found.append(Case(name, attention_inputs.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
         if e4m3:
@@ -260,7 +260,7 @@ def _normed_case(kind: str, types: dict[str, Any], constants: dict[str, Any], co
     ) | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
     constants = {name: value for name, value in constants.items() if name != "QMAX"}
     constants |= {"Q_MAX": QMAX[kind], "K_MAX": QMAX[kind], "EPS": 1e-6, "FP8": kind != "int8", "SAMPLE": SAMPLE}
-    constants |= {"TABLE": 64, "BLOCK": BLOCK, "HAS_CONTEXT": context}
+    constants |= {"TABLE": 64, "BLOCK": BLOCK, "HAS_CONTEXT": context, "WHOLE": True}
     name = f"norm, rotate, quantize for attention {kind}" + (", two streams" if context else "")
     kernel = attention_inputs.normed_quantize_kernel
     return Case(name, kernel, types | _numbers("C"), constants, {"num_warps": 16}, True)

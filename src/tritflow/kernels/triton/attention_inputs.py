@@ -49,9 +49,20 @@ def _shuffled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_keys(k, mean, inside, k8_ptr, k_scale_ptr, rows, at, QMAX: tl.constexpr, FLOOR: tl.constexpr, FP8, D):
+def _rows(at, t, S, WHOLE: tl.constexpr):
+    """float32 [T, ..] at pointers; zeros for rows t past S, unless there are none."""
+    if WHOLE:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=(t < S)[:, None], other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_keys(k, mean, t, S, k8_ptr, k_scale_ptr, rows, at, QMAX: tl.constexpr, FLOOR: tl.constexpr, FP8, D, WHOLE):
     """Keys [BLOCK, D] of one head less the mean [D], with one scale; rows past the end become zeros."""
-    k = tl.where(inside, k - mean[None, :], 0.0)
+    k -= mean[None, :]
+    if not WHOLE:
+        k = tl.where((t < S)[:, None], k, 0.0)
     scale = scale_of(tl.max(magnitude(k), axis=1), 0, FLOOR) / QMAX
     d = tl.arange(0, D)
     tl.store(k8_ptr + rows[:, None] * D + d[None, :], rounded(k * (1.0 / scale), FP8))
@@ -110,11 +121,13 @@ def quantize_kernel(
     SAMPLE: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """BLOCK keys (program axis 2: 0), values (1) or queries (2) of one head; rows past S become zeros.
 
     q8 and k8 [B H PADDED, D], v8 e4m3 [B H D, PADDED] shuffled; q_scale float32 [B H, PADDED], times factor; k_scale
-    and v_exponent float32 [B H, PADDED / BLOCK]. Without VALUES the program axis holds keys and queries.
+    and v_exponent float32 [B H, PADDED / BLOCK]. Without VALUES the program axis holds keys and queries. WHOLE: S is
+    PADDED.
     """
     block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -122,7 +135,6 @@ def quantize_kernel(
     h = bh - b * H
     t = block * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
-    inside = (t < S)[:, None]
     at = bh * (PADDED // BLOCK) + block
     rows = bh * PADDED + t
     part = tl.program_id(2)
@@ -130,32 +142,31 @@ def quantize_kernel(
         base = k_ptr + b * k_stride_b + h * k_stride_h + d[None, :]
         few = tl.arange(0, SAMPLE) * S // SAMPLE
         mean = tl.sum(tl.load(base + few.to(tl.int64)[:, None] * k_stride_s).to(tl.float32), axis=0) / SAMPLE
-        k = tl.load(base + t.to(tl.int64)[:, None] * k_stride_s, mask=inside, other=0).to(tl.float32)
-        _store_keys(k, mean, inside, k8_ptr, k_scale_ptr, rows, at, QMAX, FLOOR, FP8, D)
+        k = _rows(base + t.to(tl.int64)[:, None] * k_stride_s, t, S, WHOLE)
+        _store_keys(k, mean, t, S, k8_ptr, k_scale_ptr, rows, at, QMAX, FLOOR, FP8, D, WHOLE)
     elif VALUES and part == 1:
         base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
-        v = tl.load(base + t.to(tl.int64)[:, None] * v_stride_s, mask=inside, other=0).to(tl.float32)
+        v = _rows(base + t.to(tl.int64)[:, None] * v_stride_s, t, S, WHOLE)
         _store_values(v, v8_ptr, v_exponent_ptr, bh, t, at, PADDED, V_MAX, V_FLOOR, D, BLOCK)
     else:
         base = q_ptr + b * q_stride_b + h * q_stride_h + d[None, :]
-        q = tl.load(base + t.to(tl.int64)[:, None] * q_stride_s, mask=inside, other=0).to(tl.float32)
+        q = _rows(base + t.to(tl.int64)[:, None] * q_stride_s, t, S, WHOLE)
         _store_queries(q, q8_ptr, q_scale_ptr, rows, factor, QMAX, FLOOR, FP8, D)
 
 
 @triton.jit
-def _load_rows(at, strides, context_at, context_strides, b, h, t, inside, C, D: tl.constexpr, HAS_CONTEXT):
-    """Rows t of one head, float32 [T, D], of context before the others; zeros where not inside."""
+def _load_rows(at, strides, context_at, context_strides, b, h, t, C, S, D: tl.constexpr, HAS_CONTEXT, WHOLE):
+    """Rows t of one head, float32 [T, D], of context before the others."""
     rows = at + b * strides[0] + h * strides[2] + (t - C).to(tl.int64) * strides[1]
     if HAS_CONTEXT:
         before = context_at + b * context_strides[0] + h * context_strides[2] + t.to(tl.int64) * context_strides[1]
         rows = tl.where(t < C, before, rows)
-    return tl.load(rows[:, None] + tl.arange(0, D)[None, :], mask=inside, other=0).to(tl.float32)
+    return _rows(rows[:, None] + tl.arange(0, D)[None, :], t, S, WHOLE)
 
 
 @triton.jit
-def _table(ptr, t, S, WIDTH: tl.constexpr):
-    at = ptr + t.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(at, mask=(t < S)[:, None], other=0).to(tl.float32)
+def _table(ptr, t, S, WIDTH: tl.constexpr, WHOLE):
+    return _rows(ptr + t.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], t, S, WHOLE)
 
 
 @triton.jit
@@ -219,6 +230,7 @@ def normed_quantize_kernel(
     TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """BLOCK keys and queries (program axis 2: 0) or values (1) of one head, of S tokens; see `quantize_kernel`.
 
@@ -229,25 +241,23 @@ def normed_quantize_kernel(
     b = bh // H
     h = bh - b * H
     t = block * BLOCK + tl.arange(0, BLOCK)
-    inside = (t < S)[:, None]
     at = bh * (PADDED // BLOCK) + block
     rows = bh * PADDED + t
     if tl.program_id(2) == 0:
         few = tl.arange(0, SAMPLE) * S // SAMPLE
-        all_there = (few < S)[:, None]
-        k = _load_rows(k_ptr, k_strides, context_k_ptr, context_k_strides, b, h, few, all_there, C, D, HAS_CONTEXT)
-        cos, sin = _table(cos_ptr, few, S, TABLE), _table(sin_ptr, few, S, TABLE)
+        k = _load_rows(k_ptr, k_strides, context_k_ptr, context_k_strides, b, h, few, C, S, D, HAS_CONTEXT, True)
+        cos, sin = _table(cos_ptr, few, S, TABLE, True), _table(sin_ptr, few, S, TABLE, True)
         k = _turned(k, k_weight_ptr, context_k_weight_ptr, few, cos, sin, C, EPS, D, HAS_CONTEXT)
         mean = tl.sum(k, axis=0) / SAMPLE
-        cos, sin = _table(cos_ptr, t, S, TABLE), _table(sin_ptr, t, S, TABLE)
-        k = _load_rows(k_ptr, k_strides, context_k_ptr, context_k_strides, b, h, t, inside, C, D, HAS_CONTEXT)
+        cos, sin = _table(cos_ptr, t, S, TABLE, WHOLE), _table(sin_ptr, t, S, TABLE, WHOLE)
+        k = _load_rows(k_ptr, k_strides, context_k_ptr, context_k_strides, b, h, t, C, S, D, HAS_CONTEXT, WHOLE)
         k = _turned(k, k_weight_ptr, context_k_weight_ptr, t, cos, sin, C, EPS, D, HAS_CONTEXT)
-        _store_keys(k, mean, inside, k8_ptr, k_scale_ptr, rows, at, K_MAX, FLOOR, FP8, D)
-        q = _load_rows(q_ptr, q_strides, context_q_ptr, context_q_strides, b, h, t, inside, C, D, HAS_CONTEXT)
+        _store_keys(k, mean, t, S, k8_ptr, k_scale_ptr, rows, at, K_MAX, FLOOR, FP8, D, WHOLE)
+        q = _load_rows(q_ptr, q_strides, context_q_ptr, context_q_strides, b, h, t, C, S, D, HAS_CONTEXT, WHOLE)
         q = _turned(q, q_weight_ptr, context_q_weight_ptr, t, cos, sin, C, EPS, D, HAS_CONTEXT)
         _store_queries(q, q8_ptr, q_scale_ptr, rows, factor, Q_MAX, FLOOR, FP8, D)
     else:
-        v = _load_rows(v_ptr, v_strides, context_v_ptr, context_v_strides, b, h, t, inside, C, D, HAS_CONTEXT)
+        v = _load_rows(v_ptr, v_strides, context_v_ptr, context_v_strides, b, h, t, C, S, D, HAS_CONTEXT, WHOLE)
         _store_values(v, v8_ptr, v_exponent_ptr, bh, t, at, PADDED, V_MAX, V_FLOOR, D, BLOCK)
 
 
@@ -314,6 +324,7 @@ def quantize(
         SAMPLE=SAMPLE,
         D=features,
         BLOCK=BLOCK,
+        WHOLE=tokens == padded,
         num_warps=warps,
     )
     return found
@@ -385,6 +396,7 @@ def normed_quantize(
         TABLE=cos.shape[1],
         BLOCK=BLOCK,
         HAS_CONTEXT=before > 0,
+        WHOLE=before + tokens == padded,
         num_warps=warps,
     )
     return found
