@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from tritflow.kernels import BackendError, attention
+from tritflow.kernels import BackendError, attention, normed_attention
 from tritflow.kernels.attention_reference import attention as reference
+from tritflow.kernels.attention_reference import normed_attention as normed_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -98,3 +99,86 @@ def test_compiles_without_a_graph_break():
     args = [t.cuda() for t in _inputs((1, 256, 2, 64))]
     compiled = torch.compile(lambda q, k, v: attention(q, k, v) * 2, fullgraph=True)
     assert torch.equal(compiled(*args), attention(*args) * 2)
+
+
+def _projected(tokens, context, heads, features, dtype=torch.bfloat16):
+    """Arguments of `normed_attention` up to eps: q, k and v side by side, two streams, tables by pairs."""
+    g = torch.Generator().manual_seed(0)
+
+    def three(rows):
+        return torch.randn(2, rows, 3, heads, features, generator=g).to(dtype).unbind(2)
+
+    angles = torch.rand(tokens + context, features // 2, generator=g) * 6.3
+    w = [(torch.rand(features, generator=g) + 0.5).to(dtype) for _ in range(4)]
+    streams = three(tokens)
+    rest = (*three(context), *w[2:]) if context else (None,) * 5
+    return (*streams, *w[:2], angles.cos(), angles.sin(), *rest)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4096, 512, 2, 128), (300, 0, 3, 64), (130, 77, 2, 128), (1, 0, 1, 64)])
+def test_normed_attention(shape, backend, kind):
+    if kind != "int8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no e4m3 on this GPU")
+    args = _projected(*shape)
+    on = [None if a is None else a.cuda() for a in args]
+    try:
+        found = normed_attention(*on, dtype=kind, backend=backend)
+    except BackendError as error:
+        if backend == "triton":
+            raise
+        pytest.skip(str(error))
+    assert found.shape == (2, shape[0] + shape[1], *shape[2:])
+    assert not found.isnan().any()
+    expected = normed_reference(*args, 1e-6, kind, None)
+    assert _error(found.cpu(), expected) < (0.05 if backend == "hopper" else 0.02)
+    assert torch.equal(found, normed_attention(*on, dtype=kind, backend=backend))
+    whole = [t.repeat_interleave(2, dim=1) for t in on[5:7]]
+    assert torch.equal(found, normed_attention(*on[:5], *whole, *on[7:], dtype=kind, backend=backend))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("index", range(6))
+def test_every_hopper_configuration(index, kind):
+    from tritflow.kernels.hopper import why_not
+
+    if why_not() is not None:
+        pytest.skip(str(why_not()))
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend, normed_attention
+    from tritflow.kernels.triton.attention_inputs import quantize
+    from tritflow.profiling.attention import HOPPER
+
+    assert len(HOPPER) == 6
+    config = AttentionConfig(**HOPPER[index])
+    for shape in ((1, 1111, 4, 128), (2, 300, 3, 64), (1, 129, 2, 128), (1, 1, 1, 64)):
+        q, k, v = (t.cuda() for t in _inputs(shape))
+        found = attend(q, quantize(None, k, v, kind), config=config)
+        assert not found.isnan().any()
+        assert _error(found.cpu(), reference(*(t.cpu() for t in (q, k, v)), kind)) < 0.05
+        for _ in range(50):
+            assert torch.equal(found, attend(q, quantize(None, k, v, kind), config=config))
+    args = _projected(300, 84, 2, 128)
+    on = [None if a is None else a.cuda() for a in args]
+    found = normed_attention(*on, 1e-6, kind, None, config=config)
+    assert _error(found.cpu(), normed_reference(*args, 1e-6, kind, None)) < 0.05
+
+
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("gain", [4.0, 1e-3, 30.0])
+def test_hopper_weights_of_large_and_small_logits(index, gain):
+    """Sums rescaled many times, and hardly ever; few keys that count, and all alike."""
+    from tritflow.kernels.hopper import why_not
+
+    if why_not() is not None:
+        pytest.skip(str(why_not()))
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend
+    from tritflow.kernels.triton.attention_inputs import quantize
+    from tritflow.profiling.attention import HOPPER
+
+    q, k, v = (t.cuda() for t in _inputs((1, 1024, 2, 128)))
+    q, k = q * gain, k * torch.linspace(0.01, 1, 1024, device="cuda")[None, :, None, None].bfloat16()
+    found = attend(q, quantize(None, k, v, "float8_e4m3fn"), config=AttentionConfig(**HOPPER[index]))
+    expected = reference(*(t.cpu() for t in (q, k, v)), "float8_e4m3fn")
+    # With large logits a weight's rounding is the output's, and the two round differently.
+    assert _error(found.cpu(), expected) < (0.06 if gain < 10 else 0.12)

@@ -80,6 +80,22 @@ def test_adaln(shape, dtype):
             _same_quantized(found, reference.adaln_quantize(*args, c, kind))
 
 
+@pytest.mark.parametrize("index", range(6))
+def test_every_setting_of_adaln(index):
+    from tritflow.kernels.triton.adaln import TILES
+    from tritflow.kernels.triton.adaln import adaln_quantize as run
+
+    for shape in ((2, 131, 3072), (1, 4608, 3072), (1, 7, 1100)):
+        x, table = _randn(*shape, dtype=torch.bfloat16) * 3 + 1, _randn(shape[0], 2 * shape[2], dtype=torch.bfloat16)
+        for given in (x, x + 300):
+            args = (given, *table.chunk(2, dim=1))
+            for kind in _kinds():
+                found = run(*(a.cuda() for a in args), None, kind, tile=TILES[index])
+                _same_quantized(found, reference.adaln_quantize(*args, None, kind))
+                again = run(*(a.cuda() for a in args), None, kind, tile=TILES[index])
+                assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("features", "width"), [(50, 0), (12288, 3072), (1000, 24)])
 def test_gelu_quantize(features, width, dtype):

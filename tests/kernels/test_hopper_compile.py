@@ -82,18 +82,25 @@ def test_a_low_rank_update_is_one_more_product_of_16_bits(config, dtype):
 
 
 @compiles
-@pytest.mark.parametrize(("parts", "chunk"), [(1, 256), (4, 64)])
-def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk):
+@pytest.mark.parametrize(("parts", "chunk", "early"), [(1, 256, False), (4, 64, False), (4, 64, True)])
+def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk, early):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
     types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
-    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True, "EARLY": False}
+    constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True}
+    constants |= {"EARLY": early, "PREFETCH": early}
     compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=parts)
     assert compiled.spills == 0
     assert compiled.shared <= 4096  # the sums of the warps
     assert compiled.count("LDG.E.EF.128") == 24 // parts  # 16 rows x 768 bytes in 16-byte pieces a lane
     assert compiled.count("LDG.E.128") == 96 // parts  # and the activations of 8 rows, in eighths of a lane
+    lines = compiled.sass.splitlines()
+    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+    fetches = [i for i, line in enumerate(lines) if "UBLKPF" in line]
+    loads = [i for i, line in enumerate(lines) if "LDG" in line]
+    assert (len(waits), len(fetches)) == (early, early)
+    assert all(fetch < wait < min(loads) for fetch, wait in zip(fetches, waits, strict=True))
 
 
 @compiles

@@ -78,7 +78,7 @@ def test_keys_are_the_references():
     import torch
 
     from tritflow.kernels import attention_reference as reference
-    from tritflow.kernels.triton.attention import quantize
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     _, k, v = _inputs((2, 150, 3, 32))
     _, k8, _, _, scale, _ = quantize(None, k, v, "int8")
@@ -96,7 +96,7 @@ def test_values_are_the_references_in_another_order():
     import torch
 
     from tritflow.kernels import attention_reference as reference
-    from tritflow.kernels.triton.attention import quantize
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     g = torch.Generator().manual_seed(0)
     k = torch.randn(2, 150, 3, 32, generator=g)
@@ -147,6 +147,101 @@ def test_strided_inputs():
 
     q, k, v = torch.randn(2, 40, 3, 2, 32).unbind(2)
     assert torch.equal(attention(q, k, v), attention(*(t.contiguous() for t in (q, k, v))))
+
+
+def _projected(tokens, context, heads, features, seed=0):
+    """Arguments of `normed_attention` as a block has them: q, k and v side by side, two streams, tables by pairs."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+
+    def three(rows):
+        return torch.randn(2, rows, 3, heads, features, generator=g).unbind(2)
+
+    angles = torch.randn(tokens + context, features // 2, generator=g)
+    w = [torch.rand(features, generator=g) + 0.5 for _ in range(4)]
+    streams = three(tokens)
+    rest = (*three(context), *w[2:]) if context else (None,) * 5
+    return (*streams, *w[:2], angles.cos(), angles.sin(), *rest)
+
+
+def _whole(args):
+    import torch
+
+    return (*args[:5], *(torch.repeat_interleave(t, 2, dim=1) for t in args[5:7]), *args[7:])
+
+
+@inside
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("tokens", "context"), [(150, 0), (150, 20), (128, 0), (150, 128), (200, 56)])
+def test_normed_and_turned_on_the_way(kind, tokens, context):
+    """The same 8 bits as from normed and turned queries and keys that went to memory in float32."""
+    import torch
+
+    from tritflow.kernels import reference
+    from tritflow.kernels.triton.attention_inputs import normed_quantize, quantize
+    from tritflow.testing import assert_close
+
+    args = _projected(tokens, context, 3, 32)
+    whole = _whole(args)
+    q, k = reference.qk_norm_rope(*args[:2], *whole[3:9], *args[10:12])
+    v = args[2] if not context else torch.cat([args[9], args[2]], dim=1)
+    expected = quantize(q, k, v, kind)
+    for given in (args, whole):
+        found = normed_quantize(*given, dtype=kind)
+        for name, a, b in zip(found._fields, found, expected, strict=True):
+            if name in ("q_scale", "k_scale"):
+                assert_close(a[a.isfinite() & (b > 1e-20)], b[b > 1e-20], 1e-5)
+            elif name == "v_exponent":
+                assert torch.equal(a, b)
+            else:
+                a, b = a.float(), b.float()
+                assert (a != b).float().mean() < 0.01, name
+                if kind == "int8":
+                    assert (a - b).abs().max() <= 1, name
+    small = normed_quantize(*args, dtype=kind, query_max=1.0)
+    top = small.q8.float().view(2, 3, -1, 32).abs().amax(-1)
+    assert ((top == 1) | (top == 0)).all()
+
+
+@inside
+@pytest.mark.parametrize("context", [0, 20])
+def test_normed_attention_is_the_references(context):
+    import torch
+
+    from tritflow.kernels import attention_reference as reference
+    from tritflow.kernels.reference import qk_norm_rope
+    from tritflow.kernels.triton.attention import attention
+    from tritflow.kernels.triton.backend import BACKEND
+    from tritflow.testing import relative_error
+
+    args = (*_projected(150, context, 2, 64, seed=1), 1e-6, "int8", None)
+    run = BACKEND.kernels["normed_attention"]
+    assert run.supports(*args)
+    found = run.run(*args)
+    assert found.shape == (2, 150 + context, 2, 64)
+    assert relative_error(found, reference.normed_attention(*args)) < 0.2  # the interpreter's e4m3, see the top
+    whole = _whole(args[:12])
+    q, k = qk_norm_rope(*args[:2], *whole[3:9], *args[10:12])
+    v = args[2] if not context else torch.cat([args[9], args[2]], dim=1)
+    assert relative_error(found, attention(q, k, v)) < 0.02
+    wide = (*_whole(args[:12]), *args[12:])
+    assert relative_error(run.run(*wide), found) < 1e-6
+    none = (*(t[:0] for t in args[:3]), *args[3:7], *(None,) * 5, *args[12:])
+    assert run.run(*none).shape[0] == 0
+
+
+@inside
+@pytest.mark.parametrize("which", [0, 1, 2, 7, 8, 9])
+def test_a_nan_is_seen_through_norm_and_rotation(which):
+    from tritflow.kernels.triton.backend import BACKEND
+
+    args = (*_projected(140, 20, 2, 32), 1e-6, "int8", None)
+    at = 15 if which > 6 else 100
+    args[which][0, at, 0, 3] = float("nan")
+    found = BACKEND.kernels["normed_attention"].run(*args)
+    assert found[0, at if which > 6 else at + 20, 0].isnan().any()
+    assert not found[0, :, 1].isnan().any()
 
 
 def test_sizes_that_the_kernel_takes():

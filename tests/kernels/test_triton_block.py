@@ -18,14 +18,14 @@ def poisoned(monkeypatch):
     """Outputs start as NaN or nonsense, so that an element nobody wrote is seen."""
     import torch
 
-    from tritflow.kernels.triton import block, expand, gemm
+    from tritflow.kernels.triton import adaln, block, expand, gemm
 
     def empty(*args, **kwargs):
         out = real(*args, **kwargs)
         return out.fill_(float("nan")) if out.is_floating_point() and out.itemsize > 1 else out.fill_(77)
 
     real = torch.empty
-    for module in (block, expand, gemm):
+    for module in (adaln, block, expand, gemm):
         monkeypatch.setattr(module.torch, "empty", empty)
 
 
@@ -35,17 +35,27 @@ def _randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _same_quantized(found, expected):
+def _same_quantized(found, expected, tolerance=1e-6):
     """Equal but for the last bit of a mean: integers at most one apart, and seldom."""
     import torch
 
     from tritflow.testing import assert_close
 
-    assert_close(found[1], expected[1], 1e-6)
+    assert_close(found[1], expected[1], tolerance)
     q, e = found[0].float(), expected[0].float()
     if found[0].dtype == torch.int8:
         assert (q - e).abs().max() <= 1
     assert (q != e).float().mean() < 0.01
+
+
+def _modulated(shape, seed=1):
+    """Tokens inside a wider tensor, and modulation as slices of one row."""
+    batch, tokens, features = shape
+    table = _randn(batch, 3 * features, seed=seed)
+    wide = _randn(batch, tokens + 4, features + 6)
+    x = wide[:, 2 : tokens + 2, 3 : features + 3]
+    x.copy_(_randn(*shape) * 3 + 1)
+    return x, table[:, :features], table[:, 2 * features :]
 
 
 @inside
@@ -55,20 +65,35 @@ def test_adaln(poisoned, shape, columns):
     import torch
 
     from tritflow.kernels import reference
-    from tritflow.kernels.triton import block
+    from tritflow.kernels.triton.adaln import adaln, adaln_quantize
     from tritflow.testing import assert_close
 
-    batch, tokens, features = shape
-    table = _randn(batch, 3 * features, seed=1)  # modulation arrives as slices of one row
-    x, shift, scale = _randn(*shape) * 3 + 1, table[:, :features], table[:, 2 * features :]
-    wide = _randn(batch, tokens + 4, features + 6)
-    wide[:, 2 : tokens + 2, 3 : features + 3] = x
-    c = torch.rand(features) + 0.5 if columns else None
-    for given in (x, wide[:, 2 : tokens + 2, 3 : features + 3]):
-        assert_close(block.adaln(given, shift, scale), reference.adaln(x, shift, scale), 1e-5)
-        _same_quantized(
-            block.adaln_quantize(given, shift, scale, c), reference.adaln_quantize(x, shift, scale, c, "int8")
-        )
+    wide, shift, scale = _modulated(shape)
+    x = wide.contiguous()
+    c = torch.rand(shape[2]) + 0.5 if columns else None
+    for given in (x, wide):
+        assert_close(adaln(given, shift, scale), reference.adaln(x, shift, scale), 1e-5)
+        _same_quantized(adaln_quantize(given, shift, scale, c), reference.adaln_quantize(x, shift, scale, c, "int8"))
+
+
+@inside
+@pytest.mark.parametrize("index", range(6))
+def test_every_setting_of_adaln(poisoned, index):
+    """Batches, a last program and a last piece that are not full, a mean of 300 deviations, a NaN."""
+    import torch
+
+    from tritflow.kernels import reference
+    from tritflow.kernels.triton.adaln import TILES, adaln_quantize
+
+    assert len(TILES) == 6
+    for shape in ((2, 11, 1100), (1, 4, 3072)):
+        x, shift, scale = _modulated(shape)
+        for given in (x, x + 900):
+            found = adaln_quantize(given, shift, scale, tile=TILES[index])
+            _same_quantized(found, reference.adaln_quantize(given, shift, scale, None, "int8"), 1e-5)
+    x[0, 1, 5] = float("nan")
+    _, found = adaln_quantize(x, shift, scale, tile=TILES[index])
+    assert torch.equal(found.isnan(), torch.tensor([False, True, False, False]))
 
 
 @inside

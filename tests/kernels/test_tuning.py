@@ -110,3 +110,19 @@ def test_shipped_files_are_sound():
         for name, choice in entries.items():
             assert choice.backend in backends.NAMES, name
             assert choice.microseconds > 0, name
+
+
+def test_a_tuned_attention_is_taken_where_it_was_measured(gpu):
+    from types import SimpleNamespace
+
+    device = torch.device("cuda", 0)
+    q = SimpleNamespace(shape=(1, 512, 24, 128))
+    context = SimpleNamespace(shape=(1, 64, 24, 128))
+    _write(tuning.cache_folder(), {tuning.entry(tuning.attention("int8"), 512, 24, 128): Choice("hopper")})
+    assert tuning.preferred("attention", device, (q, q, q, "int8", None)) == ("hopper",)
+    assert tuning.preferred("attention", device, (q, q, q, "float8_e4m3fn", None)) == ()
+    normed = (q, q, q, *(None,) * 4, context, None, None, None, None, 1e-6, "int8", None)
+    assert tuning.preferred("normed_attention", device, normed) == ("hopper",)
+    longer = SimpleNamespace(shape=(1, 1000, 24, 128))
+    normed = (longer, longer, longer, *normed[3:])
+    assert tuning.preferred("normed_attention", device, normed) == ()  # 1,064 tokens are too far from 512

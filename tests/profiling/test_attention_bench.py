@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tritflow.kernels import attention as attention_8bit
+from tritflow.kernels import normed_attention
 from tritflow.models.flux1_blocks import attend
 from tritflow.profiling import attention as bench
 
@@ -25,14 +26,21 @@ def on_cpu(monkeypatch):
         return found | ({"product": {"p50": extra}} if extra else {})
 
     monkeypatch.setattr(bench, "graph_times", times)
+    raw = bench.projected
+    monkeypatch.setattr(bench, "projected", lambda shape, seed=0: raw(shape, seed, "cpu"))
 
 
 def _eight_bit(name="eight"):
-    return bench.Contender(name, lambda q, k, v: None, lambda given, prepared: attention_8bit(*given))
+    def whole(q, k, v, *rest):
+        return normed_attention(q, k, v, *rest)
+
+    return bench.Contender(name, lambda q, k, v: None, lambda given, prepared: attention_8bit(*given), whole)
 
 
 def test_measure_states_times_ratios_and_errors(on_cpu):
-    base = bench.Contender("cudnn bf16", lambda q, k, v: None, lambda given, prepared: attend(*given))
+    base = bench.Contender(
+        "cudnn bf16", lambda q, k, v: None, lambda given, prepared: attend(*given), lambda *given: attend(*given)
+    )
     lines = []
     result = bench.measure(SHAPE, [base, _eight_bit()], say=lines.append)
     assert result["shape"] == [1, 160, 2, 32]
@@ -42,6 +50,7 @@ def test_measure_states_times_ratios_and_errors(on_cpu):
     row = result["contenders"]["eight"]
     assert (row["alone"], row["in_all"], row["in_all_speedup"]) == (2.0, 3.0, pytest.approx(1 / 3))
     assert (row["among_products"], row["among_products_speedup"]) == (2.0, 0.5)
+    assert (row["from_products"], row["from_products_speedup"]) == (2.0, 0.5)
     for kind in bench.KINDS:
         assert result["errors"][kind]["cudnn bf16"] < 0.01
         assert 0.01 < result["errors"][kind]["eight"] < 0.08
@@ -53,7 +62,7 @@ def test_what_fails_is_said_and_left_out(on_cpu):
         raise RuntimeError("not on this GPU\nat all")
 
     lines = []
-    result = bench.measure(SHAPE, [bench.Contender("broken", fail, fail), _eight_bit()], say=lines.append)
+    result = bench.measure(SHAPE, [bench.Contender("broken", fail, fail, fail), _eight_bit()], say=lines.append)
     assert lines[0] == "broken: not on this GPU"
     assert "broken" not in result["microseconds"]
     assert result["speedup"] == {}
@@ -77,6 +86,9 @@ def test_a_worker_reports_a_wrong_kernel(on_cpu, monkeypatch):
     task = {"shape": list(SHAPE), "dtype": "int8", "settings": {}}
     monkeypatch.setattr(bench, "hopper", lambda dtype, settings: _eight_bit())
     assert bench.handle(task)["relative_error"] < 0.05
-    zeros = bench.Contender("zeros", lambda q, k, v: None, lambda given, prepared: torch.zeros_like(given[0]))
+    zeros = _eight_bit("zeros")
     monkeypatch.setattr(bench, "hopper", lambda dtype, settings: zeros)
-    assert "relative error 1" in bench.handle(task)["error"]
+    zeros.whole = lambda q, *rest: torch.zeros_like(q)
+    assert "wrong from a product's outputs: relative error 1" in bench.handle(task)["error"]
+    zeros.run = lambda given, prepared: torch.zeros_like(given[0])
+    assert "wrong: relative error 1" in bench.handle(task)["error"]

@@ -79,3 +79,16 @@ def test_a_run_holds_ratios_and_means_and_no_infinity(
     text = kernels.table((4608, 9216, 3072), run["products"]["4608x9216x3072"]["microseconds"])
     assert text.splitlines()[1].split()[:2] == ["int8", "hopper"]
     assert "does not run" in text
+
+
+def test_a_part_alone_compiles_and_times_nothing_else(asked: list[Task], tmp_path: Path) -> None:
+    kernels.probe(tmp_path, 60.0, parts=("first factor", "passes"))
+    assert {task["kind"] for task in asked} == {"ceilings", "first factor", "passes"}
+    asked.clear()
+    kernels.probe(tmp_path, 60.0, parts=("16-bit products",))
+    assert {task.get("dtype", "bf16") for task in asked} == {"bf16"}
+    assert [tuple(task["shape"]) for task in asked if task["kind"] == "16 bits"] == kernels.SHAPES
+    assert not [task for task in asked if task["kind"] == "gemm"]
+    run = kernels.summarize([{"task": {"kind": "16 bits", "shape": [1, 2, 3]}, "result": {"times": {}}}])
+    assert run["sixteen_bits"] == {"1x2x3": {"times": {}}}
+    assert run["products"] == {}

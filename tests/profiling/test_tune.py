@@ -51,7 +51,7 @@ def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "precompile", lambda names, *_: {name: {"hopper lag=1": "hangs"} for name in names})
     lines = []
     path = tmp_path / "tuned.json"
-    found = bench.tune(path, names=("w2a8 int8",), tokens=(512,), say=lines.append)
+    found = bench.tune(path, names=("w2a8 int8",), tokens=(512,), parts=("products",), say=lines.append)
     assert tuning.read(path) == {"w2a8 int8 512x64x128": Choice("triton", tiles, 4.0)}
     assert '"numpy"' not in path.read_text()
     assert found["w2a8 int8 512x64x128"]["triton"] == {"p20": 1.0, "p50": 4.0, "p80": 9.0}
@@ -59,3 +59,36 @@ def test_the_fastest_choice_that_ran_is_written(tmp_path, monkeypatch):
     assert "left out: hangs" in lines[0]
     assert "nothing ran" in lines[2]
     assert bench.tune(path, seconds=-1.0, say=lines.append) == {}
+
+
+def test_a_part_writes_the_fastest_of_each_entry(tmp_path, monkeypatch):
+    from tritflow.profiling import tune_passes
+    from tritflow.profiling.timing import Candidate
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU 9000")
+    monkeypatch.setattr(bench.results, "provenance", lambda device: {"versions": {"torch": "2.11"}})
+    options = [(c, Candidate(c.label, lambda i: None, 1)) for c in (Choice("hopper", {"rows": 16}), Choice("triton"))]
+
+    def entries(part, seconds, say):
+        assert part == "few rows"
+        return [("w2a16 1x64x128", lambda: options), ("w2a16 1x32x128", list)]
+
+    def times(candidates, **_):
+        return {c.name: {"p20": 1.0, "p50": 5.0 - i, "p80": 9.0} for i, c in enumerate(candidates)}
+
+    monkeypatch.setattr(tune_passes, "targets", entries)
+    monkeypatch.setattr(tune_passes, "graph_times", times)
+    lines = []
+    path = tmp_path / "tuned.json"
+    found = bench.tune(path, parts=("few rows",), say=lines.append)
+    assert tuning.read(path) == {"w2a16 1x64x128": Choice("triton", {}, 4.0)}
+    assert found["w2a16 1x64x128"]["hopper rows=16"]["p50"] == 5.0
+    assert "nothing ran" in lines[1]
+
+
+def test_parts_are_those_of_the_command():
+    from tritflow.cli.bench import kernels as command
+    from tritflow.profiling import kernels, tune_passes
+
+    assert command._TUNED == bench.PARTS == (*tune_passes.PARTS, "products")
+    assert command._PARTS == kernels.PARTS

@@ -1,6 +1,6 @@
 """Ternary kernels: registered operations, backend choice, and the plain reference. See ops.py for numerics."""
 
-from tritflow.kernels.attention_op import attention
+from tritflow.kernels.attention_op import attention, normed_attention
 from tritflow.kernels.backends import Backend, BackendError, Kernel, describe
 from tritflow.kernels.block_ops import (
     adaln,
@@ -27,6 +27,7 @@ __all__ = [
     "gelu_quantize",
     "low_rank_add_",
     "low_rank_down",
+    "normed_attention",
     "qk_norm_rope",
     "quantize_activation",
     "w2a8_linear",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
+from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE, qk_norm_rope
 
 BLOCK = 128
 """Keys, and values, that share one scale."""
@@ -51,6 +51,33 @@ def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:
         parts.append((block * torch.exp2(-exponent)).to(torch.float8_e4m3fn).float())
         exponents.append(exponent[..., 0].transpose(1, 2).expand(-1, -1, block.shape[1]))
     return torch.cat(parts, 1), torch.cat(exponents, 2)
+
+
+def normed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    context_q_weight: Tensor | None,
+    context_k_weight: Tensor | None,
+    eps: float,
+    dtype: str,
+    scale: float | None,
+) -> Tensor:
+    """See `attention_op.normed_attention`: `qk_norm_rope`, then `attention`, rounded once, at the end."""
+    if cos.shape[1] != q.shape[-1]:
+        cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
+    before = [None if t is None else t.float() for t in (context_q, context_k)]
+    weights = (context_q_weight, context_k_weight)
+    queries, keys = qk_norm_rope(q.float(), k.float(), q_weight, k_weight, cos, sin, *before, *weights, eps)
+    values = v if context_v is None else torch.cat([context_v, v], dim=1)
+    return attention(queries, keys, values.float(), dtype, scale).to(q.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str = "int8", scale: float | None = None) -> Tensor:

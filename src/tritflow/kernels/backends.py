@@ -102,13 +102,14 @@ def select(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -
     """
     if backend == "auto":
         order = _ORDER.get(device.type, _DEFAULT_ORDER)
-        if device.type == "cuda" and op in tuning.TUNED:
-            order = (*tuning.preferred(op, device, args), *order)
-        for name in order:
+        preferred = tuning.preferred(op, device, args) if device.type == "cuda" and op in tuning.TUNED else ()
+        for name in (*preferred, *order):
             found = _usable(name, device)
             if not isinstance(found, str):
                 kernel = found.kernels.get(op)
-                if kernel is not None and kernel.automatic and kernel.supports(*args):
+                # What was measured here was proven here.
+                chosen = kernel is not None and (kernel.automatic or name in preferred)
+                if kernel is not None and chosen and kernel.supports(*args):
                     return kernel.run
         raise BackendError(f"no backend computes {op} on {device.type}")  # the reference takes everything
     if backend not in _MODULES:

@@ -134,8 +134,8 @@ def _gelu_quantize_fake(
 # --- attention inputs -----------------------------------------------------------------------------------------
 
 
-def _check_rope(args: tuple[Any, ...]) -> int:
-    """Tokens in all."""
+def check_rope(args: tuple[Any, ...]) -> int:
+    """Tokens in all; ValueError unless the arguments of `qk_norm_rope` fit together."""
     q, k, q_weight, k_weight, cos, sin, context_q, context_k, context_q_weight, context_k_weight, _ = args
     if q.dim() != 4 or q.shape[-1] % 2 or q.shape != k.shape or not q.is_floating_point() or q.dtype != k.dtype:
         raise ValueError(f"q and k must be alike [batch, tokens, heads, even], not {list(q.shape)} and {list(k.shape)}")
@@ -174,7 +174,7 @@ def _qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     context = (context_q, context_k, context_q_weight, context_k_weight)
     args = (q, k, q_weight, k_weight, cos, sin, *context, eps)
-    _check_rope(args)
+    check_rope(args)
     result: tuple[Tensor, Tensor] = _run("qk_norm_rope", q, args)
     return result
 
@@ -193,7 +193,7 @@ def _qk_norm_rope_fake(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     context = (context_q, context_k, context_q_weight, context_k_weight)
-    tokens = _check_rope((q, k, q_weight, k_weight, cos, sin, *context, eps))
+    tokens = check_rope((q, k, q_weight, k_weight, cos, sin, *context, eps))
     shape = (q.shape[0], tokens, *q.shape[2:])
     return q.new_empty(shape), q.new_empty(shape)
 

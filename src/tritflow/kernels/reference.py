@@ -265,6 +265,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None)
     return attention(q, k, v, dtype, scale)
 
 
+def _normed_attention(*args: Any) -> Tensor:
+    from tritflow.kernels.attention_reference import normed_attention
+
+    return normed_attention(*args)
+
+
 def _always(*args: object) -> bool:
     return True
 
@@ -288,5 +294,6 @@ BACKEND = Backend(
         "low_rank_add_": Kernel(low_rank_add_, _always),
         "w2a16_low_rank": Kernel(w2a16_low_rank, _always),
         "attention": Kernel(_attention, _always),
+        "normed_attention": Kernel(_normed_attention, _always),
     },
 )

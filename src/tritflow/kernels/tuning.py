@@ -27,7 +27,8 @@ from tritflow.formats.atomic import write_atomic
 SCHEMA = 1
 W2A16 = "w2a16"
 _NAMES = {torch.int8: "w2a8 int8", torch.float8_e4m3fn: "w2a8 float8_e4m3fn"}
-TUNED = ("w2a8_matmul", "w2a8_linear", "w2a16_linear")
+_ATTENTION = {"attention": 3, "normed_attention": 13}  # where their arguments have the dtype
+TUNED = ("w2a8_matmul", "w2a8_linear", "w2a16_linear", *_ATTENTION)
 """Operations whose backend may be tuned."""
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -61,6 +62,21 @@ class Choice:
 def w2a8(dtype: torch.dtype) -> str:
     """Name of a W2A8 product in the files, by the dtype of its activations."""
     return _NAMES[dtype]
+
+
+def adaln(dtype: str | None) -> str:
+    """Name of the layer norm with modulation in the files, by the dtype it quantizes to; n and k are its features."""
+    return f"adaln {dtype or 'plain'}"
+
+
+def attention(dtype: str) -> str:
+    """Name of 8-bit attention in the files; m is its tokens, n its heads of all pictures, k features of a head."""
+    return f"attention {dtype}"
+
+
+def low_rank_down(dtype: torch.dtype) -> str:
+    """Name of a low-rank update's first factor in the files, by the dtype of its rows; n is its columns."""
+    return f"low rank down {str(dtype).removeprefix('torch.')}"
 
 
 def slug(device: str) -> str:
@@ -165,6 +181,13 @@ def lookup(device: torch.device, name: str, m: int, n: int, k: int) -> Choice | 
 
 def preferred(op: str, device: torch.device, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The tuned backend for an operation's arguments, as a tuple of none or one."""
+    if op in _ATTENTION:
+        q = args[0]
+        context = args[7] if op == "normed_attention" else None
+        tokens = q.shape[1] + (0 if context is None else context.shape[1])
+        sizes = (tokens, q.shape[0] * q.shape[2], q.shape[3])
+        found = lookup(device, attention(args[_ATTENTION[op]]), *sizes)
+        return () if found is None else (found.backend,)
     if op == "w2a8_matmul":
         q, weight = args[0], args[2]
         name = _NAMES[q.dtype]

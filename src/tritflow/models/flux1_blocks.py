@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tritflow.config import nearest
 from tritflow.kernels import attention as attention_8bit
-from tritflow.kernels import qk_norm_rope
+from tritflow.kernels import normed_attention, qk_norm_rope
 from tritflow.models.beside import beside
 from tritflow.models.fused import Activated, Modulated, Projection, Rows, share_low_rank_
 
@@ -42,6 +42,10 @@ def attend_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 ATTENTIONS: dict[str, Attend] = {"16bit": attend, "int8": attend_int8, "fp8": attend_fp8}
 """Attention by name; the 8-bit ones err by some percent where 16 bits err by some tenths of one."""
+
+
+IN_8_BITS: dict[Attend, str] = {attend_int8: "int8", attend_fp8: "float8_e4m3fn"}
+"""Attentions that norm and turn queries and keys in the pass that quantizes them, and the dtype they quantize to."""
 
 
 def named_attention(choice: str | Attend) -> Attend:
@@ -102,10 +106,36 @@ def _eps(norm: nn.RMSNorm) -> float:
 
 @dataclass
 class Rope:
-    """Rotation tables [text + image tokens, head dimension], float32."""
+    """Rotation tables [text + image tokens, head dimension], float32; of half the width for those of `IN_8_BITS`."""
 
     cos: Tensor
     sin: Tensor
+
+    def for_(self, attention: Attend) -> Rope:
+        """What an attention reads; both numbers of a pair are turned by the same angle."""
+        if attention not in IN_8_BITS:
+            return Rope(self.cos.contiguous(), self.sin.contiguous())
+        return Rope(self.cos[:, ::2].contiguous(), self.sin[:, ::2].contiguous())
+
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value [B, S, H, D], neither normed nor turned."""
+
+
+def _joint_attention(
+    attention: Attend, rope: Rope, own: Inputs, norms: tuple[Any, Any], text: Inputs | None = None, text_norms: Any = ()
+) -> Tensor:
+    """Norm, rotation and attention of one stream, or of text and another: [B, T + S, H D]."""
+    (q, k, v), eps = own, _eps(norms[0])
+    weights, text_weights = [norm.weight for norm in norms], [norm.weight for norm in text_norms]
+    if attention in IN_8_BITS:
+        context = (None,) * 5 if text is None else (*text, *text_weights)
+        out = normed_attention(q, k, v, *weights, rope.cos, rope.sin, *context, eps, IN_8_BITS[attention])
+    else:
+        before = () if text is None else (*text[:2], *text_weights)
+        q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, *before, eps=eps)
+        out = attention(q, k, v if text is None else _join(text[2], v))
+    return out.flatten(2)
 
 
 class DoubleBlock:
@@ -145,16 +175,13 @@ class DoubleBlock:
     ) -> tuple[Tensor, Tensor]:
         """(image [B, S, D], text [B, T, D]) to the same; modulations are [B, 6 D]."""
         image_parts, text_parts = image_modulation.chunk(6, dim=1), text_modulation.chunk(6, dim=1)
-        (text_q, text_k, text_v), (q, k, v) = beside(
+        text_inputs, inputs = beside(
             lambda: self.text.attention_inputs(text, *text_parts[:2]),
             lambda: self.image.attention_inputs(image, *image_parts[:2]),
         )
-        weights = (self.image.norm_q.weight, self.image.norm_k.weight)
-        text_weights = (self.text.norm_q.weight, self.text.norm_k.weight)
-        eps = _eps(self.image.norm_q)
-        q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, text_q, text_k, *text_weights, eps)
-        attention = self.attention(q, k, _join(text_v, v)).flatten(2)
-        del q, k, v, text_q, text_k, text_v
+        norms, text_norms = ((stream.norm_q, stream.norm_k) for stream in (self.image, self.text))
+        attention = _joint_attention(self.attention, rope, inputs, norms, text_inputs, text_norms)
+        del inputs, text_inputs
         tokens = text.shape[1]
         text, image = beside(
             lambda: self.text.finish(text, attention[:, :tokens], text_parts),
@@ -185,11 +212,9 @@ class SingleBlock:
         """[B, T + S, D] to the same; modulation is [B, 3 D]."""
         shift, scale, gate = modulation.chunk(3, dim=1)
         rows = Modulated(x, shift, scale, self.eps)
-        q, k, v = _three(self.qkv(rows), self.heads)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope.cos, rope.sin, eps=_eps(self.norm_q))
-        attention = self.attention(q, k, v).flatten(2)
+        norms = (self.norm_q, self.norm_k)
+        attention = _joint_attention(self.attention, rope, _three(self.qkv(rows), self.heads), norms)
         # The MLP's wide output comes after attention, so that the two are not in memory together.
-        del q, k, v
         hidden = Activated(self.up(rows), attention, once=True)
         del rows, attention
         return _clip(self.out(hidden, x, gate))

@@ -159,7 +159,7 @@ class FusedFlux1:
         if self._rope is None or self._rope[0] is not txt_ids or self._rope[1] is not img_ids:
             two = [ids[0] if ids.dim() == 3 else ids for ids in (txt_ids, img_ids)]
             cos, sin = self.transformer.pos_embed(torch.cat(two))
-            self._rope = (txt_ids, img_ids, Rope(cos.contiguous(), sin.contiguous()))
+            self._rope = (txt_ids, img_ids, Rope(cos, sin).for_(self.attention))
         return self._rope[2]
 
     def _schedule(self, dtype: torch.dtype) -> Tensor | None:

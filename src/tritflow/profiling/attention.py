@@ -8,7 +8,9 @@ Every configuration of the Hopper kernel is first tried in a process of its own,
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tritflow.kernels import qk_norm_rope
 from tritflow.models.flux1_blocks import attend
 from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.kernels import Candidate, graph_times
@@ -31,13 +34,17 @@ DTYPES = ("int8", "float8_e4m3fn")
 RIVALS = {"cudnn bf16": SDPBackend.CUDNN_ATTENTION, "flash bf16": SDPBackend.FLASH_ATTENTION}
 KINDS = ("normal", "biased keys", "peaked", "outlier values")
 HOPPER: list[dict[str, Any]] = [
-    {"ahead": False},
     {},
-    {"consumers": 3, "keys": 64, "ahead": False},
-    {"consumers": 3, "keys": 64},
+    {"half": True},
+    {"half": True, "ahead": False},
+    {"half": True, "ahead": False, "skip": True},
+    {"half": True, "consumers": 3, "keys": 64},
+    {"half": True, "consumers": 3, "keys": 64, "ahead": False, "skip": True},
 ]
 """Configurations of the Hopper kernel that are tried."""
 _SETS = 3
+_REST = (None, None, None, None, None, 1e-6)
+"""One stream, and the norms' epsilon: what `normed_attention` takes between `projected` inputs and a dtype."""
 _WRONG = 0.1  # relative error on Gaussian inputs that no rounding explains
 
 
@@ -92,11 +99,33 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-class Contender:
-    """One way to compute attention: `prepare` inputs (nothing, in 16 bits), then `run` on what that gave."""
+def projected(shape: Shape, seed: int = 0, device: str = "cuda") -> tuple[Tensor, ...]:
+    """Queries, keys and values side by side as a product writes them, norm weights, tables (a number a pair)."""
+    tokens, heads, features = shape
+    g = torch.Generator(device).manual_seed(seed)
+    three = torch.randn((1, tokens, 3, heads, features), generator=g, device=device).bfloat16().unbind(2)
+    weights = [(torch.rand(features, generator=g, device=device) + 0.5).bfloat16() for _ in range(2)]
+    angles = torch.rand((tokens, features // 2), generator=g, device=device) * 6.3
+    return (*three, *weights, angles.cos(), angles.sin())
 
-    def __init__(self, name: str, prepare: Callable[..., Any], run: Callable[..., Tensor]) -> None:
-        self.name, self.prepare, self.run = name, prepare, run
+
+def turned(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Inputs:
+    """`projected` inputs, normed and turned in a pass of its own."""
+    *weights, cos, sin = rest
+    q, k = qk_norm_rope(q, k, *weights, *(t.repeat_interleave(2, dim=1) for t in (cos, sin)))
+    return q, k, v
+
+
+class Contender:
+    """One way to compute attention: `prepare` inputs (nothing, in 16 bits), then `run` on what that gave.
+
+    `whole` does it from `projected` inputs.
+    """
+
+    def __init__(
+        self, name: str, prepare: Callable[..., Any], run: Callable[..., Tensor], whole: Callable[..., Tensor]
+    ) -> None:
+        self.name, self.prepare, self.run, self.whole = name, prepare, run, whole
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.run((q, k, v), self.prepare(q, k, v))
@@ -112,30 +141,37 @@ def rivals() -> list[Contender]:
 
         return run
 
-    return [Contender(name, lambda q, k, v: None, pinned(backend)) for name, backend in RIVALS.items()]
+    def contender(name: str, backend: SDPBackend) -> Contender:
+        run = pinned(backend)
+        return Contender(name, lambda q, k, v: None, run, lambda *given: run(given[:3], None))
+
+    return [contender(name, backend) for name, backend in RIVALS.items()]
 
 
 def plain(dtype: str) -> Contender:
     """Plain Triton's kernel."""
-    from tritflow.kernels.triton.attention import attend, quantize
+    from tritflow.kernels.triton.attention import attend, normed_attention
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     return Contender(
         f"triton {dtype}",
         lambda q, k, v: quantize(q, k, v, dtype),
         lambda given, prepared: attend(prepared, given[2]),
+        lambda *given: normed_attention(*given, *_REST, dtype, None),
     )
 
 
 def hopper(dtype: str, settings: dict[str, Any]) -> Contender:
     """The Hopper kernel in one configuration; it quantizes its queries itself."""
-    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend
-    from tritflow.kernels.triton.attention import quantize
+    from tritflow.kernels.hopper.attention_launch import AttentionConfig, attend, normed_attention
+    from tritflow.kernels.triton.attention_inputs import quantize
 
     config = AttentionConfig(**settings)
     return Contender(
         f"hopper {dtype}, {config.name}",
         lambda q, k, v: quantize(None, k, v, dtype),
         lambda given, prepared: attend(given[0], prepared, config=config),
+        lambda *given: normed_attention(*given, *_REST, dtype, None, config=config),
     )
 
 
@@ -149,28 +185,43 @@ def handle(task: Task) -> dict[str, Any]:
         return {"error": f"wrong: relative error {error:.3g}"}
     if not all(torch.equal(first, contender(*given)) for _ in range(100)):
         return {"error": "wrong: results change from call to call"}
-    return {"relative_error": error}
+    raw = projected(tuple(task["shape"]))
+    whole = relative_error(contender.whole(*raw), exact(*turned(*raw)))
+    if not whole < _WRONG:
+        return {"error": f"wrong from a product's outputs: relative error {whole:.3g}"}
+    return {"relative_error": error, "from_products": whole}
 
 
-def _sound(shape: Shape, say: Say, seconds: float) -> list[Contender]:
-    """The Hopper kernel's configurations that are right here."""
+def sound_settings(shape: Shape, say: Say, seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """The Hopper kernel's configurations that are right here, by the dtype of queries and keys."""
     from tritflow.kernels.hopper import why_not
 
+    found: dict[str, list[dict[str, Any]]] = {dtype: [] for dtype in DTYPES}
     reason = why_not(torch.cuda.current_device())
     if reason is not None:
         say(f"hopper: {reason}")
-        return []
+        return found
     tasks: list[Task] = [{"shape": [shape[0], 2, shape[2]], "dtype": d, "settings": s} for s in HOPPER for d in DTYPES]
-    found = []
 
     def note(task: Task, result: dict[str, Any]) -> None:
-        contender = hopper(task["dtype"], task["settings"])
-        say(f"{contender.name}: {result}")
+        say(f"{hopper(task['dtype'], task['settings']).name}: {result}")
         if "error" not in result:
-            found.append(contender)
+            found[task["dtype"]].append(task["settings"])
 
     deadline = time.monotonic() + seconds
-    run_isolated("tritflow.profiling.attention", tasks, silence=25.0, deadline=deadline, on_result=note)
+    workers = max(1, min(len(tasks), (os.cpu_count() or 2) - 2))  # nearly all of it is compiling
+    threads = [
+        threading.Thread(
+            target=run_isolated,
+            args=("tritflow.profiling.attention", tasks[i::workers]),
+            kwargs={"silence": 60.0, "deadline": deadline, "on_result": note},
+        )
+        for i in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return found
 
 
@@ -182,7 +233,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     {name: relative error}}}; a contender that fails has {"error": ...} for its time.
 
     Attention that runs for long is slower, since the clock follows the power. "among_products" is how a model calls it:
-    each call after a bf16 product, whose own time is taken off.
+    each call after a bf16 product, whose own time is taken off. "from_products": with norm, rotation and quantization
+    of what a product wrote (16-bit contenders: `qk_norm_rope` before).
     """
     sets = [inputs(shape, "normal", seed) for seed in range(_SETS)]
     candidates = []
@@ -214,6 +266,7 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     product = Candidate("product", lambda i: torch.mm(x, w.T), _SETS)
     both = {name: t["p50"] for name, t in graph_times([*mixed, product], rounds=rounds).items() if "p50" in t}
     among = {name: us - both["product"] for name, us in both.items() if name != "product"}
+    whole = _from_products(shape, [c for c in contenders if c.name in medians], rounds)
     errors: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         given = inputs(shape, kind, 7)
@@ -223,6 +276,8 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
     base = medians.get("cudnn bf16")
     for name, us in medians.items():
         ratio = "" if base is None else f" {base / us:.3f}x"
+        if name in whole:
+            ratio += f" (from products {whole[name]:.1f} us {whole.get('cudnn bf16', 0.0) / whole[name]:.3f}x)"
         if name in among:
             ratio += f" (among products {among[name]:.1f} us {among.get('cudnn bf16', 0.0) / among[name]:.3f}x)"
         rest = "  ".join(f"{kind} {e[name]:.5f}" for kind, e in errors.items() if name in e)
@@ -232,13 +287,30 @@ def measure(shape: Shape, contenders: list[Contender], *, rounds: int = 3, say: 
         "microseconds": times,
         "tflops": {name: round(work / us, 1) for name, us in medians.items()},
         "speedup": {} if base is None else {name: round(base / us, 3) for name, us in medians.items()},
-        "contenders": _rows(medians, among, errors["normal"]),
+        "contenders": _rows(medians, among, whole, errors["normal"]),
         "errors": errors,
     }
 
 
-def _rows(medians: dict[str, float], among: dict[str, float], errors: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """By contender: microseconds alone, with quantization and among products, ratios to cuDNN's, the error."""
+def _from_products(shape: Shape, contenders: list[Contender], rounds: int) -> dict[str, float]:
+    """Medians of norm, rotation, quantization and attention, by contender."""
+    sets = [projected(shape, seed) for seed in range(_SETS)]
+
+    def whole(contender: Contender) -> Callable[[int], Tensor]:
+        if contender.name not in RIVALS:
+            return lambda i: contender.whole(*sets[i])
+        # A model has whole tables for these; made once, not timed.
+        tables = [tuple(t.repeat_interleave(2, dim=1) for t in given[5:]) for given in sets]
+        return lambda i: contender.whole(*qk_norm_rope(*sets[i][:2], *sets[i][3:5], *tables[i]), sets[i][2])
+
+    times = graph_times([Candidate(c.name, whole(c), _SETS) for c in contenders], rounds=rounds)
+    return {name: t["p50"] for name, t in times.items() if "p50" in t}
+
+
+def _rows(
+    medians: dict[str, float], among: dict[str, float], whole: dict[str, float], errors: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """By contender: microseconds alone, with quantization, among and from products, ratios to cuDNN's, the error."""
     found: dict[str, dict[str, Any]] = {}
     for name in errors:
         row: dict[str, Any] = {"error": errors[name]}
@@ -246,6 +318,7 @@ def _rows(medians: dict[str, float], among: dict[str, float], errors: dict[str, 
             ("alone", medians, name),
             ("in_all", medians, f"{name}, in all"),
             ("among_products", among, name),
+            ("from_products", whole, name),
         ):
             if key in times:
                 row[kind] = times[key]
@@ -255,7 +328,7 @@ def _rows(medians: dict[str, float], among: dict[str, float], errors: dict[str, 
     return found
 
 
-def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Say = print) -> dict[str, Any]:
+def bench(shapes: list[Shape], note: str = "", *, seconds: float = 120.0, say: Say = print) -> dict[str, Any]:
     """`measure` at every shape, with where it was measured: one run of the results.
 
     Args:
@@ -264,7 +337,9 @@ def bench(shapes: list[Shape], note: str = "", *, seconds: float = 80.0, say: Sa
         seconds: for the checks.
         say: told each result in a line.
     """
-    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *_sound(shapes[0], say, seconds)]
+    sound = sound_settings(shapes[0], say, seconds)
+    ours = [hopper(dtype, settings) for dtype in DTYPES for settings in sound[dtype]]
+    contenders = [*rivals(), *(plain(dtype) for dtype in DTYPES), *ours]
     return {**provenance("cuda"), "note": note, "attention": [measure(shape, contenders, say=say) for shape in shapes]}
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from tritflow import results
-from tritflow.profiling import gemlite_rival, passes
+from tritflow.profiling import first_factor, gemlite_rival, passes
 from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.product_checks import check, check_skinny, compile_backends, compile_variant
-from tritflow.profiling.products import BACKENDS, SKINNY, VARIANTS, ours, rivals, skinny
-from tritflow.profiling.timing import Candidate, graph_times
+from tritflow.profiling.products import BACKENDS, SKINNY, VARIANTS, ours, rivals, rivals_16bit, skinny
+from tritflow.profiling.timing import Candidate, graph_times, paired_times
 
 SHAPES = [
     (4608, 9216, 3072),
@@ -76,6 +76,15 @@ def _ceilings() -> dict[str, Any]:
     }
 
 
+def _sixteen_bits(m: int, n: int, k: int, variants: list[str]) -> dict[str, Any]:
+    """16-bit products alone: in turn as elsewhere, and ours block behind block with the dense one ("paired")."""
+    dense = rivals_16bit(m, n, k)
+    ternary = ours(m, n, k, ["hopper", *(v for v in variants if v != "hopper")], "bf16", BACKENDS)
+    times = graph_times([*dense, *ternary], rounds=3, milliseconds=12.0)
+    good = [c for c in ternary if "p50" in times[c.name]]
+    return {"times": times, "paired": {c.name: paired_times(c, dense[0]) for c in good}}
+
+
 def handle(task: Task) -> dict[str, Any]:
     """One task of a probe, in the child process."""
     torch.manual_seed(task.get("seed", 0))
@@ -93,7 +102,11 @@ def handle(task: Task) -> dict[str, Any]:
             return check_skinny(SKINNY[task["variant"]])
         if kind == "passes":
             return passes.measure(*task["shape"])
+        if kind == "first factor":
+            return first_factor.measure(*task["shape"])
         m, n, k = task["shape"]
+        if kind == "16 bits":
+            return _sixteen_bits(m, n, k, task["variants"])
         if kind == "skinny":
             return {"times": graph_times(skinny(m, n, k))}
         if kind == "compile gemlite":
@@ -143,17 +156,22 @@ class _Account:
                 self.passed[task["dtype"]].append(task["variant"])
             word = "right" if fine else "WRONG"
             print(f"check {task['dtype']} {task['variant']}: {word} {json.dumps(result)[:600]}", flush=True)
-        elif task["kind"] in ("gemm", "skinny", "gemlite") and "times" in result:
+        elif task["kind"] in ("gemm", "skinny", "gemlite", "16 bits") and "times" in result:
             print(table(tuple(task["shape"]), result["times"]), flush=True)
+            for name, found in result.get("paired", {}).items():
+                print(f"  {name:24s} paired {found['ratio']['p50']:.3f} of dense bf16's speed", flush=True)
         elif not task["kind"].startswith("compile") or "error" in result:
             print(json.dumps(task), json.dumps(result)[:600], flush=True)
 
 
-PARTS = ("passes", "few rows", "products", "gemlite")
-"""Of a run, in this order."""
+PARTS = ("passes", "few rows", "first factor", "16-bit products", "products", "gemlite")
+"""Of a run. `products` has the 16-bit ones among the others; `16-bit products` has them alone."""
+DEFAULT_PARTS = tuple(part for part in PARTS if part != "16-bit products")
 
 
-def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...] = PARTS) -> list[dict[str, Any]]:
+def probe(
+    out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...] = DEFAULT_PARTS
+) -> list[dict[str, Any]]:
     """Check every variant, time those that are right, print tables and write ``out/kernels.json`` as it goes.
 
     Returns what the file holds: {"task": ..., "result": ...} in the order in which they were done.
@@ -168,13 +186,14 @@ def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...]
     rows = [(m, n, k) for m, n, k in SKINNY_SHAPES if m == 1]
 
     compiles: list[Task] = []
-    if "products" in parts:
+    kinds = _KINDS if "products" in parts else {"bf16": _KINDS["bf16"]} if "16-bit products" in parts else {}
+    if kinds:
         # Of what "hopper" chooses nearly all is among the variants.
-        compiles += [{"kind": "compile", "variant": v, "dtype": kind} for kind, vs in _KINDS.items() for v in vs]
+        compiles += [{"kind": "compile", "variant": v, "dtype": kind} for kind, vs in kinds.items() for v in vs]
         compiles += [
             {"kind": "compile backends", "dtype": kind, "k": k}
             for k in sorted({k for *_, k in shapes})
-            for kind in _KINDS
+            for kind in kinds
         ]
     if "few rows" in parts:
         compiles += [{"kind": "check skinny", "variant": v} for v in SKINNY]
@@ -203,12 +222,11 @@ def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...]
     print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
 
     checks: list[Task] = [{"kind": "ceilings"}]
-    if "products" in parts:
-        checks += [
-            {"kind": "check", "variant": v, "dtype": kind, "shapes": CHECK_SHAPES}
-            for kind, vs in _KINDS.items()
-            for v in ["hopper", *vs]
-        ]
+    checks += [
+        {"kind": "check", "variant": v, "dtype": kind, "shapes": CHECK_SHAPES}
+        for kind, vs in kinds.items()
+        for v in ["hopper", *vs]
+    ]
     run_isolated(module, checks, silence=30, deadline=deadline, on_result=note)
     # What matters most comes first, should the time run out.
     timed: list[Task] = []
@@ -219,6 +237,10 @@ def probe(out: Path, seconds: float, quick: bool = False, parts: tuple[str, ...]
         ]
     if "few rows" in parts:
         timed[4:4] = [{"kind": "skinny", "shape": shape} for shape in SKINNY_SHAPES]
+    if "16-bit products" in parts:
+        timed += [{"kind": "16 bits", "shape": shape, "variants": note.passed["bf16"]} for shape in shapes]
+    if "first factor" in parts:
+        timed[4:4] = [{"kind": "first factor", "shape": shape} for shape in first_factor.SHAPES]
     if "passes" in parts:
         timed[4:4] = [{"kind": "passes", "shape": shape} for shape in passes.SHAPES]
     if gemlite:
@@ -235,7 +257,8 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
     A ratio is the rival's median over ours, so above 1 is faster. "means" are geometric means over `MAIN_SHAPES`.
     """
-    run: dict[str, Any] = {"checks": {}, "products": {}, "few_rows": {}, "passes": {}, "gemlite": {}}
+    run: dict[str, Any] = {name: {} for name in ("checks", "products", "few_rows", "passes", "gemlite")}
+    run |= {"first_factor": {}, "sixteen_bits": {}}
     for record in records:
         task, result = record["task"], record["result"]
         if task["kind"] == "ceilings":
@@ -244,8 +267,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
             run["checks"][f"{task['dtype']} {task['variant']}"] = result
         elif task["kind"] == "check skinny":
             run["checks"][f"few rows, {task['variant']}"] = result
-        elif task["kind"] == "passes":
-            run["passes"]["x".join(map(str, task["shape"]))] = result
+        elif task["kind"] in ("passes", "first factor", "16 bits"):
+            part = {"16 bits": "sixteen_bits"}.get(task["kind"], task["kind"].replace(" ", "_"))
+            run[part]["x".join(map(str, task["shape"]))] = result
         elif task["kind"] == "gemlite":
             run["gemlite"][f"{task['dtype']} " + "x".join(map(str, task["shape"]))] = _against_gemlite(result)
         elif task["kind"] in ("gemm", "skinny"):
@@ -304,7 +328,7 @@ def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def bench_gpu(
-    device: str, seconds: float, quick: bool, note: str, out: Path, parts: tuple[str, ...] = PARTS
+    device: str, seconds: float, quick: bool, note: str, out: Path, parts: tuple[str, ...] = DEFAULT_PARTS
 ) -> dict[str, Any]:
     """A probe as a run for `tritflow.results`, with where it came from."""
     # Results hold no NaN and no infinity; what could not be formed is null.
@@ -312,6 +336,7 @@ def bench_gpu(
     return {
         **results.provenance(device),
         "quick": quick,
+        "parts": list(parts),
         "note": note,
         **json.loads(text, parse_constant=lambda _: None),
     }
@@ -321,7 +346,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tritflow.profiling.kernels", description=__doc__)
     parser.add_argument("--probe", action="store_true", help="check and time every variant")
     parser.add_argument("--quick", action="store_true", help="two shapes only")
-    parser.add_argument("--part", action="append", choices=PARTS, help="of the run; may be repeated (all)")
+    parser.add_argument("--part", action="append", choices=PARTS, help="of the run; may be repeated (all but one)")
     parser.add_argument("--out", type=Path, default=Path("kernel-probe"), help="folder for kernels.json")
     parser.add_argument("--results", type=Path, help="append the run to this folder of results")
     parser.add_argument("--note", default="", help="kept with the result")
@@ -333,7 +358,9 @@ def main(arguments: list[str]) -> None:
     elif options.probe:
         if not torch.cuda.is_available():
             raise SystemExit("the probe needs a CUDA device, and this machine shows none")
-        run = bench_gpu("cuda", options.seconds, options.quick, options.note, options.out, tuple(options.part or PARTS))
+        run = bench_gpu(
+            "cuda", options.seconds, options.quick, options.note, options.out, tuple(options.part or DEFAULT_PARTS)
+        )
         print(json.dumps(run["means"], indent=1))
         if options.results is not None:
             results.append(results.path_for(options.results, "kernels-cuda", run["device"]), "kernels-cuda", run)

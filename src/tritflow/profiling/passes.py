@@ -23,7 +23,8 @@ def measure(tokens: int, features: int) -> dict[str, Any]:
 
     Bytes are those that have to move: inputs read once, outputs written once. A copy moves as many, half of them in.
     """
-    from tritflow.kernels import adaln_quantize, gelu_quantize, quantize_activation
+    from tritflow.kernels import adaln_quantize, gelu_quantize, quantize_activation, reference
+    from tritflow.kernels.triton import adaln
 
     shift, scale = (torch.randn(1, features, device="cuda").bfloat16() for _ in range(2))
     moved = tokens * features * 3 + tokens * 4
@@ -37,6 +38,27 @@ def measure(tokens: int, features: int) -> dict[str, Any]:
         Candidate("copy by a kernel", lambda i: torch.bitwise_not(source[i], out=target[i]), sets),
     ]
 
+    wrong: dict[str, str] = {}
+
+    def tiles(dtype: str) -> list[Candidate]:
+        """Every setting of adaLN + quantize that computes the right thing."""
+        q, row = reference.adaln_quantize(x[0], shift, scale, None, dtype)
+        found = []
+        for tile in adaln.TILES:
+
+            def run(i: int, tile: dict[str, int] = tile) -> Any:
+                return adaln.adaln_quantize(x[i], shift, scale, None, dtype, tile=tile)
+
+            name = f"adaln_quantize {dtype}, {adaln.label(tile)}"
+            other, rows = run(0)
+            apart = (other.float() - q.float()).ne(0).float().mean().item()
+            off = ((rows - row).abs() / row).max().item()
+            if apart < 0.01 and off < 1e-4:
+                found.append(Candidate(name, run, sets))
+            else:
+                wrong[name] = f"wrong: {apart:.2%} of the bytes differ, scales by {off:.2g}"
+        return found
+
     def ours(dtype: str) -> list[Candidate]:
         return [
             Candidate(f"adaln_quantize {dtype}", lambda i: adaln_quantize(x[i], shift, scale, None, dtype), sets),
@@ -44,12 +66,14 @@ def measure(tokens: int, features: int) -> dict[str, Any]:
             Candidate(f"quantize {dtype}", lambda i: quantize_activation(x[i], None, dtype), sets),
         ]
 
-    candidates += [*ours("int8"), *ours("float8_e4m3fn")]
+    for dtype in ("int8", "float8_e4m3fn"):
+        candidates += [*ours(dtype), *tiles(dtype)]
     times = graph_times(candidates)
     us = {name: t["p50"] for name, t in times.items() if "p50" in t}
     best = min(us["copy"], us["copy by a kernel"])
     return {
         "microseconds": times,
+        "wrong": wrong,
         "bytes": moved,
         "copy_tb_s": moved / best / 1e6,
         "share": {name: best / t for name, t in us.items()},

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tritflow.profiling.timing import Candidate
 
+_FOUR = {"parts": 4, "chunk": 64, "rows": 16}
+_WIDE = {**_FOUR, "rows": 32, "registers": 96}
 _NARROW = {"split": 1, "block_n": 128, "group": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {},
@@ -31,14 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BACKENDS = ("triton", "scratch")
 """Timed beside the Hopper product's variants, as `auto` would call them."""
 SKINNY: dict[str, dict[str, Any]] = {
-    "2 warps": {"parts": 2, "chunk": 64, "rows": 16},
-    "2 warps, 32 rows": {"parts": 2, "chunk": 64, "rows": 32},
-    "4 warps": {"parts": 4, "chunk": 64, "rows": 16},
-    "4 warps, 56 registers": {"parts": 4, "chunk": 64, "rows": 16, "registers": 56},
-    "4 warps, 32 rows": {"parts": 4, "chunk": 64, "rows": 32},
-    "4 warps, 32 rows, 96 registers": {"parts": 4, "chunk": 64, "rows": 32, "registers": 96},
-    "4 warps, early": {"parts": 4, "chunk": 64, "rows": 16, "early": True},
-    "2 warps, early": {"parts": 2, "chunk": 64, "rows": 16, "early": True},
+    "4 warps": _FOUR,
+    "4 warps, 56 registers": {**_FOUR, "registers": 56},
+    "4 warps, 32 rows, 96 registers": _WIDE,
+    "4 warps, early": {**_FOUR, "early": True},
+    "4 warps, 56 registers, early": {**_FOUR, "registers": 56, "early": True},
+    "4 warps, early, prefetch": {**_FOUR, "early": True, "prefetch": True},
+    "4 warps, 56 registers, early, prefetch": {**_FOUR, "registers": 56, "early": True, "prefetch": True},
+    "4 warps, 32 rows, 96 registers, early, prefetch": {**_WIDE, "early": True, "prefetch": True},
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 
@@ -75,22 +77,24 @@ def input_sets(bytes_a_call: int) -> int:
     return max(2, min(12, math.ceil(160e6 / bytes_a_call)))
 
 
+def rivals_16bit(m: int, n: int, k: int) -> list[Candidate]:
+    """Dense bf16 products of the same shape, with Gaussian and with ternary-valued weights."""
+    sets = max(2, input_sets(m * k + n * k) // 2)
+    x, w = ([torch.randn(rows, k, device="cuda").bfloat16() for _ in range(sets)] for rows in (m, n))
+    trits = [random_trits(n, k).bfloat16() for _ in range(sets)]
+    linear = torch.nn.functional.linear
+    return [
+        Candidate("bf16 gauss", lambda i: linear(x[i], w[i]), sets),
+        Candidate("bf16 trits", lambda i: linear(x[i], trits[i]), sets),
+    ]
+
+
 def rivals(m: int, n: int, k: int) -> list[Candidate]:
-    """Dense products of the same shape: bf16, int8, fp8 (row-wise and tensor-wise scales), and the scratch route."""
-    found: list[Candidate] = []
+    """Dense products of the same shape: bf16, int8 and fp8 (row-wise and tensor-wise scales)."""
+    found = rivals_16bit(m, n, k)
     sets = input_sets(m * k + n * k)
 
-    def tensors(make: Callable[[], Tensor], count: int) -> list[Tensor]:
-        return [make() for _ in range(count)]
-
-    half = max(2, sets // 2)
-    xb = tensors(lambda: torch.randn(m, k, device="cuda", dtype=torch.bfloat16), half)
-    wb = tensors(lambda: torch.randn(n, k, device="cuda", dtype=torch.bfloat16), half)
-    found.append(Candidate("bf16 gauss", lambda i: torch.nn.functional.linear(xb[i], wb[i]), half))
-    trits = tensors(lambda: random_trits(n, k), sets)
-    wt = [t.to(torch.bfloat16) for t in trits[:half]]
-    found.append(Candidate("bf16 trits", lambda i: torch.nn.functional.linear(xb[i], wt[i]), half))
-
+    trits = [random_trits(n, k) for _ in range(sets)]
     qi = [quantized(m, k, torch.int8)[0] for _ in range(sets)]
     wi = [quantized(n, k, torch.int8)[0] for _ in range(sets)]
     if m > 16:

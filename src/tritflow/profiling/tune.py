@@ -20,6 +20,7 @@ from tritflow import results
 from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16_linear
 from tritflow.kernels.hopper import why_not as hopper_why_not
 from tritflow.kernels.tuning import Choice
+from tritflow.profiling import tune_passes
 from tritflow.profiling.isolate import Task, run_isolated, serve
 from tritflow.profiling.products import quantized, random_trits
 from tritflow.profiling.timing import Candidate, graph_times
@@ -71,6 +72,8 @@ HOPPER_16: list[dict[str, Any]] = [
 ]
 """Configurations of the Hopper product that won somewhere; see `hopper.launch.Config`."""
 
+PARTS = (*tune_passes.PARTS, "products")
+"""In this order; the first ones are short."""
 Say = Callable[[str], None]
 
 
@@ -221,6 +224,7 @@ def tune(
     names: tuple[str, ...] = NAMES,
     backends: tuple[str, ...] = BACKENDS,
     tokens: tuple[int, ...] = TOKENS,
+    parts: tuple[str, ...] = PARTS,
     seconds: float = 240.0,
     milliseconds: float = 12.0,
     say: Say = print,
@@ -232,6 +236,7 @@ def tune(
         names: products.
         backends: that are tried; hopper only on such a GPU.
         tokens: sizes.
+        parts: of `PARTS`, what is measured.
         seconds: after which nothing new is started.
         milliseconds: of measurement a choice and round.
         say: told each product's result in a line.
@@ -247,6 +252,15 @@ def tune(
     kept = {key: versions[key] for key in ("torch", "triton", "tritflow") if key in versions}
     deadline = time.monotonic() + seconds
     everything: dict[str, Any] = {}
+
+    def keep(key: str, choice: Choice) -> None:
+        tuning.write(target, device, kept, {key: choice})
+
+    for part in parts:
+        if part != "products" and time.monotonic() < deadline:
+            everything |= tune_passes.tune_part(part, keep, deadline, milliseconds, say)
+    if "products" not in parts:
+        return everything
     broken = precompile(names, backends, deadline)
     for name, errors in broken.items():
         for label, error in errors.items():
@@ -266,7 +280,7 @@ def tune(
                     best = min(good, key=lambda label: good[label]["p50"])
                     us = good[best]["p50"]
                     choice = good[best]["choice"]
-                    tuning.write(target, device, kept, {key: Choice(choice.backend, choice.config, round(us, 2))})
+                    keep(key, Choice(choice.backend, choice.config, round(us, 2)))
                     rest = ", ".join(f"{label} {r['p50']:.0f}" for label, r in good.items() if label != best)
                     say(f"{key}: {best} {us:.1f} us ({2e-6 * m * n * k / us:.0f} TFLOP/s); {rest}")
                 else:
@@ -282,6 +296,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backend", action="append", help="triton, scratch, hopper; may be repeated (all)")
     parser.add_argument("--name", action="append", help="'w2a8 int8', 'w2a8 float8_e4m3fn', w2a16; may be repeated")
     parser.add_argument("--tokens", action="append", type=int, help="may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
@@ -294,6 +309,7 @@ def main(arguments: list[str]) -> None:
         names=tuple(options.name or NAMES),
         backends=tuple(options.backend or BACKENDS),
         tokens=tuple(options.tokens or TOKENS),
+        parts=tuple(options.part or PARTS),
         seconds=options.seconds,
         say=lambda text: print(text, flush=True),
     )

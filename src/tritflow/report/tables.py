@@ -162,6 +162,8 @@ def current_runs(runs: Sequence[Run]) -> list[Run]:
 
 def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     runs = [r for r in runs if _matches(r, spec.where)]
+    if isinstance(spec.entries, str):
+        runs = [r for r in runs if lookup(r, spec.entries)]  # one that measured other parts has no say here
     if spec.current:
         runs = current_runs(runs)
     if spec.has:

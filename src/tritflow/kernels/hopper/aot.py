@@ -53,7 +53,9 @@ def compile_gluon(function: Any, signature: dict[str, str], constants: dict[str,
     """Compile a Gluon kernel for sm_90a: ``signature`` types the tensors, ``constants`` the constexprs."""
     types = {name: signature.get(name, "constexpr") for name in function.arg_names}
     attrs = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if types[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if types[name].startswith("*") or "_stride_" in name  # as FLUX.1-dev's are, which Triton specialises on
     }
     source = GluonASTSource(function, types, constants, attrs)
     kernel = triton.compile(source, target=_SM90, options={"num_warps": num_warps})
@@ -151,14 +153,24 @@ def compile_consumers(config: Config, *, activation_dtype: str = "int8") -> Comp
 
 
 def compile_attention(
-    config: AttentionConfig, *, dtype: str = "int8", tokens: int = 4608, features: int = 128, x_dtype: str = "bf16"
+    config: AttentionConfig,
+    *,
+    dtype: str = "int8",
+    tokens: int = 4608,
+    features: int = 128,
+    x_dtype: str = "bf16",
+    ready: bool = False,
 ) -> Compiled:
-    """8-bit attention of a configuration; ``dtype`` of queries and keys, ``x_dtype`` of inputs and output."""
+    """8-bit attention of a configuration; ``dtype`` of queries and keys, ``x_dtype`` of inputs and output.
+
+    ``ready``: queries come in 8 bits.
+    """
     kind, element = ("i8", gl.int8) if dtype == "int8" else ("fp8e4nv", gl.float8e4nv)
     signature = {
-        "q_ptr": f"*{x_dtype}",
+        "q_ptr": f"*{kind if ready else x_dtype}",
         "k_desc": _descriptor(kind, element, [config.keys, features]),
         "v_desc": _descriptor("fp8e4nv", gl.float8e4nv, [features, config.keys]),
+        "q_scale": "*fp32",
         "k_scale": "*fp32",
         "v_exponent": "*fp32",
         "out_ptr": f"*{x_dtype}",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tritflow.kernels import tuning
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.hopper import supports, why_not
 
@@ -99,8 +102,13 @@ def w2a16_linear(
     rows = x.reshape(-1, x.shape[-1])
     if input_scale is not None:
         rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
-    product = w2a16_skinny if rows.shape[0] <= _SKINNY_TOKENS else w2a16_gemm
-    return product(rows, weight, weight_scale, bias).view(*x.shape[:-1], weight.shape[0])
+    if rows.shape[0] <= _SKINNY_TOKENS:
+        choice = tuning.lookup(x.device, tuning.W2A16, *_shape(x, weight))
+        settings = {} if choice is None or choice.backend != "hopper" else choice.config
+        out = w2a16_skinny(rows, weight, weight_scale, bias, **settings)
+    else:
+        out = w2a16_gemm(rows, weight, weight_scale, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _supports_w2a16(
@@ -165,6 +173,17 @@ def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: floa
     return q.shape[-1] in (64, 128) and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.normed_attention`."""
+    from tritflow.kernels.hopper.attention_launch import normed_attention as run
+
+    return run(q, k, v, *rest)
+
+
+def _supports_normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    return _supports_attention(q, k, v, *rest[-2:])
+
+
 BACKEND = Backend(
     name="hopper",
     device_types=("cuda",),
@@ -176,5 +195,6 @@ BACKEND = Backend(
         "w2a16_low_rank": Kernel(w2a16_low_rank, _supports_w2a16_low_rank),
         # In e4m3 2 % faster than plain Triton's alone, in int8 slower: by name only.
         "attention": Kernel(attention, _supports_attention, automatic=False),
+        "normed_attention": Kernel(normed_attention, _supports_normed_attention, automatic=False),
     },
 )

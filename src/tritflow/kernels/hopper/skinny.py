@@ -17,6 +17,10 @@ from tritflow.kernels.assembly import HALVES
 
 TOKENS = 8
 _DECODE = gl.constexpr(HALVES)
+_PREFETCH = gl.constexpr(
+    "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+    " @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
+)
 
 
 @gluon.constexpr_function
@@ -80,6 +84,7 @@ def w2a16_skinny_kernel(
     ROWS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
     """out[0:M, row:row + ROWS] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
 
@@ -91,15 +96,25 @@ def w2a16_skinny_kernel(
     layout: gl.constexpr = _bytes_layout(PARTS, ROWS, CHUNK)
     KC: gl.constexpr = CHUNK * 4
     x_layout: gl.constexpr = _inputs_layout(PARTS, KC)
+    row = gl.program_id(0) * ROWS
     if EARLY:
         # Let the next kernel's blocks be placed already, and wait for all that the kernel before this one has written.
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
+        if PREFETCH:
+            # Into the cache that all writes go through, so nothing old is read should the kernel before write weights.
+            gl.inline_asm_elementwise(
+                _PREFETCH,
+                "=r,l,r",
+                [(weight + row.to(gl.int64) * BYTES).to(gl.uint64), gl.minimum(ROWS, N - row) * BYTES],
+                dtype=gl.int32,
+                is_pure=False,
+                pack=1,
+            )
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     SPAN: gl.constexpr = PARTS * CHUNK
 
-    row = gl.program_id(0) * ROWS
     parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     bytes_ = gl.arange(0, CHUNK, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
@@ -185,6 +200,7 @@ def w2a16_skinny(
     rows: int | None = None,
     registers: int | None = None,
     early: bool = False,
+    prefetch: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
@@ -192,7 +208,8 @@ def w2a16_skinny(
     time (64 to 256).
     Without ``rows``, rows and registers are those that were fastest on an H200, for one token and for eight.
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
-    kernel before is still running (they wait for its end before they read anything).
+    kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
+    weights into the second-level cache meanwhile.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -203,9 +220,10 @@ def w2a16_skinny(
         return out
     if rows is None:
         rows, registers = (16, 56) if m == 1 else (32, 96)
+    weight = weight.contiguous()
     w2a16_skinny_kernel[(-(-n // rows),)](
         x.contiguous(),
-        weight.contiguous(),
+        weight,
         weight_scale,
         weight_scale if bias is None else bias,
         out,
@@ -218,6 +236,7 @@ def w2a16_skinny(
         ROWS=rows,
         HAS_BIAS=bias is not None,
         EARLY=early,
+        PREFETCH=early and prefetch and weight.data_ptr() % 16 == 0,
         num_warps=parts,
         maxnreg=registers,
         launch_pdl=early,

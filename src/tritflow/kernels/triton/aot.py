@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX
-from tritflow.kernels.triton import attention, block, expand, gemm, low_rank, quantize, rope
+from tritflow.kernels.triton import adaln, attention, attention_inputs, block, expand, gemm, low_rank, quantize, rope
 
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,7 +46,7 @@ class Case:
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
     fp8: bool = False
@@ -57,7 +57,10 @@ class Case:
         signature = {name: self.types.get(name, "constexpr") for name in names}
         # FLUX.1-dev's sizes and strides are multiples of 16, and Triton specialises a launch on that; 24 heads are not.
         attrs = {
-            (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n] != "constexpr" and n != "H"
+            path: [["tt.divisibility", 16]]
+            for i, n in enumerate(names)
+            if signature[n] != "constexpr" and n != "H"
+            for path in ([(i, j) for j in range(len(signature[n]))] if isinstance(signature[n], tuple) else [(i,)])
         }
         constants, options = dict(self.constants), dict(self.options)
         if "PACKED_ASM" in constants and TARGETS[target].backend != "cuda":
@@ -86,30 +89,34 @@ def _quantize_cases(fp8: bool) -> list[Case]:
     q = "*fp8e4nv" if fp8 else "*i8"
     kind = "fp8" if fp8 else "int8"
     vectors = {"input_scale_ptr": "*bf16", "q_ptr": q, "scale_ptr": "*fp32"}
-    adaln = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "scale_ptr": "*bf16", "input_scale_ptr": "*bf16", "out_ptr": q}
+    normed = {"x_ptr": "*bf16", "shift_ptr": "*bf16", "scale_ptr": "*bf16", "input_scale_ptr": "*bf16", "out_ptr": q}
+    quantizing = _quantizing(fp8)
     strides = _numbers("tokens", "stride_b", "stride_s", "shift_stride", "scale_stride")
     return [
         Case(
             f"quantize {kind}",
             quantize.quantize_kernel,
             {"x_ptr": "*bf16", **vectors, **_numbers("stride_m")},
-            {"K": 3072, "BLOCK_K": 4096, **_quantizing(fp8)},
+            {"K": 3072, "BLOCK_K": 4096, **quantizing},
             {**_row(3072, 1024), "enable_fp_fusion": False},
             fp8,
         ),
-        Case(
-            f"adaln + quantize {kind}",
-            block.adaln_kernel,
-            {**adaln, "out_scale_ptr": "*fp32", **strides},
-            {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "BLOCK_K": 4096, "ROWS": 1, **_quantizing(fp8)},
-            {"num_warps": 2},
-            fp8,
+        *(
+            Case(
+                f"adaln + quantize {kind}, {tile['ROWS']} tokens, {tile['num_warps']} warps",
+                adaln.adaln_kernel,
+                {**normed, "out_scale_ptr": "*fp32", **strides},
+                {"K": 3072, "EPS": 1e-6, "QUANTIZE": True, "ROWS": tile["ROWS"], "WIDTH": tile["WIDTH"], **quantizing},
+                {"num_warps": tile["num_warps"]},
+                fp8,
+            )
+            for tile in adaln.TILES
         ),
         Case(
             f"gelu + quantize {kind}",
             block.gelu_kernel,
             {"x_ptr": "*bf16", "prefix_ptr": "*bf16", **vectors, **_numbers("x_stride", "prefix_stride")},
-            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **_quantizing(fp8)},
+            {"P": 3072, "K": 15360, "QUANTIZE": True, "BLOCK_K": 16384, **quantizing},
             _row(15360),
             fp8,
         ),
@@ -234,10 +241,29 @@ def _attention_cases() -> list[Case]:
         types |= {"q8_ptr": f"*{element}", "k8_ptr": f"*{element}", "v8_ptr": f"*{values}"}
         types |= _numbers(*(f"{name}_stride_{axis}" for name in "qkv" for axis in "bsh"), "H", "S", "PADDED")
         constants = {"QMAX": QMAX[kind], "FLOOR": AMAX_FLOOR, "V_MAX": E4M3_MAX, "V_FLOOR": V_FLOOR, "D": 128}
-        constants |= {"INT8": kind == "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK}
+        normed = dict(constants)
+        constants |= {"FP8": kind != "int8", "VALUES": e4m3, "SAMPLE": SAMPLE, "BLOCK": BLOCK, "WHOLE": True}
         name = f"quantize for attention {kind}" + ("" if e4m3 else ", 16-bit values")
-        found.append(Case(name, attention.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
+        found.append(Case(name, attention_inputs.quantize_kernel, types, constants, {"num_warps": 4}, e4m3))
+        if e4m3:
+            found += [_normed_case(kind, types, normed, context) for context in (False, True)]
     return found
+
+
+def _normed_case(kind: str, types: dict[str, Any], constants: dict[str, Any], context: bool) -> Case:
+    """`quantize for attention` of one stream or two, with norm and rotation."""
+    names = ("q", "k", "v", "context_q", "context_k", "context_v")
+    types = {name: kind for name, kind in types.items() if "_stride_" not in name}
+    types |= {f"{name}_ptr": "*bf16" for name in names} | {f"{name}_strides": ("i32",) * 3 for name in names}
+    types |= dict.fromkeys(
+        ("q_weight_ptr", "k_weight_ptr", "context_q_weight_ptr", "context_k_weight_ptr"), "*bf16"
+    ) | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+    constants = {name: value for name, value in constants.items() if name != "QMAX"}
+    constants |= {"Q_MAX": QMAX[kind], "K_MAX": QMAX[kind], "EPS": 1e-6, "FP8": kind != "int8", "SAMPLE": SAMPLE}
+    constants |= {"TABLE": 64, "BLOCK": BLOCK, "HAS_CONTEXT": context, "WHOLE": True}
+    name = f"norm, rotate, quantize for attention {kind}" + (", two streams" if context else "")
+    kernel = attention_inputs.normed_quantize_kernel
+    return Case(name, kernel, types | _numbers("C"), constants, {"num_warps": 16}, True)
 
 
 def cases() -> list[Case]:

@@ -1,7 +1,7 @@
 """8-bit attention in plain Triton: see `tritflow.kernels.attention`.
 
-Two kernels: `quantize_kernel` brings queries, keys and values into 8 bits in one launch, `attention_kernel` walks over
-the keys with a running maximum, as FlashAttention does.
+`attention_inputs` brings queries, keys and values into 8 bits in one launch, `attention_kernel` walks over the keys
+with a running maximum, as FlashAttention does.
 
 Weights become operand A of the second product without moving between threads: a thread holds columns {2c, 2c+1} of
 every eight of the first product's result and needs {4c .. 4c+3} of every sixteen, so keys are taken in another order,
@@ -11,8 +11,7 @@ rounding then does not depend on which maximum was known when it was made.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,101 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tritflow.kernels.attention_reference import BLOCK, E4M3_MAX, SAMPLE, V_FLOOR
-from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
+from tritflow.kernels.attention_reference import BLOCK
+from tritflow.kernels.triton.attention_inputs import Quantized, normed_quantize, quantize
 from tritflow.kernels.triton.block import contiguous_features
-
-
-@triton.jit
-def _to_8bit(x, INT8: tl.constexpr, TYPE: tl.constexpr):
-    if INT8:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        x = x + 12582912.0 - 12582912.0
-    return x.to(TYPE)
-
-
-@triton.jit
-def _shuffled(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] -> [COLUMNS, ROWS]: of every sixteen rows, 8h + 2c + i goes to place 4c + 2h + i."""
-    x = tl.permute(tl.reshape(x, (ROWS // 16, 2, 4, 2, COLUMNS)), (4, 0, 2, 1, 3))
-    return tl.reshape(x, (COLUMNS, ROWS))
-
-
-@triton.jit
-def quantize_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q8_ptr,
-    k8_ptr,
-    v8_ptr,
-    q_scale_ptr,
-    k_scale_ptr,
-    v_exponent_ptr,
-    factor,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
-    v_stride_b,
-    v_stride_s,
-    v_stride_h,
-    H,
-    S,
-    PADDED,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    V_MAX: tl.constexpr,
-    V_FLOOR: tl.constexpr,
-    INT8: tl.constexpr,
-    VALUES: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """BLOCK keys (program axis 2: 0), values (1) or queries (2) of one head; rows past S become zeros.
-
-    q8 and k8 [B H PADDED, D], v8 e4m3 [B H D, PADDED] shuffled; q_scale float32 [B H, PADDED], times factor; k_scale
-    and v_exponent float32 [B H, PADDED / BLOCK]. Without VALUES the program axis holds keys and queries.
-    """
-    block = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // H
-    h = bh - b * H
-    t = block * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, D)
-    inside = (t < S)[:, None]
-    at = bh * (PADDED // BLOCK) + block
-    part = tl.program_id(2)
-    if part == 0:
-        base = k_ptr + b * k_stride_b + h * k_stride_h + d[None, :]
-        few = tl.arange(0, SAMPLE) * S // SAMPLE
-        mean = tl.sum(tl.load(base + few.to(tl.int64)[:, None] * k_stride_s).to(tl.float32), axis=0) / SAMPLE
-        k = tl.load(base + t.to(tl.int64)[:, None] * k_stride_s, mask=inside, other=0).to(tl.float32)
-        k = tl.where(inside, k - mean[None, :], 0.0)
-        # Zero, or NaN if there is one: a maximum alone may drop it.
-        nothing = tl.sum(tl.sum(k * 0.0, axis=1), axis=0)
-        k_scale = tl.maximum(tl.max(tl.max(tl.abs(k), axis=1), axis=0), FLOOR) / QMAX + nothing
-        k8 = _to_8bit(k * (1.0 / k_scale), INT8, k8_ptr.dtype.element_ty)
-        tl.store(k8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], k8)
-        tl.store(k_scale_ptr + at, k_scale)
-    elif VALUES and part == 1:
-        base = v_ptr + b * v_stride_b + h * v_stride_h + d[None, :]
-        v = tl.load(base + t.to(tl.int64)[:, None] * v_stride_s, mask=inside, other=0).to(tl.float32)
-        amax = tl.maximum(tl.max(tl.max(tl.abs(v), axis=1), axis=0), V_FLOOR)
-        exponent = tl.ceil(tl.log2(amax / V_MAX)) + tl.sum(tl.sum(v * 0.0, axis=1), axis=0)
-        v8 = _shuffled((v * tl.exp2(-exponent)).to(v8_ptr.dtype.element_ty), BLOCK, D)
-        tl.store(v8_ptr + (bh * D + d)[:, None] * PADDED + t[None, :], v8)
-        tl.store(v_exponent_ptr + at, exponent)
-    else:
-        base = q_ptr + b * q_stride_b + h * q_stride_h + d[None, :]
-        q = tl.load(base + t.to(tl.int64)[:, None] * q_stride_s, mask=inside, other=0).to(tl.float32)
-        q_scale = tl.maximum(tl.max(tl.abs(q), axis=1), FLOOR) / QMAX + tl.sum(q * 0.0, axis=1)
-        q8 = _to_8bit(q * (1.0 / q_scale)[:, None], INT8, q8_ptr.dtype.element_ty)
-        tl.store(q8_ptr + (bh * PADDED + t)[:, None] * D + d[None, :], q8)
-        tl.store(q_scale_ptr + bh * PADDED + t, q_scale * factor)
 
 
 @triton.jit
@@ -228,87 +135,6 @@ def attention_kernel(
     tl.store(out, (acc * (1.0 / sums)[:, None]).to(out_ptr.dtype.element_ty), mask=(t < S)[:, None])
 
 
-class Quantized(NamedTuple):
-    """Queries, keys and values as the kernels read them; P is the number of tokens rounded up to 128.
-
-    Attributes:
-        q8: [B H P, D], int8 or e4m3, or None.
-        k8: like q8.
-        v8: e4m3 [B H D, P], shuffled, or None.
-        q_scale: float32 [B H, P], times the logits' scale and log2 e, or None.
-        k_scale: float32 [B H, P / 128].
-        v_exponent: like k_scale, log2 of the scale, or None.
-    """
-
-    q8: Tensor | None
-    k8: Tensor
-    v8: Tensor | None
-    q_scale: Tensor | None
-    k_scale: Tensor
-    v_exponent: Tensor | None
-
-
-def quantize(
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    dtype: str,
-    scale: float | None = None,
-    *,
-    values: bool = True,
-    warps: int = 4,
-) -> Quantized:
-    """Queries (or none), keys and values (if `values`) [B, S, H, D] into 8 bits, in one launch.
-
-    D is contiguous and a power of two.
-    """
-    batch, tokens, heads, features = k.shape
-    padded = triton.cdiv(tokens, BLOCK) * BLOCK
-    rows = batch * heads
-    k8 = torch.empty((rows * padded, features), dtype=QTYPE[dtype], device=k.device)
-    k_scale = torch.empty((rows, padded // BLOCK), dtype=torch.float32, device=k.device)
-    q8 = None if q is None else torch.empty_like(k8)
-    q_scale = None if q is None else torch.empty((rows, padded), dtype=torch.float32, device=k.device)
-    v8 = torch.empty((rows * features, padded), dtype=torch.float8_e4m3fn, device=k.device) if values else None
-    v_exponent = torch.empty_like(k_scale) if values else None
-    # What is left out is not followed, but needs a type that exists.
-    parts = 1 + (q is not None) + values
-    quantize_kernel[(padded // BLOCK, rows, parts)](
-        k if q is None else q,
-        k,
-        v,
-        k8 if q8 is None else q8,
-        k8,
-        k8 if v8 is None else v8,
-        k_scale if q_scale is None else q_scale,
-        k_scale,
-        k_scale if v_exponent is None else v_exponent,
-        logit_factor(features, scale),
-        *(k if q is None else q).stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        heads,
-        tokens,
-        padded,
-        QMAX=QMAX[dtype],
-        FLOOR=AMAX_FLOOR,
-        V_MAX=E4M3_MAX,
-        V_FLOOR=V_FLOOR,
-        INT8=dtype == "int8",
-        VALUES=values,
-        SAMPLE=SAMPLE,
-        D=features,
-        BLOCK=BLOCK,
-        num_warps=warps,
-    )
-    return Quantized(q8, k8, v8, q_scale, k_scale, v_exponent)
-
-
-def logit_factor(features: int, scale: float | None) -> float:
-    """What the product of a query and a key is multiplied with to be a power of two's exponent."""
-    return (features**-0.5 if scale is None else scale) * math.log2(math.e)
-
-
 def launch_blocks(features: int, e4m3: bool) -> dict[str, int]:
     """Tile sizes and launch options; two small blocks of 64 queries a multiprocessor beat one large."""
     if features > 128 or not e4m3:
@@ -355,3 +181,11 @@ def attention(
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (contiguous_features(t) for t in (q, k, v))
     return attend(quantize(q, k, v, dtype, scale, values=e4m3), v)
+
+
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.normed_attention`, its arguments in its order; needs e4m3."""
+    context = rest[4]
+    tokens = q.shape[1] + (0 if context is None else context.shape[1])
+    like = q.new_empty(()).expand(q.shape[0], tokens, *q.shape[2:])
+    return attend(normed_quantize(q, k, v, *rest), like) if like.numel() else q.new_empty(like.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.reference import in_two_passes
 from tritflow.kernels.triton import block
+from tritflow.kernels.triton.adaln import adaln, adaln_quantize
 from tritflow.kernels.triton.gemm import w2a8_gemm, w2a16_gemm
 from tritflow.kernels.triton.low_rank import low_rank_add_, low_rank_down
 from tritflow.kernels.triton.quantize import MAX_FEATURES, quantize_activation
@@ -165,12 +166,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) 
     return run(q, k, v, dtype, scale, e4m3=_has_fp8(q.device))
 
 
+def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """See `tritflow.kernels.normed_attention`; without e4m3 a pass of its own norms and turns."""
+    from tritflow.kernels.triton import attention as kernels
+
+    if _has_fp8(q.device):
+        return kernels.normed_attention(q, k, v, *rest)
+    q_weight, k_weight, cos, sin, context_q, context_k, context_v, *weights, eps, dtype, scale = rest
+    if cos.shape[1] != q.shape[-1]:
+        cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, context_q, context_k, *weights, eps)
+    v = v if context_v is None else torch.cat([context_v, v], dim=1)
+    return kernels.attention(q, k, v, dtype, scale, e4m3=False)
+
+
 def _supports_attention(q: Tensor, k: Tensor, v: Tensor, dtype: str, scale: float | None) -> bool:
     features, e4m3 = q.shape[-1], _has_fp8(q.device)
     # 8-bit products take 32 features at a time; values that stay in float32 fill the shared memory of small GPUs.
     most = 128 if q.dtype == torch.float32 and not e4m3 else 256
     fits = 32 <= features <= most and features & (features - 1) == 0
     return q.dtype in _FLOATS and fits and (dtype == "int8" or e4m3)
+
+
+def _supports_normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> bool:
+    return _supports_attention(q, k, v, *rest[-2:])
 
 
 BACKEND = Backend(
@@ -185,12 +204,13 @@ BACKEND = Backend(
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),
         "low_rank_down": Kernel(low_rank_down, _supports_down),
         "low_rank_add_": Kernel(low_rank_add_, _supports_low_rank_add),
-        "adaln": Kernel(block.adaln, _supports_adaln),
-        "adaln_quantize": Kernel(block.adaln_quantize, _supports_adaln_quantize),
+        "adaln": Kernel(adaln, _supports_adaln),
+        "adaln_quantize": Kernel(adaln_quantize, _supports_adaln_quantize),
         "gelu": Kernel(block.gelu, _supports_gelu),
         "gelu_quantize": Kernel(block.gelu_quantize, _supports_gelu_quantize),
         "qk_norm_rope": Kernel(qk_norm_rope, _supports_rope),
         "attention": Kernel(attention, _supports_attention),
+        "normed_attention": Kernel(normed_attention, _supports_normed_attention),
         "gated_residual": Kernel(block.gated_residual, _supports_residual),
     },
 )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritflow.kernels.reference import AMAX_FLOOR, QMAX, QTYPE
-from tritflow.kernels.triton.quantize import store_quantized, store_quantized_rows
+from tritflow.kernels.triton.quantize import store_quantized
 
 
 def contiguous_features(x: Tensor) -> Tensor:
@@ -19,121 +19,6 @@ def contiguous_features(x: Tensor) -> Tensor:
 def _warps(block: int, each: int = 1024) -> int:
     """Warps of a program that holds `block` features, `each` a warp."""
     return min(16, max(1, block // each))
-
-
-@triton.jit
-def adaln_kernel(
-    x_ptr,
-    shift_ptr,
-    scale_ptr,
-    input_scale_ptr,
-    out_ptr,
-    out_scale_ptr,
-    tokens,
-    stride_b,
-    stride_s,
-    shift_stride,
-    scale_stride,
-    K: tl.constexpr,
-    EPS: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """ROWS tokens of a picture: (x - mean) / sqrt(var + EPS) * (1 + scale) + shift, as they are or quantized."""
-    batch = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
-    there = t < tokens
-    inside = there[:, None] & (k < K)[None, :]
-    at = x_ptr + batch * stride_b + t.to(tl.int64)[:, None] * stride_s + k[None, :]
-    x = tl.load(at, mask=inside, other=0).to(tl.float32)
-    # Once for all tokens, and asked for before the first sum is waited for.
-    scale = tl.load(scale_ptr + batch * scale_stride + k, mask=k < K, other=0)
-    shift = tl.load(shift_ptr + batch * shift_stride + k, mask=k < K, other=0)
-    mean = tl.sum(x, axis=1) / K
-    centred = tl.where((k < K)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / K + EPS)
-    y = centred * rstd[:, None] * (1.0 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
-    if HAS_COLUMNS:
-        y *= tl.load(input_scale_ptr + k, mask=k < K, other=0).to(tl.float32)[None, :]
-    rows = batch * tokens + t
-    if QUANTIZE:
-        store_quantized_rows(y, k, inside, out_ptr, out_scale_ptr, rows, there, K, QMAX, FLOOR, FP8)
-    else:
-        tl.store(out_ptr + rows[:, None] * K + k[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-ADALN_TILE = (1, 2)
-"""Tokens of a program, and its warps for 4,096 features; two tokens and four warps were 7 % slower on an H200."""
-
-
-def _launch_adaln(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    input_scale: Tensor | None,
-    out: Tensor,
-    out_scale: Tensor,
-    dtype: str | None,
-    eps: float,
-    tile: tuple[int, int] | None = None,
-) -> None:
-    batch, tokens, features = x.shape
-    x, shift, scale = contiguous_features(x), contiguous_features(shift), contiguous_features(scale)
-    block = triton.next_power_of_2(features)
-    rows, warps = tile or ADALN_TILE
-    if batch * tokens:
-        adaln_kernel[(triton.cdiv(tokens, rows), batch)](
-            x,
-            shift,
-            scale,
-            x if input_scale is None else input_scale,
-            out,
-            out_scale,
-            tokens,
-            x.stride(0),
-            x.stride(1),
-            shift.stride(0),
-            scale.stride(0),
-            K=features,
-            EPS=eps,
-            QMAX=QMAX[dtype or "int8"],
-            FLOOR=AMAX_FLOOR,
-            HAS_COLUMNS=input_scale is not None,
-            QUANTIZE=dtype is not None,
-            FP8=dtype == "float8_e4m3fn",
-            BLOCK_K=block,
-            ROWS=rows,
-            num_warps=max(1, min(16, warps * block // 4096)),
-        )
-
-
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """See `tritflow.kernels.adaln`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_adaln(x, shift, scale, None, out, out, None, eps)
-    return out
-
-
-def adaln_quantize(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    input_scale: Tensor | None = None,
-    dtype: str = "int8",
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """See `tritflow.kernels.adaln_quantize`."""
-    tokens = x.shape[0] * x.shape[1]
-    q = torch.empty((tokens, x.shape[2]), dtype=QTYPE[dtype], device=x.device)
-    out_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    _launch_adaln(x, shift, scale, input_scale, q, out_scale, dtype, eps)
-    return q, out_scale
 
 
 @triton.jit

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritflow.kernels import tuning
+
 
 @triton.jit
 def _add_group(acc, low_ptr, low_stride, up_ptr, group, rows_m, rows_n, in_m, mine, RANK: tl.constexpr):
@@ -175,7 +177,9 @@ def low_rank_down(q: Tensor, x_scale: Tensor, down: Tensor, blocks: dict[str, in
     (tokens, in_features), columns = q.shape, down.shape[0]
     out = torch.empty((tokens, columns), dtype=down.dtype, device=q.device)
     if blocks is None:
-        blocks = down_blocks(tokens, columns, 8 * down.itemsize)
+        choice = tuning.lookup(q.device, tuning.low_rank_down(q.dtype), tokens, columns, in_features)
+        sixteen = down.itemsize == 2  # as it was when it was measured
+        blocks = choice.config if choice is not None and sixteen else down_blocks(tokens, columns, 8 * down.itemsize)
     if out.numel():
         fp8 = q.dtype == torch.float8_e4m3fn
         q = q.contiguous()

@@ -32,8 +32,8 @@ def rounded(scaled, FP8: tl.constexpr):
     if FP8:
         q = scaled.to(tl.float8e4nv)
     else:
-        # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-        q = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+        # Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+        q = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     return q
 
 
@@ -55,28 +55,6 @@ def store_quantized(
     scaled = x * tl.div_rn(tl.full((), QMAX, tl.float32), amax)
     tl.store(q_ptr + row * K + k, rounded(scaled, FP8), mask=inside)
     tl.store(scale_ptr + row, tl.div_rn(amax, tl.full((), QMAX, tl.float32)))
-
-
-@triton.jit
-def store_quantized_rows(
-    x,
-    k,
-    inside,
-    q_ptr,
-    scale_ptr,
-    rows,
-    there,
-    K: tl.constexpr,
-    QMAX: tl.constexpr,
-    FLOOR: tl.constexpr,
-    FP8: tl.constexpr,
-):
-    """`store_quantized` of x[rows, k], for those rows that are there."""
-    amax = scale_of(magnitude(x), 1, FLOOR)
-    full = tl.full(amax.shape, QMAX, tl.float32)
-    scaled = x * tl.div_rn(full, amax)[:, None]
-    tl.store(q_ptr + rows[:, None] * K + k[None, :], rounded(scaled, FP8), mask=inside)
-    tl.store(scale_ptr + rows, tl.div_rn(amax, full), mask=there)
 
 
 @triton.jit
