@@ -60,9 +60,8 @@ def check_size(pipe: Any, height: int, width: int) -> None:
         if value < 1 or value % patch:
             below, above = value // patch * patch, (max(value, 0) // patch + 1) * patch
             near = f"{below} and {above}" if below > 0 else str(above)
-            if value < 1:
-                raise GenerationError(f"{name} must be a positive multiple of {patch}, not {value}")
-            raise GenerationError(f"{name} {value} is not a multiple of {patch}; the nearest valid: {near}")
+            kind = "multiple" if value > 0 else "positive multiple"
+            raise GenerationError(f"{name} {value} is not a {kind} of {patch}; the nearest valid: {near}")
 
 
 @torch.no_grad()
