@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tritflow
 from tritflow.cli import generate as generate_verb
-from tritflow.cli.console import explain
+from tritflow.cli.console import explain, share_the_cores
 from tritflow.cli.main import VERBS, app
 from tritflow.config import ConfigError
 from tritflow.formats.errors import CheckpointError
@@ -165,3 +165,34 @@ main()
     assert process.returncode == 130
     assert errors.strip() == "interrupted; the same command goes on where it can"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_spin_briefly_unless_the_user_decided(monkeypatch: pytest.MonkeyPatch, own: dict[str, str]) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    share_the_cores()
+    expected = own or {"GOMP_SPINCOUNT": "1000"}
+    assert {k: v for k, v in os.environ.items() if k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} == expected
+
+
+def test_the_command_does_not_import_torch_before_threads_are_told_how_to_wait() -> None:
+    code = (
+        "import os, sys; from tritflow.cli.main import _root; assert 'torch' not in sys.modules; "
+        "_root(); print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
+    assert done.stdout == "1000\n", done.stderr
+
+
+def test_a_file_where_a_folder_is_needed_is_wrong_input(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError) as caught:
+        (tmp_path / "file").mkdir()
+    message, code = explain(caught.value)
+    assert code == 2
+    assert "file is a file, where a folder is needed" in message

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from tritflow.kernels import cpu, reference
+from tritflow.formats.packing import pack_2bit
+from tritflow.kernels import cpu, cpu_activations, reference
+from tritflow.kernels.expansion import EXPANSION, Expansion
 from tritflow.testing import assert_close
 
 
 def _owned(weight):
     weight = weight.clone()
-    setattr(weight, cpu.EXPANSION, cpu.Expansion())
+    setattr(weight, EXPANSION, Expansion())
     return weight
 
 
@@ -23,12 +27,13 @@ def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
         pytest.skip("this PyTorch multiplies signed activations only")
     monkeypatch.setattr(cpu, "_QLINEAR_FROM", 0 if prepacked else 1 << 40)
     monkeypatch.setattr(cpu, "_signed", lambda: not unsigned)
+    monkeypatch.setattr(cpu, "_has_int_mm", lambda: True)
     monkeypatch.setattr(cpu, "_COLUMNS", 20)
     monkeypatch.setattr(cpu, "_ROWS", 128)
     p = problem(tokens, 48, 131)
     p["x"][0] = 0.0
     form = cpu._Int8(p["weight"], torch.full((48,), 127.0), None, 131)
-    q, amax = cpu._quantize(p["x"], None, form.unsigned)
+    q, amax = cpu_activations.quantize(p["x"], None, form.unsigned)
     expected_q, expected_scale = reference.quantize_activation(p["x"])
     assert torch.equal(amax.squeeze(-1)[1:] / 127, expected_scale[1:])
     exact = expected_q.long() @ p["trits"].long().t()
@@ -39,12 +44,65 @@ def test_int8_path_is_exact(problem, monkeypatch, tokens, prepacked, unsigned):
     assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*args), 1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "in_features"), [(1, 15361), (3, 15360), (40, 3072), (300, 96)])
+def test_the_largest_sums_are_exact(monkeypatch, tokens, in_features):
+    """AVX2's products of bytes are added in pairs in 16 bits, which saturate; nothing here may come near that."""
+    if not cpu._has_qlinear():
+        pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    monkeypatch.setattr(cpu, "_has_int_mm", lambda: False)
+    g = torch.Generator().manual_seed(0)
+    trits = torch.randint(-1, 2, (35, in_features), generator=g, dtype=torch.int8)
+    trits[0], trits[1] = 1, -1
+    form = cpu._Int8(pack_2bit(trits), torch.full((35,), 127.0), None, in_features)
+    assert form.prepacked
+    assert form.unsigned
+    q = torch.randint(0, 2, (tokens, in_features), generator=g, dtype=torch.uint8) * 255
+    q[0] = 255
+    exact = (q.long() - 128) @ trits.long().t()
+    assert torch.equal(form.product(q, form.blocks[0]).long(), exact)
+    q[0] = 0
+    exact = (q.long() - 128) @ trits.long().t()
+    assert torch.equal(form.product(q, form.blocks[0]).long(), exact)
+
+
+def test_without_a_fast_int_mm_every_weight_is_prepacked(problem, monkeypatch):
+    if not cpu._has_qlinear():
+        pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    monkeypatch.setattr(cpu, "_has_int_mm", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    p = problem(2, 16, 64)
+    args = (p["x"], p["weight"], p["weight_scale"], p["bias"])
+    assert cpu._supports_w2a8(*args)
+    assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*args), 1e-6)
+
+
+def test_a_loop_is_told_from_a_kernel():
+    def loop(q, t):
+        time.sleep(0.05)
+        return q.float() @ t.float()
+
+    assert cpu._is_a_loop(loop)
+    assert not cpu._is_a_loop(lambda q, t: q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_emulated_types_are_multiplied_in_float32_and_rounded_once(problem, monkeypatch, dtype):
+    monkeypatch.setattr(cpu, "_is_emulated", lambda dtype: True)
+    monkeypatch.setattr(cpu, "_has_packed_bf16", lambda: False)
+    p = problem(40, 64, 96, dtype)
+    weight = _owned(p["weight"])
+    dense = reference.dequantize(p["weight"], 96, p["weight_scale"], dtype=dtype)
+    expected = torch.nn.functional.linear(p["x"].float(), dense.float(), p["bias"].float()).to(dtype)
+    assert torch.equal(cpu.w2a16_linear(p["x"], weight, p["weight_scale"], p["bias"]), expected)
+    assert getattr(weight, EXPANSION).bytes == 64 * 96 * 2
+
+
 @pytest.mark.parametrize("columns", [False, True])
 def test_quantize_equals_the_reference_bit_for_bit_in_chunks(problem, columns):
     p = problem(2100, 4, 130, torch.bfloat16)
     c = p["input_scale"] if columns else None
     for found, expected in zip(
-        cpu.quantize_activation(p["x"], c), reference.quantize_activation(p["x"], c), strict=True
+        cpu_activations.quantize_activation(p["x"], c), reference.quantize_activation(p["x"], c), strict=True
     ):
         assert torch.equal(found, expected)
 
@@ -65,8 +123,8 @@ def test_poison_reaches_the_output_and_zeros_give_the_bias(problem, monkeypatch,
 def test_an_activation_is_quantized_once_until_it_changes(problem, monkeypatch):
     p, other = problem(4, 16, 64), problem(4, 24, 64, seed=1)
     calls = []
-    real = cpu._quantize
-    monkeypatch.setattr(cpu, "_quantize", lambda *a: calls.append(1) or real(*a))
+    real = cpu_activations.quantize
+    monkeypatch.setattr(cpu_activations, "quantize", lambda *a: calls.append(1) or real(*a))
 
     def check(count):
         for q in (p, other):
@@ -80,7 +138,7 @@ def test_an_activation_is_quantized_once_until_it_changes(problem, monkeypatch):
     p["x"].data = other["x"].clone()
     check(3)
     del p["x"]
-    assert cpu._last.entry is None
+    assert cpu_activations.last.entry is None
     p["x"] = torch.randn(4, 64)
     check(4)
 
@@ -106,7 +164,7 @@ def test_expansion_is_kept_and_follows_every_change(problem, op):
     run, truth = getattr(cpu, op), getattr(reference, op)
     p, other = problem(4, 16, 64), problem(4, 16, 64, seed=1)
     weight, scale = _owned(p["weight"]), p["weight_scale"].clone()
-    expansion = getattr(weight, cpu.EXPANSION)
+    expansion = getattr(weight, EXPANSION)
     run(p["x"], weight, scale)
     form = expansion.form
     assert expansion.bytes == 16 * 64 * (4 if op == "w2a16_linear" else 1)
@@ -138,6 +196,7 @@ def test_nothing_stays_on_a_plain_weight(problem, monkeypatch):
 def test_a_small_weight_is_prepacked_once_its_results_are_large_and_stays_so(problem, monkeypatch):
     if not cpu._has_qlinear():
         pytest.skip("oneDNN's qlinear is not in this PyTorch")
+    monkeypatch.setattr(cpu, "_has_int_mm", lambda: True)
     monkeypatch.setattr(cpu, "_QLINEAR_RESULT", 32 * 48)
     monkeypatch.setattr(cpu, "_RESULT_CHUNK", 10 * 48)
     p = problem(32, 48, 131)
@@ -147,14 +206,15 @@ def test_a_small_weight_is_prepacked_once_its_results_are_large_and_stays_so(pro
         args = (p["x"][:tokens], weight, p["weight_scale"], p["bias"])
         plain = (p["x"][:tokens], p["weight"], p["weight_scale"], p["bias"])
         assert_close(cpu.w2a8_linear(*args), reference.w2a8_linear(*plain), 1e-6)
-        forms.append(getattr(weight, cpu.EXPANSION).form)
+        forms.append(getattr(weight, EXPANSION).form)
     assert [form.prepacked for form in forms] == [False, True, True, True]
     assert forms[1] is forms[2] is forms[3]
-    assert getattr(weight, cpu.EXPANSION).bytes == 48 * 131
+    assert getattr(weight, EXPANSION).bytes == 48 * 131
 
 
 def test_without_onednn_the_reference_takes_over(problem, monkeypatch):
     monkeypatch.setattr(cpu, "_has_int_mm", lambda: False)
+    monkeypatch.setattr(cpu, "_has_qlinear", lambda: False)
     p = problem(4, 16, 64)
     args = (p["x"], p["weight"], p["weight_scale"])
     assert not cpu._supports_w2a8(*args)

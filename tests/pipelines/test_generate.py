@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tritflow.pipelines.generate import GenerationError, PromptWarning, generate, picture_noise, save_pictures
+from tritflow.pipelines.generate import (
+    GenerationError,
+    PromptWarning,
+    generate,
+    picture_noise,
+    picture_path,
+    save_pictures,
+)
 from tritflow.pipelines.loading import load_pipeline
 
 
@@ -127,3 +134,17 @@ def test_pictures_are_saved_with_their_prompt(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(GenerationError, match="folder"):
         save_pictures([image], tmp_path / "folder.png")
+
+
+def test_a_place_for_pictures_is_checked_before_drawing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for out, words in (
+        (tmp_path / "file" / "p.png", "no folder can be made there"),
+        (tmp_path / "p.jpg", "ending in .png"),
+        (tmp_path / "folder", "is a folder"),
+    ):
+        with pytest.raises(GenerationError, match=words):
+            picture_path(out)
+    assert picture_path(tmp_path / "new" / "p") == tmp_path / "new" / "p.png"
+    assert (tmp_path / "new").is_dir()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from tritflow import results
-from tritflow.kernels import cpu as kernel
+from tritflow.kernels import cpu_activations
 from tritflow.profiling import cpu
 
 
@@ -16,8 +16,8 @@ def test_a_small_flux_step_has_its_104_linears():
 
 def test_every_input_is_quantized_unless_a_model_would_share_it(monkeypatch):
     quantized = []
-    real = kernel._quantize
-    monkeypatch.setattr(kernel, "_quantize", lambda *a: quantized.append(1) or real(*a))
+    real = cpu_activations.quantize
+    monkeypatch.setattr(cpu_activations, "quantize", lambda *a: quantized.append(1) or real(*a))
     shapes = [cpu.Product(4, 16, 32), cpu.Product(4, 16, 32, True), cpu.Product(4, 16, 32), cpu.Product(4, 8, 16)]
     candidates, _ = cpu._candidates(shapes)
     for _ in range(3):

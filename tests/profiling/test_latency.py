@@ -81,6 +81,9 @@ def test_every_candidate_draws_in_every_round_and_is_stored(
     assert resident["dense fp32"] == 2 * resident["dense bf16"]
     assert resident["W2A8 fp32"] < resident["W2A16 fp32"]
     assert resident["W2A8 bf16"] < resident["W2A16 bf16"]
+    # The fused forward keeps the same expanded weights, joined; its modulation rows are no weights.
+    for name in ("W2A16 fp32", "W2A16 bf16", "W2A8 fp32", "W2A8 bf16"):
+        assert resident[f"{name} optimized"] == resident[name]
     assert "W2A8 bf16, batch 2" in latency.table(rows)
 
 

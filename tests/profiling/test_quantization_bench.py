@@ -141,8 +141,8 @@ def test_only_families_that_run_block_by_block(tmp_path):
 def test_distillation_that_cannot_fit_is_refused_before_any_work(tiny_flux, tmp_path, monkeypatch):
     import torch
 
-    from tritflow.pipelines import quantize as module
-    from tritflow.pipelines.quantize import QuantizeError
+    from tritflow.pipelines import quantize_job as module
+    from tritflow.pipelines.quantize_job import QuantizeError
 
     class Card:
         total_memory = 1000

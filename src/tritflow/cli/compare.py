@@ -69,9 +69,10 @@ def compare(
     """
     from tritflow.pipelines.compare import compare as draw
     from tritflow.pipelines.compare import format_psnr
-    from tritflow.pipelines.generate import save_pictures
+    from tritflow.pipelines.generate import picture_path, save_pictures
     from tritflow.pipelines.loading import quiet
 
+    picture_path(out)
     with progress("drawing", shown=not json) as update, quiet():
         result = draw(
             models or ["small", "small-student"],

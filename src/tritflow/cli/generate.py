@@ -54,9 +54,10 @@ def generate(
     One picture is written to OUT; several become OUT-0.png, OUT-1.png and so on.
     """
     from tritflow.pipelines.generate import generate as draw
-    from tritflow.pipelines.generate import save_pictures
+    from tritflow.pipelines.generate import picture_path, save_pictures
     from tritflow.pipelines.loading import load_pipeline, quiet
 
+    picture_path(out)
     plan = None
     if max_memory is not None:
         from tritflow.pipelines.offloading import plan_memory

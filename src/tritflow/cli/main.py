@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tritflow.cli.console import INTERRUPTED, explain, say, show_warnings_as_notes
+from tritflow.cli.console import INTERRUPTED, explain, say, share_the_cores, show_warnings_as_notes
 
 VERBS = {
     "generate": "Draw pictures from prompts.",
@@ -101,6 +101,7 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
+    share_the_cores()
     if not debug:
         # Read by the libraries when they are imported, which is after this line.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tritflow.config import nearest
 from tritflow.formats.architecture import is_known
 from tritflow.formats.errors import CheckpointError
 from tritflow.formats.folder import read_json_object
@@ -95,7 +96,10 @@ def fetch(name: str) -> Path:
     """
     match = re.fullmatch(r"([\w][\w.-]*/[\w][\w.-]*)(?:/(.+\.safetensors))?", name, re.ASCII)
     if not match or ".." in name:
-        raise CheckpointError(f"{name} does not exist")
+        near = nearest(name, ["small", *(p.name for p in Path().iterdir() if p.is_dir())])
+        raise CheckpointError(
+            f"{name} does not exist: neither a folder, a file, a hub id (owner/name) nor `small`{near}"
+        )
     repository, file = match.groups()
     try:
         import huggingface_hub

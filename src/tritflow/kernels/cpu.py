@@ -6,16 +6,20 @@ behind it change (in-place writes, `load_state_dict`) or the mode does. Moving a
 beside the packed .25: W2A16 the activations' dtype (2 for bf16), W2A8 1. A weight that carries no `Expansion` is
 expanded for each call and nothing stays, which costs time instead of memory.
 
-W2A8: small products go through `torch._int_mm` (lowest overhead), others through oneDNN's prepacked `qlinear`, which
-scales its sums before they leave the registers; large ones in blocks whose results stay in cache meanwhile. Both sums
-are exact integers.
+W2A16: `F.linear`. CPUs without 16-bit arithmetic multiply bf16 and fp16 one by one, about seven times slower than
+float32, so there several rows are multiplied in float32, of a weight that stays 16 bits.
+
+W2A8: small products go through `torch._int_mm` (lowest overhead) where that is oneDNN's, others through oneDNN's
+prepacked `qlinear`, which scales its sums before they leave the registers; large ones in blocks whose results stay in
+cache meanwhile. Both sums are exact integers. AVX2 adds two products of a byte in 16 bits, which saturates: trits as
++-1 stay far below that (2 * 255), so they must never be stored scaled.
 """
 
 from __future__ import annotations
 
 import platform
-import weakref
-from collections.abc import Callable, Hashable
+import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,54 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritflow.kernels import reference
+from tritflow.kernels import cpu_activations, reference
 from tritflow.kernels.backends import Backend, Kernel
-from tritflow.kernels.reference import AMAX_FLOOR
-
-EXPANSION = "_tritflow_expansion"
-"""Attribute of a packed weight that owns its expanded form."""
+from tritflow.kernels.expansion import EXPANSION, expanded, stamp
 
 _ROWS, _COLUMNS = 1024, 1536  # of a product of qlinear: enough for its blocking, and a result that stays in cache
-_QUANTIZE_CHUNK = 1 << 17  # activations a thread whose float temporaries fit the second-level cache
 _QLINEAR_FROM = 1 << 20  # weights from this many trits on are prepacked,
 _QLINEAR_RESULT = 1 << 14  # and smaller ones once a result has this many elements
 _RESULT_CHUNK = 1 << 19  # elements of a smaller weight's result in one go: more would be fresh pages at every call
 
 _ql: Any = torch.ops.onednn
 _mkldnn: Any = torch.ops.mkldnn
-
-
-class Expansion:
-    """The expanded form of one packed weight: at most one at a time, rebuilt when its key changes."""
-
-    __slots__ = ("bytes", "form", "key")
-
-    def __init__(self) -> None:
-        self.key: Hashable = None
-        self.form: Any = None
-        self.bytes = 0
-        """Resident bytes of the form (0: none yet). oneDNN may pad its own layouts a little beyond this."""
-
-    def drop(self) -> None:
-        """Free the form; the next call builds it again."""
-        self.key, self.form, self.bytes = None, None, 0
-
-
-def _stamp(tensor: Tensor | None) -> Hashable:
-    """Changes whenever the tensor's data may have: another storage, or a write in place."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), (0 if tensor.is_inference() else tensor._version)
-
-
-def _expanded(weight: Tensor, key: Hashable, build: Callable[[], tuple[Any, int]]) -> Any:
-    expansion: Expansion | None = getattr(weight, EXPANSION, None)
-    if expansion is None:
-        return build()[0]
-    if expansion.key != key:
-        expansion.form, expansion.bytes = build()
-        expansion.key = key
-    return expansion.form
 
 
 # --- what this machine has ------------------------------------------------------------------------------------
@@ -103,10 +70,28 @@ def _exact(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
 
 @cache
 def _has_int_mm() -> bool:
-    """Whether `torch._int_mm` is oneDNN's and exact; without oneDNN it is a naive loop."""
+    """Whether `torch._int_mm` is exact and not a naive loop, which is tens of times slower than float32."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return _exact(lambda q, t: torch._int_mm((q.int() - 128).to(torch.int8), t.t()) + 128 * t.sum(1).int())
+    exact = _exact(lambda q, t: torch._int_mm((q.int() - 128).to(torch.int8), t.t()) + 128 * t.sum(1).int())
+    return exact and not _is_a_loop(torch._int_mm)
+
+
+def _is_a_loop(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether an int8 product takes many times what float32 takes. Nothing else tells: which instructions PyTorch asks
+    for before it calls oneDNN changed between releases. The two lie far apart, so a busy machine does not matter."""
+    q = torch.ones((64, 256), dtype=torch.int8)
+    x = q.float()
+
+    def fastest(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return fastest(lambda: product(q, q.t())) > 8 * fastest(lambda: x @ x.t()) + 1e-4
 
 
 @cache
@@ -116,6 +101,18 @@ def _has_qlinear() -> bool:
         return _qlinear(q, 0, _ql.qlinear_prepack(t, list(q.shape)), ones, zeros)
 
     return torch.backends.mkldnn.is_available() and _exact(product)
+
+
+@cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this machine multiplies matrices of a 16-bit type number by number, without oneDNN."""
+    probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if dtype not in probes or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        return not getattr(_mkldnn, probes[dtype])()
+    except (RuntimeError, AttributeError):
+        return False
 
 
 @cache
@@ -143,8 +140,8 @@ def _dense(weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, x: 
             return (True, _mkldnn._reorder_linear_weight(dense, tokens)), dense.nbytes
         return (False, dense), dense.nbytes
 
-    key = ("dense", x.dtype, _stamp(weight), _stamp(weight_scale), _stamp(input_scale))
-    return _expanded(weight, key, build)
+    key = ("dense", x.dtype, stamp(weight), stamp(weight_scale), stamp(input_scale))
+    return expanded(weight, key, build)
 
 
 def w2a16_linear(
@@ -159,6 +156,8 @@ def w2a16_linear(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if not packed:
+        if x.shape[-1] < x.numel() and _is_emulated(x.dtype):  # one row alone has a fast loop of its own
+            return F.linear(x.float(), dense.float(), None if bias is None else bias.float()).to(x.dtype)
         return F.linear(x, dense, bias)
     out: Tensor = _mkldnn._linear_pointwise(x.contiguous(), dense, bias, "none", [], "")
     return out
@@ -207,7 +206,7 @@ class _Int8:
         scale = (weight_scale.detach().double() / 127.0).float()
         self.input_scale = None if input_scale is None else input_scale.detach().float()
         self.bytes, self.out_features = trits.nbytes, trits.shape[0]
-        self.prepacked = (large or trits.numel() >= _QLINEAR_FROM) and _has_qlinear()
+        self.prepacked = (large or trits.numel() >= _QLINEAR_FROM or not _has_int_mm()) and _has_qlinear()
         self.rows = _ROWS if trits.numel() >= _QLINEAR_FROM else max(1, _RESULT_CHUNK // max(1, len(trits)))
         self.unsigned = self.prepacked or not _signed()
         if not self.prepacked:
@@ -233,97 +232,6 @@ class _Int8:
         return sums * scale if extra is None else torch.sub(sums, extra).mul_(scale)
 
 
-_Q127 = torch.tensor(127.0)
-_ROUNDER = 1.5 * 2.0**23
-
-
-def _quantize_rows(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """The reference's integers (raised by 128 if `unsigned`) and each row's largest magnitude [M, 1].
-
-    Rows of zeros divide by zero: the NaN that this makes has a lowest byte of 0, and is multiplied by the
-    magnitude 0 later. A NaN or infinity in a row stays in its magnitude.
-    """
-    rows = x.float()
-    if input_scale is not None:
-        rows = rows * input_scale
-    work = rows.abs()
-    amax = work.amax(dim=-1, keepdim=True)
-    scaled = torch.mul(rows, torch.div(_Q127, amax), out=work)
-    # One addition rounds to integers, ties to even, and leaves them in the lowest byte of the float.
-    # (A fused multiply-add would save a pass and round a few in a million differently.)
-    bits = scaled.add_(_ROUNDER + 128.0 if unsigned else _ROUNDER).view(torch.int32)
-    return bits.to(torch.uint8 if unsigned else torch.int8), amax
-
-
-def _quantize(x: Tensor, input_scale: Tensor | None, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """`_quantize_rows` in chunks whose float temporaries stay in cache, and are the same memory for every chunk."""
-    tokens, width = x.shape
-    step = max(16, _QUANTIZE_CHUNK * torch.get_num_threads() // width)
-    if tokens <= step or x.numel() < 2 * _QUANTIZE_CHUNK:
-        return _quantize_rows(x, input_scale, unsigned)
-    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
-    amax, floats = torch.empty((tokens, 1)), torch.empty((step, width))
-    # Without its sign bit a 16-bit float orders like an integer (NaN above all): half the bytes for the maximum.
-    bits = x.view(torch.int16) if x.element_size() == 2 and input_scale is None else None
-    work = torch.empty((step, width), dtype=torch.float32 if bits is None else torch.int16)
-    for start in range(0, tokens, step):
-        part = slice(start, min(start + step, tokens))
-        count = part.stop - start
-        rows, scratch, largest = floats[:count], work[:count], amax[part]
-        if input_scale is None:
-            rows.copy_(x[part])
-        else:
-            torch.mul(rows.copy_(x[part]), input_scale, out=rows)
-        if bits is None:
-            torch.amax(torch.abs(rows, out=scratch), dim=-1, keepdim=True, out=largest)
-        else:
-            magnitudes = torch.bitwise_and(bits[part], 0x7FFF, out=scratch)
-            largest.copy_(magnitudes.amax(dim=-1, keepdim=True).view(x.dtype))
-        rows.mul_(torch.div(_Q127, largest)).add_(_ROUNDER + 128.0 if unsigned else _ROUNDER)
-        q[part].copy_(rows.view(torch.int32))
-    return q, amax
-
-
-class _Last:
-    """The last quantized activation: query, key and value projections read the same tensor one after the other.
-
-    It is recognised by identity and version, so a write in place is seen, and forgotten when the tensor dies.
-    """
-
-    def __init__(self) -> None:
-        self.entry: tuple[Any, ...] | None = None
-
-    def quantize(self, x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
-        entry = self.entry
-        stamp = _stamp(x)
-        if entry is not None and entry[0]() is x and entry[1] == stamp and entry[2] == unsigned:
-            q, amax = entry[3:]
-            return q, amax
-        q, amax = _quantize(x.reshape(-1, x.shape[-1]), None, unsigned)
-        if not x.is_inference():
-            self.entry = (weakref.ref(x, self._forget), stamp, unsigned, q, amax)
-        return q, amax
-
-    def _forget(self, dead: Any) -> None:
-        entry = self.entry
-        if entry is not None and entry[0] is dead:
-            self.entry = None
-
-
-_last = _Last()
-
-
-def quantize_activation(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> tuple[Tensor, Tensor]:
-    """`reference.quantize_activation` for int8, bit for bit, without temporaries of the whole size."""
-    columns = None if input_scale is None else input_scale.float()
-    q, amax = _quantize(x.reshape(-1, x.shape[-1]), columns, False)
-    return q, amax.clamp_min_(AMAX_FLOOR).div_(127.0).squeeze(-1)
-
-
-def _supports_quantize(x: Tensor, input_scale: Tensor | None = None, dtype: str = "int8") -> bool:
-    return dtype == "int8" and x.numel() > 0
-
-
 def w2a8_linear(
     x: Tensor,
     weight: Tensor,
@@ -340,16 +248,16 @@ def w2a8_linear(
         form = _Int8(weight, weight_scale, input_scale, x.shape[-1], large)
         return form, form.bytes
 
-    key = ("int8", _stamp(weight), _stamp(weight_scale), _stamp(input_scale))
-    form: _Int8 = _expanded(weight, key, build)
+    key = ("int8", stamp(weight), stamp(weight_scale), stamp(input_scale))
+    form: _Int8 = expanded(weight, key, build)
     if large and not form.prepacked and _has_qlinear():
         # Once prepacked it stays so: batches of different sizes in turn shall not expand a weight again and again.
         getattr(weight, EXPANSION).drop()
-        form = _expanded(weight, key, build)
+        form = expanded(weight, key, build)
     if form.input_scale is None:
-        q, amax = _last.quantize(x, form.unsigned)
+        q, amax = cpu_activations.last.quantize(x, form.unsigned)
     else:
-        q, amax = _quantize(x.reshape(-1, x.shape[-1]), form.input_scale, form.unsigned)
+        q, amax = cpu_activations.quantize(x.reshape(-1, x.shape[-1]), form.input_scale, form.unsigned)
     out = _products(form, q, amax, bias, x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], form.out_features)
 
@@ -388,8 +296,8 @@ def w2a8_matmul(
         form = _Int8(weight, weight_scale, None, q.shape[-1], True)
         return form, form.bytes
 
-    key = ("int8 matmul", _stamp(weight), _stamp(weight_scale))
-    form: _Int8 = _expanded(weight, key, build)
+    key = ("int8 matmul", stamp(weight), stamp(weight_scale))
+    form: _Int8 = expanded(weight, key, build)
     rows = (q.view(torch.uint8) ^ 128) if form.unsigned else q
     # The form holds weight_scale / 127, because w2a8_linear multiplies with a row's largest magnitude.
     out = _products(form, rows, x_scale[:, None] * 127.0, bias, dtype)
@@ -401,7 +309,7 @@ def w2a8_matmul(
 
 
 def _supports_matmul(q: Tensor, *args: Any) -> bool:
-    return q.dtype == torch.int8 and q.numel() > 0 and _has_int_mm()
+    return q.dtype == torch.int8 and q.numel() > 0 and (_has_int_mm() or _has_qlinear())
 
 
 def _scaled(sums: Tensor, amax: Tensor, bias: Tensor | None) -> Tensor:
@@ -416,7 +324,7 @@ def _supports_w2a8(
     input_scale: Tensor | None = None,
     activation_dtype: str = "int8",
 ) -> bool:
-    return activation_dtype == "int8" and x.numel() > 0 and _has_int_mm()
+    return activation_dtype == "int8" and x.numel() > 0 and (_has_int_mm() or _has_qlinear())
 
 
 BACKEND = Backend(
@@ -424,7 +332,7 @@ BACKEND = Backend(
     device_types=("cpu",),
     why_not=lambda device: None,
     kernels={
-        "quantize_activation": Kernel(quantize_activation, _supports_quantize),
+        "quantize_activation": Kernel(cpu_activations.quantize_activation, cpu_activations.supports_quantize),
         "w2a16_linear": Kernel(w2a16_linear, _supports_w2a16),
         "w2a8_linear": Kernel(w2a8_linear, _supports_w2a8),
         "w2a8_matmul": Kernel(w2a8_matmul, _supports_matmul),

@@ -179,6 +179,15 @@ class FusedFlux1:
         if self.graph is not None:
             self.graph.forget()
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes that CPU kernels keep beside packed weights of the blocks and of modulation at the moment."""
+        streams = [stream for double in self.doubles for stream in (double.image, double.text)]
+        projections = [p for s in streams for p in (s.qkv, s.out, s.up, s.down)]
+        projections += [p for single in self.singles for p in (single.qkv, single.up, single.out)]
+        modulation = (m for m in self.modulation.linears if isinstance(m, TernaryLinear))
+        return sum(p.expanded_bytes for p in projections) + sum(m.expanded_bytes for m in modulation)
+
     # --- the forward ------------------------------------------------------------------------------------------
 
     def obstacle(self, hidden_states: Tensor, timestep: Tensor | None, kwargs: dict[str, Any]) -> str | None:

@@ -243,6 +243,13 @@ class Projection:
             _Ternary(run) if isinstance(base_of(run[0]), TernaryLinear) else _Dense(run[0]) for run in runs
         ]
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes that CPU kernels keep beside the packed ones at the moment, as `TernaryLinear.expanded_bytes`."""
+        weights = (part.weight for part in self.parts if isinstance(part, _Ternary))
+        expansions = (weight.expansion for weight in weights if isinstance(weight, PackedWeight))
+        return sum(expansion.bytes for expansion in expansions if expansion is not None)
+
     def __call__(self, rows: Rows, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """[B, S, N]; with `residual` [B, S, N] and `gate` [B, N], `residual + gate *` that.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritflow.formats.packing import BLOCK, packed_width
-from tritflow.kernels.cpu import EXPANSION, Expansion
+from tritflow.kernels.expansion import EXPANSION, Expansion
 
 
 class OffloadedShape(tuple[int, ...]):
@@ -50,7 +50,7 @@ class PackedWeight(nn.Parameter):
         data: packed bytes.
         requires_grad: must be False; there so that code which rebuilds parameters can pass it.
         in_features: K; by default all trits that the bytes hold.
-        keep_expanded: whether CPU kernels may keep an expanded copy on it (`tritflow.kernels.cpu.Expansion`).
+        keep_expanded: whether CPU kernels may keep an expanded copy on it (`tritflow.kernels.expansion.Expansion`).
 
     Raises:
         ValueError: bytes that are no packed matrix of K columns, or `requires_grad`.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tritflow.pipelines.generate import generate
+from tritflow.pipelines.generate import GenerationError, generate
 from tritflow.pipelines.loading import ModelError, configure_, generation_defaults, load_pipeline
 
 _MARGIN = 12
@@ -106,10 +106,11 @@ def compare(
         settings: passed on to `generate`.
 
     Raises:
-        ValueError: fewer than two models, or labels that do not match; and what loading and drawing raise.
+        GenerationError: fewer than two models.
+        ValueError: labels that do not match; and what loading and drawing raise.
     """
     if len(models) < 2:
-        raise ValueError("compare needs at least two models: --models FIRST SECOND")
+        raise GenerationError("compare needs at least two models: --models FIRST SECOND")
     names = tuple(labels) if labels is not None else _short_names(models)
     if len(names) != len(models):
         raise ValueError(f"{len(models)} models need as many labels, not {len(names)}")

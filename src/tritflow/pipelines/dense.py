@@ -14,7 +14,7 @@ from tritflow.distillation.blocks import Blocks
 from tritflow.pipelines.loading import ModelError, resolve_model
 
 if TYPE_CHECKING:
-    from tritflow.pipelines.quantize import Job
+    from tritflow.pipelines.quantize_job import Job
 
 from tritflow.formats.source import Source
 from tritflow.models.family import Family

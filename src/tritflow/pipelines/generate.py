@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,8 @@ def check_size(pipe: Any, height: int, width: int) -> None:
         if value < 1 or value % patch:
             below, above = value // patch * patch, (max(value, 0) // patch + 1) * patch
             near = f"{below} and {above}" if below > 0 else str(above)
-            raise GenerationError(f"{name} {value} is not a multiple of {patch}; the nearest valid: {near}")
+            kind = "multiple" if value > 0 else "positive multiple"
+            raise GenerationError(f"{name} {value} is not a {kind} of {patch}; the nearest valid: {near}")
 
 
 @torch.no_grad()
@@ -152,6 +154,27 @@ def _inputs(pipe: Any, texts: list[str], noise: Tensor, latent_height: int, toke
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "latents": noise}
 
 
+def picture_path(out: str | Path) -> Path:
+    """`out` with its suffix, its folder made: to be called before the work whose result goes there.
+
+    Raises:
+        GenerationError: another suffix than .png, a folder, or a place where nothing can be written.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in ("", ".png"):
+        raise GenerationError(f"--out {path}: pictures are written as PNG; give a path ending in .png")
+    path = path.with_suffix(".png")
+    if path.is_dir():
+        raise GenerationError(f"--out {path} is a folder; give a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GenerationError(f"--out {path}: no folder can be made there ({error.strerror})") from None
+    if not os.access(path.parent, os.W_OK):
+        raise GenerationError(f"--out {path}: no permission to write in {path.parent}; give another path")
+    return path
+
+
 def save_pictures(
     images: Sequence[Image.Image], out: str | Path, notes: Sequence[Mapping[str, str]] | None = None
 ) -> list[Path]:
@@ -166,16 +189,10 @@ def save_pictures(
         The paths, in order.
 
     Raises:
-        GenerationError: `out` has another suffix, or is a folder.
+        GenerationError: as `picture_path`.
         DiskFullError: no space left.
     """
-    path = Path(out)
-    if path.suffix.lower() not in ("", ".png"):
-        raise GenerationError(f"--out {path}: pictures are written as PNG; give a path ending in .png")
-    path = path.with_suffix(".png")
-    if path.is_dir():
-        raise GenerationError(f"--out {path} is a folder; give a file name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = picture_path(out)
     paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for i, (image, target) in enumerate(zip(images, paths, strict=True)):
         text = PngInfo()

@@ -15,7 +15,7 @@ from tritflow.pipelines.loading import generation_defaults
 from tritflow.pipelines.teacher import jittered_sigmas, position_ids, sizes_of, token_grid
 
 if TYPE_CHECKING:
-    from tritflow.pipelines.quantize import Job
+    from tritflow.pipelines.quantize_job import Job
 
 # Schedules that trajectories draw from.
 SCHEDULES = 64

@@ -13,7 +13,7 @@ from tritflow.calibration.trajectories import Split, Trajectories
 from tritflow.distillation.shelf import Room
 
 if TYPE_CHECKING:
-    from tritflow.pipelines.quantize import Job
+    from tritflow.pipelines.quantize_job import Job
 
 RECORDS = "calibration_records.jsonl"
 

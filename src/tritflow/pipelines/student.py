@@ -52,7 +52,8 @@ from tritflow.quantization.smoothing import smoothing_scale
 from tritflow.quantization.store import RoundedStore
 
 if TYPE_CHECKING:
-    from tritflow.pipelines.quantize import Job, Progress
+    from tritflow.pipelines.quantize import Progress
+    from tritflow.pipelines.quantize_job import Job
 
 REST = "rest.safetensors"
 

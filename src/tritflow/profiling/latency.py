@@ -1,4 +1,6 @@
-"""Time of whole generations: text encoders, sampler and VAE of a stock FluxPipeline, dense against ternary.
+"""Time of whole generations: text encoders, sampler and VAE of a FluxPipeline, dense against ternary.
+
+Every ternary candidate runs diffusers' own forward, and another time `tritflow.optimize`, which dense models lack.
 
 All candidates live in one process and take turns, each round in another order, so that a busy machine slows them
 alike. A ternary variant is compared with the faster of dense bf16 and fp32.
@@ -17,21 +19,31 @@ import torch
 from torch import nn
 
 from tritflow import results
+from tritflow.models.flux1_fused import FusedFlux1
 from tritflow.modules import TernaryLinear
 from tritflow.pipelines.flags import flags
 from tritflow.pipelines.generate import generate
 from tritflow.pipelines.loading import generation_defaults, load_pipeline, pick_device, quiet
+from tritflow.pipelines.optimize import optimize
 
 PROMPT = "a red star to the left of a blue ring"
 DENSE = ("dense fp32", "dense bf16")
 
 
 class Variant(NamedTuple):
-    """One candidate: its name, the type of what is not ternary, and the mode of what is (None: dense)."""
+    """One candidate.
+
+    Attributes:
+        name: how results call it.
+        dtype: of what is not ternary.
+        mode: of what is; None: dense.
+        optimized: whether `tritflow.optimize` took over its forward.
+    """
 
     name: str
     dtype: str
     mode: str | None
+    optimized: bool = False
 
 
 VARIANTS = (
@@ -41,6 +53,10 @@ VARIANTS = (
     Variant("W2A16 bf16", "bfloat16", "w2a16"),
     Variant("W2A8 fp32", "float32", "w2a8"),
     Variant("W2A8 bf16", "bfloat16", "w2a8"),
+    Variant("W2A16 fp32 optimized", "float32", "w2a16", True),
+    Variant("W2A16 bf16 optimized", "bfloat16", "w2a16", True),
+    Variant("W2A8 fp32 optimized", "float32", "w2a8", True),
+    Variant("W2A8 bf16 optimized", "bfloat16", "w2a8", True),
 )
 
 Progress = Callable[[int, int], None]
@@ -55,7 +71,12 @@ def resident_bytes(module: nn.Module) -> int:
         total += sum(tensor.nbytes for tensor in tensors)
         if isinstance(part, TernaryLinear):
             total += part.expanded_bytes
-    return total
+    fused = getattr(module.forward, "__self__", None)
+    if not isinstance(fused, FusedFlux1):
+        return total
+    # Layers of joint products have no form of their own; those that nothing joins are the product's own layers.
+    alone = sum(part.expanded_bytes for part in module.modules() if isinstance(part, TernaryLinear))
+    return total - alone + fused.expanded_bytes
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -119,6 +140,9 @@ def measure(
             )
             for v in VARIANTS
         }
+        for v in VARIANTS:
+            if v.optimized:
+                optimize(pipes[v.name])
     defaults = generation_defaults(pipes[DENSE[0]])
     total, done = len(pipes) * len(batch_sizes) * (rounds + 1), 0
     rows: list[dict[str, Any]] = []

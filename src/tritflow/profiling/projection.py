@@ -11,7 +11,7 @@ from typing import Any
 
 from tritflow.config import Recipe
 from tritflow.distillation.reconstruction import HOLDOUT_SAMPLES, streams_alive, windows
-from tritflow.pipelines.quantize import needs_teacher, training_bytes
+from tritflow.pipelines.quantize_job import needs_teacher, training_bytes
 
 DOUBLE, SINGLE = "double", "single"
 KINDS = (DOUBLE, SINGLE)

@@ -16,13 +16,13 @@ from tritflow.reproduction.request import Request
 
 
 def job_of(request: Request) -> Any:
-    """The quantization as it will be done, from headers alone; see `pipelines.quantize.plan`."""
+    """The quantization as it will be done, from headers alone; see `pipelines.quantize_job.plan`."""
     return _job(request.model, load_recipe(request.recipe), request.calibration or request.prompts, request.device)
 
 
 @functools.lru_cache(maxsize=4)
 def _job(model: str, recipe: Recipe, prompts: str | Path | None, device: str | None) -> Any:
-    from tritflow.pipelines.quantize import plan
+    from tritflow.pipelines.quantize_job import plan
 
     # A model that brings calibration prompts of its own is calibrated on those, whatever the suites are.
     own = model == "small" or (Path(model) / "calibration_prompts.txt").is_file()
@@ -32,7 +32,7 @@ def _job(model: str, recipe: Recipe, prompts: str | Path | None, device: str | N
 
 def of_quantizing(request: Request, fresh: bool) -> Cost:
     from tritflow.formats.accounting import storage_estimate
-    from tritflow.pipelines.quantize import needs_teacher
+    from tritflow.pipelines.quantize_job import needs_teacher
 
     job = job_of(request)
     size = storage_estimate(job.source.shapes(), job.ternary.packing, job.ternary).total
