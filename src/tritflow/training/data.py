@@ -88,7 +88,7 @@ def example_chunk(task: tuple[int, int, int, Mixture]) -> Examples:
     # The rest of what is to be blended; scenes in front of each other are not.
     share = min(1.0, (mixture.blended * count - counts) / max(plain, 1))
     drawn = (training_examples(stream), training_examples(stream, ("count",)), training_examples(stream, ("front",)))
-    parts = []
+    parts: list[tuple[SceneBatch, Tensor, Tensor]] = []
     for stories, many, blended in zip(drawn, (plain, counts, front), (share, 1.0, 0.0), strict=True):
         pairs = list(itertools.islice(stories, many))
         if not pairs:
@@ -96,7 +96,7 @@ def example_chunk(task: tuple[int, int, int, Mixture]) -> Examples:
         part = SceneBatch.from_scenes([s for _, s in pairs]), *tokenize([c for c, _ in pairs], *word_tokenizers())
         parts.append(blend(*part, invented_words(), blended, stream) if mixture.blended > 0 else part)
     scenes = SceneBatch.join([p[0] for p in parts])
-    clip_ids, t5_ids = (torch.cat([p[i] for p in parts]) for i in (1, 2))
+    clip_ids, t5_ids = torch.cat([clip for _, clip, _ in parts]), torch.cat([t5 for _, _, t5 in parts])
     if mixture.tinted > 0:
         scenes, clip_ids, t5_ids = tint(scenes, clip_ids, t5_ids, invented_words(), mixture.tinted, stream)
     if len(parts) > 1:  # whoever takes the first ones takes some of all

@@ -28,6 +28,8 @@ SIZES = {
 }
 # Of the time, for guidance.
 GUIDANCE = 0.15
+# As `python -m tritflow.training` mixes them.
+MIXTURE = data.Mixture(tinted=0.4, blended=0.4)
 
 
 def train_sized(
@@ -73,7 +75,7 @@ def train_sized(
     pixels = pixels or int(read_json(root / "generation.json")["height"])
     pipe: Any = FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, use_safetensors=True)
     tokenizers = (pipe.tokenizer, pipe.tokenizer_2)
-    scenes = data.make_examples(examples, seed=1 + seed, workers=_workers(examples), tinted=0.4)
+    scenes = data.make_examples(examples, seed=1 + seed, workers=_workers(examples), mixture=MIXTURE)
     _check_words(tokenizers)
     vae = pipe.vae.to(device).eval().requires_grad_(False)
     latents = data.encode_set(scenes, vae, pixels, device)
@@ -87,7 +89,7 @@ def train_sized(
     common: dict[str, Any] = {"side": pixels // 16, "batch": batch, "compile": on_gpu, "graph": on_gpu}
     last: dict[str, Any] = {}
     with training_attention(device), ProcessPoolExecutor(_workers(examples), mp_context=get_context("spawn")) as pool:
-        supply = Supply(pool, 1 + seed, len(latents.latents), 0.4)
+        supply = Supply(pool, 1 + seed, len(latents.latents), MIXTURE)
 
         def report(steps: int, loss: float, rate: float) -> None:
             fresh = supply.refill(latents, vae, pixels)
@@ -95,11 +97,20 @@ def train_sized(
             log(f"step {steps} loss {loss:.4f} rate {rate:.2f}, {fresh} fresh examples")
 
         words = InventedWords(*tokenizers).to(device)
-        flow.train_flow(model, latents, seconds=seconds * (1 - GUIDANCE), words=words, hues=True, log=report, **common)
+        flow.train_flow(
+            model,
+            latents,
+            seconds=seconds * (1 - GUIDANCE),
+            words=words,
+            nouns=False,
+            colors=False,
+            log=report,
+            **common,
+        )
         supply.close()
         flow.distil_guidance(model, latents, seconds=seconds * GUIDANCE, **common)
     _uncompile(model)
-    export_pipeline(out, model, vae, tokenizers, pixels, 3.0, shift=1.0)
+    export_pipeline(out, model, vae, tokenizers, pixels, 3.0)
     meta = {
         "kind": "sized teacher",
         "parameters": count,
