@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,9 +74,10 @@ def normed_attention(
     """See `attention_op.normed_attention`: `qk_norm_rope`, then `attention`, rounded once, at the end."""
     if cos.shape[1] != q.shape[-1]:
         cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
-    before = [None if t is None else t.float() for t in (context_q, context_k)]
-    weights = (context_q_weight, context_k_weight)
-    queries, keys = qk_norm_rope(q.float(), k.float(), q_weight, k_weight, cos, sin, *before, *weights, eps)
+    context: list[Tensor | None] = [None if t is None else t.float() for t in (context_q, context_k)]
+    context += [context_q_weight, context_k_weight]
+    args: tuple[Any, ...] = (q.float(), k.float(), q_weight, k_weight, cos, sin, *context, eps)
+    queries, keys = qk_norm_rope(*args)
     values = v if context_v is None else torch.cat([context_v, v], dim=1)
     return attention(queries, keys, values.float(), dtype, scale).to(q.dtype)
 

@@ -21,14 +21,14 @@ from tritflow.kernels.triton.quantize import magnitude, rounded, scale_of
 
 @triton.jit
 def _load(at, K: tl.constexpr, WIDTH: tl.constexpr):
-    """at[0:K] as a tuple of pieces, zeros behind the end."""
+    """at[0:K] as a tuple of pieces, zeros behind the end; Triton joins tuples, and unpacks none."""
     k = tl.arange(0, WIDTH)
     pieces = ()
     for i in tl.static_range(0, K, WIDTH):
         if i + WIDTH <= K:
-            pieces = pieces + (tl.load(at + i + k),)  # noqa: RUF005 - Triton unpacks no star
+            pieces = pieces + (tl.load(at + i + k),)  # type: ignore[assignment]  # noqa: RUF005
         else:
-            pieces = pieces + (tl.load(at + i + k, mask=i + k < K, other=0),)  # noqa: RUF005
+            pieces = pieces + (tl.load(at + i + k, mask=i + k < K, other=0),)  # type: ignore[assignment]  # noqa: RUF005
     return pieces
 
 
@@ -47,8 +47,8 @@ def _modulation(scale_ptr, shift_ptr, input_scale_ptr, HAS_COLUMNS: tl.constexpr
         if HAS_COLUMNS:
             column = columns[i].to(tl.float32)
             gain, offset = gain * column, offset * column
-        gains = gains + (gain,)  # noqa: RUF005
-        offsets = offsets + (offset,)  # noqa: RUF005
+        gains = gains + (gain,)  # type: ignore[assignment]  # noqa: RUF005
+        offsets = offsets + (offset,)  # type: ignore[assignment]  # noqa: RUF005
     return gains, offsets
 
 
@@ -81,13 +81,13 @@ def _one_token(
         if (i + 1) * WIDTH > K:
             piece = tl.where(i * WIDTH + k < K, piece, 0.0)
         squares += piece * piece
-        centred = centred + (piece,)  # noqa: RUF005
+        centred = centred + (piece,)  # type: ignore[assignment]  # noqa: RUF005
     rstd = tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / K) + EPS)
     y = ()
     most = tl.zeros((WIDTH,), tl.float32)
     for i in tl.static_range(len(x)):
         piece = centred[i] * rstd * gains[i] + offsets[i]  # offsets and gains are 0 and 1 behind the end
-        y = y + (piece,)  # noqa: RUF005
+        y = y + (piece,)  # type: ignore[assignment]  # noqa: RUF005
         # A NaN shall be the largest of all, or a row would look sound.
         most = tl.maximum(most, tl.abs(piece), propagate_nan=tl.PropagateNan.ALL)
     out = out_ptr + row * K

@@ -172,10 +172,10 @@ def normed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
     if _has_fp8(q.device):
         return kernels.normed_attention(q, k, v, *rest)
-    q_weight, k_weight, cos, sin, context_q, context_k, context_v, *weights, eps, dtype, scale = rest
+    q_weight, k_weight, cos, sin, context_q, context_k, context_v, q_before, k_before, eps, dtype, scale = rest
     if cos.shape[1] != q.shape[-1]:
         cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
-    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, context_q, context_k, *weights, eps)
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, context_q, context_k, q_before, k_before, eps)
     v = v if context_v is None else torch.cat([context_v, v], dim=1)
     return kernels.attention(q, k, v, dtype, scale, e4m3=False)
 
