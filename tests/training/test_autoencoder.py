@@ -156,3 +156,20 @@ def test_focus_shows_every_second_scene_as_told_but_nothing_that_is_held_out() -
         assert torch.equal(getattr(seen, field)[1::2], getattr(scenes, field)[1::2])
     with pytest.raises(ValueError, match="'grene' is no colour"):
         autoencoder.focused(scenes, "grene")
+
+
+def test_part_of_the_way_lies_between_the_old_decoder_and_the_new_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = load_file(run / "vae.safetensors")
+    results = {}
+    for way in ("1", "0.5", "0"):
+        scores(monkeypatch, 0.9, 0.9)
+        autoencoder.main([str(run), "--out", str(run / way), "--way", way, *OPTIONS])
+        results[way] = load_file(run / way / "vae.safetensors")
+    name = "decoder.conv_in.weight"
+    assert torch.equal(results["0"][name], old[name])
+    assert not torch.equal(results["0.5"][name], old[name])
+    assert all(torch.equal(results["0.5"][k], old[k]) for k in old if k.startswith("encoder."))
+    with pytest.raises(SystemExit):
+        autoencoder.main([str(run), "--way", "0.5", "--encoder", *OPTIONS])

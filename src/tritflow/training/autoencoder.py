@@ -46,6 +46,7 @@ def train_further(
     size: int,
     device: torch.device,
     encoder: bool = False,
+    way: float = 1.0,
     before: dict[str, float] | None = None,
     per_tag: int = 200,
     pool: Executor | None = None,
@@ -57,6 +58,8 @@ def train_further(
     Args:
         usual: scenes as the flow sees them; where the encoder moves, shift and scale are taken from them anew.
         encoder: train it, too.
+        way: how far to go from the old weights to the new ones: part of the way keeps more of what was not trained on
+            (Wortsman et al., 2109.01903).
         before: what `scores` says of it, where that is known.
         per_tag: held-out prompts a tag for the detector, before and after.
         pool: where the detector reads.
@@ -82,6 +85,8 @@ def train_further(
         **options,
     )
     share(model.eval())
+    if way < 1:
+        model.load_state_dict({k: torch.lerp(old[k].to(v), v, way) for k, v in model.state_dict().items()})
     after = scores(model, per_tag, size, pool)
     kept = _worst(after) >= _worst(before)
     log(f"vae: detector after the round trip, after: {after}")
@@ -188,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--focus", default="", metavar="WORDS", help="what half of the scenes show, such as 'green checkered black'"
     )
+    parser.add_argument("--way", type=float, default=1.0, help="share of the way from the old weights to the new ones")
     parser.add_argument("--edges", type=float, default=vae.EDGE_WEIGHT, help="extra weight where two hues meet")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=128)
@@ -200,9 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, out = _source(args.source, args.out)
     except start.StartError as error:
         parser.error(str(error))
-    for name in ("overlapping", "tinted", "blended"):
+    for name in ("overlapping", "tinted", "blended", "way"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+    if args.encoder and args.way < 1:
+        parser.error("--way is for a decoder alone: between two encoders lie latents that neither decoder knows")
     try:
         focused(SceneBatch.from_scenes([]), args.focus)
     except ValueError as error:
@@ -220,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             size=args.size,
             device=device,
             encoder=args.encoder,
+            way=args.way,
             per_tag=args.per_tag,
             pool=pool,
             batch=args.batch,
