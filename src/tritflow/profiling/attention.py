@@ -113,8 +113,8 @@ def turned(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Inputs:
     """`projected` inputs, normed and turned in a pass of its own."""
     *weights, cos, sin = rest
     q_weight, k_weight = weights
-    q, k = qk_norm_rope(q, k, q_weight, k_weight, *(t.repeat_interleave(2, dim=1) for t in (cos, sin)))
-    return q, k, v
+    cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
+    return *qk_norm_rope(q, k, q_weight, k_weight, cos, sin), v
 
 
 class Contender:
