@@ -130,10 +130,12 @@ def _joint_attention(
     weights, text_weights = [norm.weight for norm in norms], [norm.weight for norm in text_norms]
     if attention in IN_8_BITS:
         context = (None,) * 5 if text is None else (*text, *text_weights)
-        out = normed_attention(q, k, v, *weights, rope.cos, rope.sin, *context, eps, IN_8_BITS[attention])
+        args: tuple[Any, ...] = (q, k, v, *weights, rope.cos, rope.sin, *context, eps, IN_8_BITS[attention])
+        out = normed_attention(*args)
     else:
-        before = () if text is None else (*text[:2], *text_weights)
-        q, k = qk_norm_rope(q, k, *weights, rope.cos, rope.sin, *before, eps=eps)
+        before = (None,) * 4 if text is None else (*text[:2], *text_weights)
+        args = (q, k, *weights, rope.cos, rope.sin, *before, eps)
+        q, k = qk_norm_rope(*args)
         out = attention(q, k, v if text is None else _join(text[2], v))
     return out.flatten(2)
 

@@ -112,8 +112,9 @@ def projected(shape: Shape, seed: int = 0, device: str = "cuda") -> tuple[Tensor
 def turned(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Inputs:
     """`projected` inputs, normed and turned in a pass of its own."""
     *weights, cos, sin = rest
-    q, k = qk_norm_rope(q, k, *weights, *(t.repeat_interleave(2, dim=1) for t in (cos, sin)))
-    return q, k, v
+    q_weight, k_weight = weights
+    cos, sin = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
+    return *qk_norm_rope(q, k, q_weight, k_weight, cos, sin), v
 
 
 class Contender:
@@ -300,8 +301,9 @@ def _from_products(shape: Shape, contenders: list[Contender], rounds: int) -> di
         if contender.name not in RIVALS:
             return lambda i: contender.whole(*sets[i])
         # A model has whole tables for these; made once, not timed.
-        tables = [tuple(t.repeat_interleave(2, dim=1) for t in given[5:]) for given in sets]
-        return lambda i: contender.whole(*qk_norm_rope(*sets[i][:2], *sets[i][3:5], *tables[i]), sets[i][2])
+        tables = [[t.repeat_interleave(2, dim=1) for t in given[5:]] for given in sets]
+        args: list[tuple[Any, ...]] = [(*g[:2], *g[3:5], *t) for g, t in zip(sets, tables, strict=True)]
+        return lambda i: contender.whole(*qk_norm_rope(*args[i]), sets[i][2])
 
     times = graph_times([Candidate(c.name, whole(c), _SETS) for c in contenders], rounds=rounds)
     return {name: t["p50"] for name, t in times.items() if "p50" in t}

@@ -75,9 +75,10 @@ def adaln(tokens: int, features: int, dtype: str) -> Options:
     return found
 
 
-def low_rank(tokens: int, columns: int, features: int, dtype: str) -> Options:
-    """The first factor of a low-rank update."""
-    ready, _ = first_factor.candidates(tokens, columns, features, dtype)
+def low_rank(shape: tuple[int, int, int], dtype: str) -> Options:
+    """The first factor of a low-rank update at tokens, columns, features."""
+    columns = shape[1]
+    ready, _ = first_factor.candidates(*shape, dtype)
     settings = {first_factor.label(s): first_factor.blocks(s, columns) for s in first_factor.SETTINGS}
     choices = [(Choice("triton", settings[c.name]), c) for c in ready if c.name in settings]
     return [(choice, Candidate(choice.label, c.run, c.sets)) for choice, c in choices]
@@ -108,7 +109,7 @@ def targets(part: str, seconds: float, say: Callable[[str], None]) -> list[tuple
         ]
     if part == "first factor":
         return [
-            (tuning.entry(tuning.low_rank_down(reference.QTYPE[d]), *s), lambda s=s, d=d: low_rank(*s, d))  # type: ignore[misc]
+            (tuning.entry(tuning.low_rank_down(reference.QTYPE[d]), *s), lambda s=s, d=d: low_rank(s, d))  # type: ignore[misc]
             for s in first_factor.SHAPES
             for d in DTYPES
         ]
