@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tritflow
-from tritflow.profiling.isolate import run_isolated
+from tritflow.profiling.isolate import run_isolated, run_side_by_side
 
 WORKER = """
 import os, sys, time
@@ -114,3 +114,18 @@ def test_a_child_that_cannot_start_is_said(monkeypatch):
         on_result=lambda task, result: found.append(result),
     )
     assert "No module named" in found[0]["error"]
+
+
+def test_children_at_once_answer_every_task(worker, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # two children
+    tasks = [{"do": "square", "x": x} for x in range(5)] + [{"do": "crash"}]
+    found = []
+    run_side_by_side(
+        worker,
+        tasks,
+        silence=30,
+        deadline=time.monotonic() + 100,
+        on_result=lambda task, result: found.append((task.get("x"), result)),
+    )
+    assert sorted(r["square"] for x, r in found if x is not None) == [0, 1, 4, 9, 16]
+    assert "error" in dict(found)[None]

@@ -8,9 +8,7 @@ Every configuration of the Hopper kernel is first tried in a process of its own,
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tritflow.kernels import qk_norm_rope
 from tritflow.models.flux1_blocks import attend
-from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.isolate import Task, run_side_by_side, serve
 from tritflow.profiling.kernels import Candidate, graph_times
 from tritflow.results import provenance
 
@@ -210,19 +208,7 @@ def sound_settings(shape: Shape, say: Say, seconds: float) -> dict[str, list[dic
             found[task["dtype"]].append(task["settings"])
 
     deadline = time.monotonic() + seconds
-    workers = max(1, min(len(tasks), (os.cpu_count() or 2) - 2))  # nearly all of it is compiling
-    threads = [
-        threading.Thread(
-            target=run_isolated,
-            args=("tritflow.profiling.attention", tasks[i::workers]),
-            kwargs={"silence": 60.0, "deadline": deadline, "on_result": note},
-        )
-        for i in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_side_by_side("tritflow.profiling.attention", tasks, silence=60.0, deadline=deadline, on_result=note)
     return found
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from tritflow.kernels import BackendError, reference, tuning, w2a8_matmul, w2a16
 from tritflow.kernels.hopper import why_not as hopper_why_not
 from tritflow.kernels.tuning import Choice
 from tritflow.profiling import tune_passes
-from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.isolate import Task, run_side_by_side, serve
 from tritflow.profiling.products import quantized, random_trits
 from tritflow.profiling.timing import Candidate, graph_times
 
@@ -166,19 +164,7 @@ def precompile(names: tuple[str, ...], backends: tuple[str, ...], deadline: floa
         if "error" in result:
             errors[task["name"]][Choice(task["backend"], task["config"]).label] = result["error"]
 
-    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
-    threads = [
-        threading.Thread(
-            target=run_isolated,
-            args=("tritflow.profiling.tune", tasks[i::workers]),
-            kwargs={"silence": 60.0, "deadline": deadline, "on_result": note},
-        )
-        for i in range(workers)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_side_by_side("tritflow.profiling.tune", tasks, silence=60.0, deadline=deadline, on_result=note)
     return errors
 
 
