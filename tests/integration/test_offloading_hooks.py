@@ -42,6 +42,12 @@ OFFLOADS: dict[str, Offload] = {
 }
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the order of float sums: a dense weight that has moved lies at another address, and without AVX-512
+    PyTorch's products on a CPU sum by how it is aligned there."""
+    return torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
 def ternary(model: Any) -> list[TernaryLinear]:
     return [m for m in model.modules() if isinstance(m, TernaryLinear)]
 
@@ -51,7 +57,7 @@ def test_pictures_are_the_same(pipe: Any, draw: Any, tmp_path: Path, name: str) 
     plain = draw(pipe)
     OFFLOADS[name](pipe, tmp_path)
     for _ in range(2):  # the second call finds what the first one left
-        assert torch.equal(draw(pipe), plain)
+        assert same(draw(pipe), plain)
 
 
 @pytest.mark.parametrize("name", [n for n in OFFLOADS if n != "leaves on disk"])
@@ -71,15 +77,15 @@ def test_a_lora_may_come_and_go_while_offloaded(
     plain = draw(pipe)
     pipe.load_lora_weights(lora)
     adapted = draw(pipe)
-    assert not torch.equal(adapted, plain)
+    assert not same(adapted, plain)
     pipe.unload_lora_weights()
 
     OFFLOADS[name](pipe, tmp_path)
     draw(pipe)
     pipe.load_lora_weights(lora)
-    assert torch.equal(draw(pipe), adapted)
+    assert same(draw(pipe), adapted)
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe), plain)
+    assert same(draw(pipe), plain)
 
 
 def test_sequential_offload_leaves_no_weight_behind_and_gives_it_back(ternary_folder: Path) -> None:
@@ -94,12 +100,12 @@ def test_sequential_offload_leaves_no_weight_behind_and_gives_it_back(ternary_fo
             assert all(m.weight.is_meta for m in ternary(model))
             # LoRA loaders look at the shape while the weight is away.
             assert [tuple(m.weight.shape) for m in ternary(model)] == shapes
-            assert torch.equal(model(**inputs)[0], expected)
+            assert same(model(**inputs)[0], expected)
         remove_hook_from_submodules(model)
         assert all(isinstance(m.weight, PackedWeight) and m.weight.device == CPU for m in ternary(model))
         assert [tuple(m.weight.shape) for m in ternary(model)] == shapes
         assert all(torch.equal(m.packed, was) for m, was in zip(ternary(model), packed, strict=True))
-        assert torch.equal(model(**inputs)[0], expected)
+        assert same(model(**inputs)[0], expected)
 
 
 def test_a_device_map_may_keep_parts_elsewhere(ternary_folder: Path, tmp_path: Path) -> None:
@@ -112,10 +118,10 @@ def test_a_device_map_may_keep_parts_elsewhere(ternary_folder: Path, tmp_path: P
         away = [m.weight.is_meta for m in ternary(model)]
         assert set(away) == {True, False}
         for _ in range(2):
-            assert torch.equal(model(**inputs)[0], expected)
+            assert same(model(**inputs)[0], expected)
 
 
 def test_a_pipeline_takes_a_device_map(ternary_folder: Path, draw: Any) -> None:
     plain = FluxPipeline.from_pretrained(ternary_folder)
     mapped = FluxPipeline.from_pretrained(ternary_folder, device_map="cpu")
-    assert torch.equal(draw(mapped), draw(plain))
+    assert same(draw(mapped), draw(plain))

@@ -66,7 +66,7 @@ def collect(paths: Iterable[str | Path]) -> Sources:
 
 
 def _results_in(folder: Path) -> list[Path]:
-    files = [p for p in sorted(folder.glob("*.json")) if p.name != META]
+    files = [p for p in sorted(folder.glob("*.json")) if p.name != META and not p.name.endswith(".flags.json")]
     return [*files, *sorted(folder.glob("*/results.json"))]
 
 
