@@ -88,7 +88,7 @@ def rivals(runs: Sequence[Run]) -> Figure:
     for axes, path, name in zip(panels, (_kept, _psnr), ("score kept (%)", "PSNR to the teacher (dB)"), strict=True):
         for i, run in enumerate(runs):
             score = path(run)
-            if not score:
+            if not score or score.get("value") is None:
                 continue
             ours, color = run["quantizer"]["name"] == "tritflow", _COLORS[i % len(_COLORS)]
             axes.errorbar(
@@ -148,7 +148,7 @@ def _own_psnr(run: Run) -> dict[str, Any] | None:
 
 
 def _kept(run: Run) -> dict[str, Any] | None:
-    found = run["paired"]["overall"].get("kept")
+    found = (run["paired"].get("overall") or {}).get("kept")  # a run of few tags has no overall
     return None if not found else {k: 100 * found[k] for k in ("value", "low", "high") if found.get(k) is not None}
 
 
