@@ -143,16 +143,12 @@ def _quantized_by(rival: Rival, pipe: Any, folder: Path) -> dict[str, Any]:
 
 def _ternary_facts(transformer: Path) -> dict[str, Any]:
     """As a rival's, of a ternary folder: what its linears take as stored, scales included."""
+    from tritflow.formats.accounting import ternary_bytes
     from tritflow.formats.checkpoint import TernaryFolder
-    from tritflow.formats.packing import packed_width
 
     folder = TernaryFolder(transformer)
-    weights = size = 0
-    for name, width in folder.linears.items():
-        rows = folder.entry(f"{name}.weight").shape[0]
-        weights += rows * width
-        size += rows * packed_width(width, folder.ternary.packing) + 2 * rows
-        size += 2 * width if f"{name}.input_scale" in folder else 0
+    shapes = [(folder.entry(f"{name}.weight").shape[0], width) for name, width in folder.linears.items()]
+    weights, size = ternary_bytes(shapes, folder.ternary.packing, folder.ternary.column_scale)
     return {
         "name": "tritflow",
         "title": "tritflow",

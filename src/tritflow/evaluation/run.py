@@ -355,9 +355,11 @@ def _load_noting(who: Contender, out: Path, folder: str) -> Draw:
     if who.flags is not None:
         flags, before = who.flags(), _flags_of(out, folder)
         if before is not None and before != flags:
-            changed = [f"{key}: {before.get(key)}, now {new}" for key, new in flags.items() if before.get(key) != new]
+            from tritflow.pipelines.flags import changed
+
+            told = "; ".join(f"{key}: {old}, now {new}" for key, old, new in changed(before, flags))
             raise EvaluationError(
-                f"{out / folder} holds pictures that were drawn another way ({'; '.join(changed)}); finish them there, "
+                f"{out / folder} holds pictures that were drawn another way ({told}); finish them there, "
                 "or give another --out"
             )
         write_atomically(_flags_path(out, folder), canonical(flags).encode())

@@ -6,7 +6,7 @@ Everything is measured from headers and bytes; nothing is called 1.58 bits here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -50,6 +50,15 @@ class Layer:
     def bits(self) -> float:
         """Bits on disk for one logical parameter."""
         return 8 * self.nbytes / max(1, self.parameters)
+
+
+def ternary_bytes(shapes: Iterable[tuple[int, ...]], packing: Packing, column_scale: bool) -> tuple[int, int]:
+    """Weights in ternary linears of shapes (N, K), and the bytes they take with their bf16 scales, biases left out."""
+    weights = size = 0
+    for rows, columns in shapes:
+        weights += rows * columns
+        size += rows * packed_width(columns, packing) + 2 * rows + 2 * columns * column_scale
+    return weights, size
 
 
 @dataclass(frozen=True)

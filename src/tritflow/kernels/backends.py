@@ -130,11 +130,7 @@ def fallback(device: torch.device) -> str | None:
     """Why `auto` has nothing but the reference for products on a GPU, in one line; None where it has more."""
     if device.type != "cuda":
         return None
-    for name in _ORDER["cuda"]:
-        found = _usable(name, device)
-        if not isinstance(found, str):
-            break
-    if name != "reference":
+    if any(not isinstance(_usable(name, device), str) for name in _ORDER["cuda"] if name != "reference"):
         return None
     reason = _usable("triton", device)  # of all that could have run, the one with the fewest wants
     return reason if isinstance(reason, str) else None

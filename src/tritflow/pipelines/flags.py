@@ -69,6 +69,11 @@ def tuned_hash(device: torch.device) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def changed(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Every flag in which two paths differ, with both values."""
+    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """One line for every flag in which two paths differ; empty: the path that was timed is the path that was scored."""
-    return [f"{key}: {a.get(key)} and {b.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [f"{key}: {one} and {other}" for key, one, other in changed(a, b)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tritflow.profiling.timing import Candidate, graph_times
 
@@ -18,12 +20,38 @@ def _sets(moved: float) -> int:
     return max(2, min(64, math.ceil(_CACHE / moved)))
 
 
+def adaln_tiles(
+    x: list[Tensor], shift: Tensor, scale: Tensor, dtype: str
+) -> tuple[list[tuple[dict[str, int], Callable[[int], Any]]], dict[str, str]]:
+    """Settings of adaLN + quantize that compute the right thing, each with its call on x[i]; what is wrong with the
+    others, by label."""
+    from tritflow.kernels import reference
+    from tritflow.kernels.triton import adaln
+
+    q, row = reference.adaln_quantize(x[0], shift, scale, None, dtype)
+    right: list[tuple[dict[str, int], Callable[[int], Any]]] = []
+    wrong: dict[str, str] = {}
+    for tile in adaln.TILES:
+
+        def run(i: int, tile: dict[str, int] = tile) -> Any:
+            return adaln.adaln_quantize(x[i], shift, scale, None, dtype, tile=tile)
+
+        other, rows = run(0)
+        apart = (other.float() - q.float()).ne(0).float().mean().item()
+        off = ((rows - row).abs() / row).max().item()
+        if apart < 0.01 and off < 1e-4:
+            right.append((tile, run))
+        else:
+            wrong[adaln.label(tile)] = f"wrong: {apart:.2%} of the bytes differ, scales by {off:.2g}"
+    return right, wrong
+
+
 def measure(tokens: int, features: int) -> dict[str, Any]:
     """Microseconds, bytes and shares of the faster of two copies (the copy engine's way, and a kernel's).
 
     Bytes are those that have to move: inputs read once, outputs written once. A copy moves as many, half of them in.
     """
-    from tritflow.kernels import adaln_quantize, gelu_quantize, quantize_activation, reference
+    from tritflow.kernels import adaln_quantize, gelu_quantize, quantize_activation
     from tritflow.kernels.triton import adaln
 
     shift, scale = (torch.randn(1, features, device="cuda").bfloat16() for _ in range(2))
@@ -41,23 +69,9 @@ def measure(tokens: int, features: int) -> dict[str, Any]:
     wrong: dict[str, str] = {}
 
     def tiles(dtype: str) -> list[Candidate]:
-        """Every setting of adaLN + quantize that computes the right thing."""
-        q, row = reference.adaln_quantize(x[0], shift, scale, None, dtype)
-        found = []
-        for tile in adaln.TILES:
-
-            def run(i: int, tile: dict[str, int] = tile) -> Any:
-                return adaln.adaln_quantize(x[i], shift, scale, None, dtype, tile=tile)
-
-            name = f"adaln_quantize {dtype}, {adaln.label(tile)}"
-            other, rows = run(0)
-            apart = (other.float() - q.float()).ne(0).float().mean().item()
-            off = ((rows - row).abs() / row).max().item()
-            if apart < 0.01 and off < 1e-4:
-                found.append(Candidate(name, run, sets))
-            else:
-                wrong[name] = f"wrong: {apart:.2%} of the bytes differ, scales by {off:.2g}"
-        return found
+        right, others = adaln_tiles(x, shift, scale, dtype)
+        wrong.update({f"adaln_quantize {dtype}, {label}": why for label, why in others.items()})
+        return [Candidate(f"adaln_quantize {dtype}, {adaln.label(tile)}", run, sets) for tile, run in right]
 
     def ours(dtype: str) -> list[Candidate]:
         return [

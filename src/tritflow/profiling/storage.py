@@ -24,7 +24,7 @@ import torch
 from tritflow import results
 from tritflow.assets import asset_path
 from tritflow.config import Packing, TernaryConfig
-from tritflow.formats.accounting import account, storage_estimate
+from tritflow.formats.accounting import account, storage_estimate, ternary_bytes
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
 from tritflow.formats.checkpoint import TransformerWriter, verify_folder
 from tritflow.formats.errors import CheckpointError, DiskFullError
@@ -61,16 +61,15 @@ def measure(folder: str | Path, label: str, reference: int | None = None) -> dic
     }
     ternary = component.ternary
     if ternary:
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in ternary)
-        column_scale = bool(component.settings.get("column_scale"))
-        scales = sum(2 * layer.shape[0] + 2 * layer.shape[1] * column_scale for layer in ternary)
-        packed = float(summary["bits_per_ternary_weight"])
+        settings = component.settings
+        shapes = [layer.shape for layer in ternary]
+        weights, size = ternary_bytes(shapes, settings["packing"], bool(settings.get("column_scale")))
         row |= {
-            "packing": component.settings["packing"],
+            "packing": settings["packing"],
             "ternary_layers": len(ternary),
             "ternary_weights": weights,
-            "bits_per_weight": packed + 8 * scales / weights,
-            "packed_bits_per_weight": packed,
+            "bits_per_weight": 8 * size / weights,
+            "packed_bits_per_weight": float(summary["bits_per_ternary_weight"]),
             "digest": component.digest,
         }
     return row

@@ -15,6 +15,7 @@ import torch
 from tritflow.kernels import reference, tuning
 from tritflow.kernels.tuning import Choice
 from tritflow.profiling import first_factor
+from tritflow.profiling.passes import adaln_tiles
 from tritflow.profiling.products import SKINNY, pack, random_trits
 from tritflow.profiling.timing import Candidate, graph_times
 
@@ -55,24 +56,11 @@ def few_rows(n: int, k: int) -> Options:
 
 def adaln(tokens: int, features: int, dtype: str) -> Options:
     """Layer norm, modulation and quantization: settings whose scales are the reference's."""
-    from tritflow.kernels.triton.adaln import TILES, adaln_quantize
-
     sets = max(2, math.ceil(160e6 / (3 * tokens * features)))
     shift, scale = (torch.randn(1, features, device="cuda").bfloat16() for _ in range(2))
     x = [torch.randn(1, tokens, features, device="cuda").bfloat16() for _ in range(sets)]
-    truth = reference.adaln_quantize(x[0], shift, scale, None, dtype)
-    found: Options = []
-    for tile in TILES:
-
-        def run(i: int, tile: dict[str, int] = tile) -> Any:
-            return adaln_quantize(x[i], shift, scale, None, dtype, tile=tile)
-
-        q, row = run(0)
-        same = (q.float() != truth[0].float()).float().mean().item() < 0.01
-        if same and ((row - truth[1]).abs() <= 1e-4 * truth[1]).all():
-            choice = Choice("triton", dict(tile))
-            found.append((choice, Candidate(choice.label, run, sets)))
-    return found
+    choices = [(Choice("triton", dict(tile)), run) for tile, run in adaln_tiles(x, shift, scale, dtype)[0]]
+    return [(choice, Candidate(choice.label, run, sets)) for choice, run in choices]
 
 
 def low_rank(shape: tuple[int, int, int], dtype: str) -> Options:

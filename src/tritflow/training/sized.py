@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.artifacts import provenance, read_json, write_json
 from tritflow.distillation.step import training_attention
 from tritflow.training import data, flow, models
 from tritflow.training.export import export_pipeline
+from tritflow.training.start import check_words, folder_of
 from tritflow.training.supply import Supply
 from tritflow.training.words import InventedWords
 
@@ -63,7 +63,7 @@ def train_sized(
         `out/meta.json`: parameters, steps, loss.
 
     Raises:
-        ValueError: the base's vocabulary is not that of the captions.
+        StartError: the base is no pipeline folder, or its vocabulary is not that of the captions.
     """
     from diffusers import FluxPipeline
 
@@ -71,12 +71,12 @@ def train_sized(
         found: dict[str, Any] = read_json(out / "meta.json")
         return found
     device = torch.device(device)
-    root = asset_path(str(base)) if str(base) in ASSETS else Path(base)
+    root = folder_of(str(base))
+    check_words(root, data.word_tokenizers())  # examples are made in workers, with tokenizers of their own
     pixels = pixels or int(read_json(root / "generation.json")["height"])
     pipe: Any = FluxPipeline.from_pretrained(root, torch_dtype=torch.float32, use_safetensors=True)
     tokenizers = (pipe.tokenizer, pipe.tokenizer_2)
     scenes = data.make_examples(examples, seed=1 + seed, workers=_workers(examples), mixture=MIXTURE)
-    _check_words(tokenizers)
     vae = pipe.vae.to(device).eval().requires_grad_(False)
     latents = data.encode_set(scenes, vae, pixels, device)
     torch.manual_seed(seed + 1)
@@ -129,14 +129,6 @@ def _around(size: models.SmallFluxSize, clip: Any, t5: Any) -> models.SmallFluxS
         size.hidden, size.heads, size.double, size.single,
         text_width=t5.config.d_model, pooled_width=clip.config.hidden_size,
     )  # fmt: skip
-
-
-def _check_words(tokenizers: tuple[Any, Any]) -> None:
-    """Examples are made in workers with tokenizers of their own, which must be the base's."""
-    words = [" ".join(data.training_words())]
-    ours, theirs = (data.tokenize(words, *pair) for pair in (data.word_tokenizers(), tokenizers))
-    if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
-        raise ValueError("the base pipeline was trained on other words than the captions have; name a newer one")
 
 
 def _workers(examples: int) -> int:

@@ -30,6 +30,15 @@ def vae_of(folder: Path) -> Any:
     return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
 
 
+def check_words(folder: Path, tokenizers: tuple[Any, Any]) -> None:
+    """Raise `StartError` if a pipeline folder's tokenizers number words in another way than `tokenizers`."""
+    from transformers import AutoTokenizer
+
+    for name, ours in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
+        if AutoTokenizer.from_pretrained(folder / name).get_vocab() != ours.get_vocab():
+            raise StartError(f"{folder / name}: another vocabulary than that of today's captions; train from nothing")
+
+
 def model_of(folder: Path, tokenizers: tuple[Any, Any]) -> SmallFlux:
     """Text encoders and transformer of a pipeline folder, float32, on the CPU.
 
@@ -37,11 +46,9 @@ def model_of(folder: Path, tokenizers: tuple[Any, Any]) -> SmallFlux:
         StartError: its tokenizers number words in another way than `tokenizers`, so its encoders would misread all.
     """
     from diffusers import FluxTransformer2DModel
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
-    for name, ours in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
-        if AutoTokenizer.from_pretrained(folder / name).get_vocab() != ours.get_vocab():
-            raise StartError(f"{folder / name}: another vocabulary than that of today's captions; train from nothing")
+    check_words(folder, tokenizers)
     transformer: Any = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     return SmallFlux(
         CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,14 @@ _Some = tuple[str, int, int, int, int, int]
 """A tag, its prompts, the first and the last of them to take, the pictures' size and the seed."""
 
 
-def _prompts(task: _Some) -> list[Prompt]:
+@lru_cache(maxsize=2)
+def _tag_prompts(tag: str, per_tag: int, seed: int) -> tuple[Prompt, ...]:
+    return tuple(evaluation_prompts(per_tag, seed, (tag,)))
+
+
+def _prompts(task: _Some) -> tuple[Prompt, ...]:
     tag, per_tag, first, last, _, seed = task
-    return evaluation_prompts(per_tag, seed, (tag,))[first:last]
+    return _tag_prompts(tag, per_tag, seed)[first:last]
 
 
 def _true_renders(task: _Some) -> np.ndarray:
