@@ -1,8 +1,8 @@
 """`python -m tritflow.training.autoencoder RUN`: train a kept VAE further, its decoder alone or the encoder too.
 
 RUN is the folder of a training run, a pipeline folder, or 'small' for the built-in model. Half of the scenes have one
-object in front of another, and edges between two hues count more. What comes out is kept only if the worst tag of the
-detector after the round trip is no worse than before.
+object in front of another, and edges between two hues count more. What comes out is kept only if neither the worst tag
+of the detector after the round trip nor the worst colour, texture and ground in dB is any worse than before.
 
 The decoder alone leaves latents as they are, so the flow need not know: the run's last stage takes the decoder that
 then lies in its folder. With `--encoder` latents move a little, so the flow must be trained on after it (`python -m
@@ -35,6 +35,8 @@ from tritflow.training.loop import rank, world_size
 SEED = 5_000_011  # scenes that neither the VAE nor the flow has seen
 # Held-out prompts that decide what is kept; the reported figures use others.
 SCORE_SEED = 1000
+# The worst of eight tags of 200 prompts moves by as much between two equally good VAEs.
+CHANCE = 0.01
 
 
 def train_further(
@@ -66,7 +68,8 @@ def train_further(
         options: for `vae.train_vae`.
 
     Returns:
-        `{"before": scores, "after": scores, "kept": bool, "encoder": bool}`, the same for all processes.
+        `{"before": scores, "after": scores, "kept": bool, "encoder": bool}`, the same for all processes; scores hold
+        the worst combination's dB (`vae.weakest`) as `weakest`.
     """
     old = copy.deepcopy(model.state_dict())
     statistics = {name: model.config[name] for name in ("shift_factor", "scaling_factor")}
@@ -88,7 +91,7 @@ def train_further(
     if way < 1:
         model.load_state_dict({k: torch.lerp(old[k].to(v), v, way) for k, v in model.state_dict().items()})
     after = scores(model, per_tag, size, pool)
-    kept = _worst(after) >= _worst(before)
+    kept = _worst(after) >= _worst(before) - CHANCE and after["weakest"] >= before["weakest"]
     log(f"vae: detector after the round trip, after: {after}")
     if not kept:
         log("vae: no better than before, so it stays as it was")
@@ -97,8 +100,8 @@ def train_further(
     return {"before": before, "after": after, "kept": kept, "encoder": encoder}
 
 
-def focused(scenes: SceneBatch, words: str) -> SceneBatch:
-    """Every second scene with all objects in the colour and texture, and on the ground, that `words` name: what a VAE
+def focused(scenes: SceneBatch, words: str, every: int = 2) -> SceneBatch:
+    """One scene in `every` with all objects in the colour and texture, and on the ground, that `words` name: what a VAE
     draws badly and seldom sees. Objects whose shape must not have that colour keep theirs.
 
     Raises:
@@ -112,7 +115,7 @@ def focused(scenes: SceneBatch, words: str) -> SceneBatch:
             )
     kind, ground = scenes.kind.clone(), scenes.ground.clone()
     turn = None if scenes.turn is None else scenes.turn.clone()
-    rows = torch.arange(len(scenes)) % 2 == 0
+    rows = torch.arange(len(scenes)) % every == 0
     for word in named:
         if word in BACKGROUNDS:
             ground[rows] = GRAY_LEVEL[word]
@@ -131,11 +134,13 @@ def focused(scenes: SceneBatch, words: str) -> SceneBatch:
 
 
 def scores(model: Any, per_tag: int, size: int, pool: Executor | None = None) -> dict[str, float]:
-    """`vae.detector_scores` on prompts that are not the reported ones; the first process's, for all."""
+    """`vae.detector_scores` on prompts that are not the reported ones, and the least dB of `vae.weakest`; the first
+    process's, for all."""
     found: list[dict[str, float]] = [{}]
     if rank() == 0:
         shares = vae.detector_scores(model, per_tag, size, SCORE_SEED, pool)
-        found = [{k: round(v, 4) for k, v in shares.items()}]
+        worst = vae.weakest(model, size)[0]
+        found = [{k: round(v, 4) for k, v in shares.items()} | {"weakest": worst[0]}]
     if world_size() > 1:
         dist.broadcast_object_list(found, 0)
     return found[0]
@@ -170,7 +175,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def _worst(shares: dict[str, float]) -> float:
-    return min(v for k, v in shares.items() if k != "psnr")
+    return min(v for k, v in shares.items() if k not in ("psnr", "weakest"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

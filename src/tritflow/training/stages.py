@@ -32,6 +32,8 @@ FURTHER_PEAK = 5e-4
 PER_TAG = 200
 # Scenes a GPU that a kept VAE is trained further on, and the share of them in which one object is in front of another.
 FURTHER, OVERLAPPING = 40_000, 0.5
+# What it draws worst (`vae.weakest`), and one of how many scenes shows it.
+FOCUS = (("checkered", 4), ("green checkered black", 8))
 
 
 def make_vae(run: Run) -> tuple[Any, data.Order]:
@@ -56,9 +58,12 @@ def make_vae(run: Run) -> tuple[Any, data.Order]:
     report = None
     if further is not None:
         torch.manual_seed(run.args.seed + 29 + rank())
+        scenes = further.all().scenes
+        for words, every in FOCUS:
+            scenes = autoencoder.focused(scenes, words, every)
         report = autoencoder.train_further(
             model,
-            further.all().scenes,
+            scenes,
             usual=order.first(4096).scenes,
             seconds=run.args.vae_further_seconds,
             size=run.args.size,
