@@ -151,17 +151,19 @@ def test_every_hopper_configuration(index, kind):
 
     assert len(HOPPER) == 6
     config = AttentionConfig(**HOPPER[index])
+    # Weights in fp16 before they are rounded to e4m3: 1.25 times the error (tests/kernels/test_hopper_attention.py).
+    bound = 0.0625 if config.half and kind != "int8" else 0.05
     for shape in ((1, 1111, 4, 128), (2, 300, 3, 64), (1, 129, 2, 128), (1, 1, 1, 64)):
         q, k, v = (t.cuda() for t in _inputs(shape))
         found = attend(q, quantize(None, k, v, kind), config=config)
         assert not found.isnan().any()
-        assert _error(found.cpu(), reference(*(t.cpu() for t in (q, k, v)), kind)) < 0.05
+        assert _error(found.cpu(), reference(*(t.cpu() for t in (q, k, v)), kind)) < bound
         for _ in range(50):
             assert torch.equal(found, attend(q, quantize(None, k, v, kind), config=config))
     args = _projected(300, 84, 2, 128)
     on = [None if a is None else a.cuda() for a in args]
     found = normed_attention(*on, 1e-6, kind, None, config=config)
-    assert _error(found.cpu(), normed_reference(*args, 1e-6, kind, None)) < 0.05
+    assert _error(found.cpu(), normed_reference(*args, 1e-6, kind, None)) < bound
 
 
 @pytest.mark.parametrize("index", range(6))

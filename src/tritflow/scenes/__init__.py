@@ -1,10 +1,12 @@
 """The built-in world: coloured, textured shapes in relation to each other.
 
-`world` says what exists, `render` draws it, `grammar` captions it, `detector` reads a picture back and `rules`
-decides whether a picture shows what its prompt asks for. The room imports nothing else of the house.
+`world` says what exists, `render` draws it, `grammar` captions it, `detector` reads a picture back, `rules` decides
+whether a picture shows what its prompt asks for, and `fidelity` says what a round trip leaves of it. The room imports
+nothing else of the house.
 """
 
 from tritflow.scenes.detector import Detection, detect, object_mask
+from tritflow.scenes.fidelity import weakest
 from tritflow.scenes.grammar import GENEVAL_TAGS, TAGS, Clause, Prompt
 from tritflow.scenes.held_out import evaluation_prompts, scene_of
 from tritflow.scenes.render import SceneBatch, render
@@ -33,4 +35,5 @@ __all__ = [
     "scene_of",
     "training_captions",
     "training_examples",
+    "weakest",
 ]

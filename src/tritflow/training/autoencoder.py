@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tritflow.formats.atomic import write_atomic
-from tritflow.scenes import COLORS, SHAPES, SceneBatch
+from tritflow.scenes import COLORS, SHAPES, SceneBatch, weakest
 from tritflow.scenes.world import BACKGROUNDS, GRAY_LEVEL, HELD_OUT_COLORS, TEXTURES
 from tritflow.training import data, models, start, vae
 from tritflow.training.loop import rank, world_size
@@ -69,7 +69,7 @@ def train_further(
 
     Returns:
         `{"before": scores, "after": scores, "kept": bool, "encoder": bool}`, the same for all processes; scores hold
-        the worst combination's dB (`vae.weakest`) as `weakest`.
+        the worst combination's dB (`scenes.weakest`) as `weakest`.
     """
     old = copy.deepcopy(model.state_dict())
     statistics = {name: model.config[name] for name in ("shift_factor", "scaling_factor")}
@@ -134,12 +134,12 @@ def focused(scenes: SceneBatch, words: str, every: int = 2) -> SceneBatch:
 
 
 def scores(model: Any, per_tag: int, size: int, pool: Executor | None = None) -> dict[str, float]:
-    """`vae.detector_scores` on prompts that are not the reported ones, and the least dB of `vae.weakest`; the first
+    """`vae.detector_scores` on prompts that are not the reported ones, and the least dB of `scenes.weakest`; the first
     process's, for all."""
     found: list[dict[str, float]] = [{}]
     if rank() == 0:
         shares = vae.detector_scores(model, per_tag, size, SCORE_SEED, pool)
-        worst = vae.weakest(model, size)[0]
+        worst = weakest(lambda x: vae.round_trip(model, x), size)[0]
         found = [{k: round(v, 4) for k, v in shares.items()} | {"weakest": worst[0]}]
     if world_size() > 1:
         dist.broadcast_object_list(found, 0)

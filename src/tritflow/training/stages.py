@@ -32,7 +32,7 @@ FURTHER_PEAK = 5e-4
 PER_TAG = 200
 # Scenes a GPU that a kept VAE is trained further on, and the share of them in which one object is in front of another.
 FURTHER, OVERLAPPING = 40_000, 0.5
-# What it draws worst (`vae.weakest`), and one of how many scenes shows it.
+# What it draws worst (`scenes.weakest`), and one of how many scenes shows it.
 FOCUS = (("checkered", 4), ("green checkered black", 8))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import lru_cache
-from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -13,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritflow.scenes import COLORS, Prompt, SceneBatch, detect, judge, scene_of, training_examples
+from tritflow.scenes import Prompt, SceneBatch, detect, judge, scene_of
 from tritflow.scenes.grammar import TAGS
 from tritflow.scenes.held_out import evaluation_prompts
 from tritflow.scenes.render import render
-from tritflow.scenes.world import BACKGROUNDS, GRAY_LEVEL, TEXTURES
 from tritflow.training.data import render_all
 from tritflow.training.loop import Trainer, rank
 
@@ -160,29 +157,6 @@ def detector_scores(
     if vae is not None:
         scores["psnr"] = float(-10 * torch.cat(errors).clamp_min(1e-10).log10().mean())
     return scores
-
-
-@torch.no_grad()
-def weakest(vae: Any, size: int, pictures: int = 12, seed: int = 7) -> list[tuple[float, str]]:
-    """Every colour, texture and ground with the PSNR in dB of its objects' pixels after the round trip, worst first.
-
-    What the detector cannot see: that checkers come back as stripes. `pictures` training scenes, all of their objects
-    in that colour and texture, on that ground, `size` pixels wide.
-    """
-    drawn = SceneBatch.from_scenes([s for _, s in islice(training_examples(seed), pictures)])
-    found = []
-    for color, texture, ground in product(COLORS, TEXTURES, BACKGROUNDS):
-        kind = drawn.kind.clone()
-        there = kind[..., 0] >= 0
-        kind[..., 1] = torch.where(there, COLORS.index(color), kind[..., 1])
-        kind[..., 2] = torch.where(there, TEXTURES.index(texture), kind[..., 2])
-        images = render(replace(drawn, kind=kind, ground=torch.full_like(drawn.ground, GRAY_LEVEL[ground])), size)
-        chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
-        # The pixels around an object's coloured ones, too: a checker's other half has no colour.
-        near = F.max_pool2d((chroma > OBJECT_CHROMA / 2).float(), 3, 1, 1)
-        error = ((round_trip(vae, images) - images).square() * near).sum() / (3 * near.sum())
-        found.append((round(float(-10 * error.clamp_min(1e-10).log10()), 2), f"{color} {texture} {ground}"))
-    return sorted(found)
 
 
 _Some = tuple[str, int, int, int, int, int]

@@ -15,7 +15,7 @@ from tritflow.evaluation import statistics
 from tritflow.evaluation.api import EvaluationError, Progress
 from tritflow.pipelines.loading import load_pipeline, pick_device, quiet
 from tritflow.results import provenance
-from tritflow.scenes import TAGS, SceneBatch, detect, evaluation_prompts, judge, render, scene_of
+from tritflow.scenes import TAGS, SceneBatch, detect, evaluation_prompts, judge, render, scene_of, weakest
 
 RoundTrip = Callable[[Tensor], Tensor]
 """Pixels float [B, 3, H, W] in 0..1 to pixels of the same shape, as a VAE's encoder and decoder make them."""
@@ -45,6 +45,9 @@ def summary(run: dict[str, Any]) -> str:
     for tag, kinds in run["tags"].items():
         shares = "".join(f"  {k} {v['value']:.1%} [{v['low']:.1%}, {v['high']:.1%}]" for k, v in kinds.items())
         lines.append(f"  {tag:14}{shares}")
+    if "weakest" in run:
+        worst = ", ".join(f"{w['name']} {w['psnr']:.1f} dB" for w in run["weakest"]["worst"])
+        lines.append(f"  drawn worst after the VAE: {worst}; median {run['weakest']['median']:.1f} dB")
     return "\n".join(lines)
 
 
@@ -62,7 +65,8 @@ def read_back(
     """Pass rates of true renders of evaluation prompts, per tag, as a run of the topic "detector".
 
     Returns plain JSON: `tags[TAG]["renders"]` and, with a `round_trip`, `tags[TAG]["vae"]`, with Wilson's intervals
-    (one picture a prompt); `failures` holds the first reasons of each tag.
+    (one picture a prompt); `failures` holds the first reasons of each tag, `weakest`, with a `round_trip`, the five
+    colours, textures and grounds that it keeps worst, by PSNR in dB of objects' pixels, and the median of all.
     Raises `EvaluationError` when `round_trip` changes the shape.
     """
     prompts = evaluation_prompts(per_tag, seed=seed, tags=tuple(tags))
@@ -89,6 +93,12 @@ def read_back(
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     ids = [str(i) for i in range(per_tag)]
+    kept: dict[str, Any] = {}
+    if round_trip is not None:
+        trip = round_trip
+        found = weakest(lambda pixels: trip(pixels.to(device)), size)
+        worst = [{"name": name, "psnr": db} for db, name in found[:5]]
+        kept = {"weakest": {"worst": worst, "median": found[len(found) // 2][0]}}
     return {
         "label": "scenes detector",
         "size": size,
@@ -98,5 +108,6 @@ def read_back(
             for tag, kinds_of in passed.items()
         },
         "failures": failures,
+        **kept,
         **provenance(device),
     }
