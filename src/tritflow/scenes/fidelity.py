@@ -1,0 +1,50 @@
+"""What a round trip leaves of each colour, texture and ground, in dB: what the detector cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritflow.scenes.render import SceneBatch, render
+from tritflow.scenes.training_set import training_examples
+from tritflow.scenes.world import BACKGROUNDS, COLORS, GRAY_LEVEL, TEXTURES
+
+# Chroma of a pixel that an object colours at least in part.
+_CHROMA = 0.1
+
+
+def weakest(
+    round_trip: Callable[[Tensor], Tensor], size: int = 128, pictures: int = 12, seed: int = 7
+) -> list[tuple[float, str]]:
+    """Every colour, texture and ground with the PSNR of its objects' pixels after a round trip, worst first.
+
+    A detector reads slanted stripes as checkers, if nothing else is like them; pixels tell.
+
+    Args:
+        round_trip: pixels float [B, 3, H, W] in 0..1 to pixels of the same shape.
+        size: height and width in pixels.
+        pictures: training scenes that each combination is put on, all objects alike.
+        seed: of the scenes.
+
+    Returns:
+        [(dB, "green checkered black"), ...]; the pixels around an object's coloured ones count, too, since the other
+        half of a checker has no colour.
+    """
+    drawn = SceneBatch.from_scenes([s for _, s in islice(training_examples(seed), pictures)])
+    found = []
+    for color, texture, ground in product(COLORS, TEXTURES, BACKGROUNDS):
+        kind = drawn.kind.clone()
+        there = kind[..., 0] >= 0
+        kind[..., 1] = torch.where(there, COLORS.index(color), kind[..., 1])
+        kind[..., 2] = torch.where(there, TEXTURES.index(texture), kind[..., 2])
+        images = render(replace(drawn, kind=kind, ground=torch.full_like(drawn.ground, GRAY_LEVEL[ground])), size)
+        chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+        near = F.max_pool2d((chroma > _CHROMA).float(), 3, 1, 1)
+        error = ((round_trip(images).float().cpu() - images).square() * near).sum() / (3 * near.sum())
+        found.append((round(float(-10 * error.clamp_min(1e-10).log10()), 2), f"{color} {texture} {ground}"))
+    return sorted(found)
