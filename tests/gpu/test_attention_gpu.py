@@ -49,7 +49,8 @@ def test_against_the_reference(shape, backend, kind):
     if shape[0]:
         assert not found.isnan().any()
         # The two round the same numbers, but logits that differ in their last bits round to other weights now and then.
-        bound = 0.045 if backend == "hopper" else 0.015
+        # Hopper's e4m3 queries and weights round on other grids, too.
+        bound = 0.015 if backend != "hopper" else 0.0625 if kind != "int8" else 0.045
         assert _error(found, reference(*args, kind)) < bound
 
 
@@ -181,6 +182,8 @@ def test_hopper_weights_of_large_and_small_logits(index, gain):
     q, k, v = (t.cuda() for t in _inputs((1, 1024, 2, 128)))
     q, k = q * gain, k * torch.linspace(0.01, 1, 1024, device="cuda")[None, :, None, None].bfloat16()
     found = attend(q, quantize(None, k, v, "float8_e4m3fn"), config=AttentionConfig(**HOPPER[index]))
-    expected = reference(*(t.cpu() for t in (q, k, v)), "float8_e4m3fn")
-    # With large logits a weight's rounding is the output's, and the two round differently.
-    assert _error(found.cpu(), expected) < (0.06 if gain < 10 else 0.12)
+    exact = F.scaled_dot_product_attention(*(t.float().transpose(1, 2) for t in (q, k, v))).transpose(1, 2).cpu()
+    args = [t.cpu() for t in (q, k, v)]
+    # Queries round on another grid than the reference's (they reach 1, not 448), and with large logits that roundoff is
+    # the output's: both are held against exact attention.
+    assert _error(found.cpu(), exact) < 1.25 * _error(reference(*args, "float8_e4m3fn"), exact) + 0.01
