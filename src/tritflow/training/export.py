@@ -40,6 +40,10 @@ def export_pipeline(
         transformer=model.transformer,
     )
     pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="14MB")
+    for path in folder.glob("*/config.json"):  # where a kept part was loaded from is nobody else's business
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
     defaults = {
         "height": size,
         "width": size,
