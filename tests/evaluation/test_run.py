@@ -138,6 +138,14 @@ def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
         (folder / "meta.json").write_text(str(folder))
     assert fingerprint([a]) == fingerprint([b])
     assert fingerprint([a]) != fingerprint([a, b])
+    # A config.json says where a model was once loaded from: a place on the disk, too.
+    for folder, extra in ((a, {"_name_or_path": "/somewhere"}), (b, {})):
+        text = json.dumps({"heads": 4, **extra}, indent=2) + "\n"
+        (folder / "transformer" / "config.json").write_text(text)
+    assert fingerprint([a]) == fingerprint([b])
+    (a / "transformer" / "config.json").write_text(json.dumps({"_name_or_path": "/somewhere", "heads": 5}))
+    assert fingerprint([a]) != fingerprint([b])
+    (b / "transformer" / "config.json").write_text((a / "transformer" / "config.json").read_text())
     (b / "transformer" / "w.safetensors").write_bytes(bytes(999) + b"x")
     assert fingerprint([a]) != fingerprint([b])
     (tmp_path / "c").mkdir()

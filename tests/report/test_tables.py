@@ -277,5 +277,17 @@ def test_a_table_of_what_is_current_has_one_version_and_one_teacher() -> None:
     assert build(spec, []).cells == ()
 
 
+def test_a_teachers_run_on_other_prompts_than_its_students_stands_beside_nothing() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\ncurrent = true\neach = ['label']\n" + QUALITY_COLUMNS)["q"]
+    few, many = ({"hash": h, "samples": n, "base_seed": 0, "count": 8} for h, n in (("p", 1), ("q", 4)))
+    own = [
+        {**scored("teacher", 0.9, "t", None, 1), "prompts": few},
+        {**scored("teacher", 0.8, "t", None, 1), "prompts": many},
+    ]
+    assert [c[:2] for c in build(spec, own).cells] == [("teacher", "0.800")]
+    student = {**scored("best", 0.5, "s", "t", 1), "prompts": few}
+    assert [c[:2] for c in build(spec, [*own, student]).cells] == [("teacher", "0.900"), ("best", "0.500")]
+
+
 def test_the_packages_tables_of_scenes_are_of_what_is_current() -> None:
     assert all(s.current for s in load_specs().values() if s.topic == "scenes")

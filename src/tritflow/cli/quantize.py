@@ -23,7 +23,7 @@ _EXAMPLES = """Examples:
   tritflow quantize small OUT --recipe demo            # compensate and distil the built-in model
   tritflow quantize FLUX_DIR OUT --recipe balanced --prompts my_prompts.txt --device cuda
   torchrun --nproc-per-node 2 -m tritflow.cli.main quantize FLUX_DIR OUT --recipe best   # distils on two GPUs
-  tritflow quantize small OUT --recipe best --prompts scenes:49152 --keep-latents --set distillation.steps=20000
+  tritflow quantize small OUT --recipe best --prompts scenes:49152 --keep-latents
   tritflow quantize small OUT2 --recipe best --prompts scenes:49152 --start OUT    # another leg
   tritflow quantize small OUT3 --recipe best --prompts scenes:49152 --seed 1       # the same with other noise
   tritflow quantize --list                             # the recipes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def fingerprint(folders: Iterable[str | Path]) -> str:
 
     Files over 64 MiB are sampled (256 evenly spaced pieces of 64 KiB, the header and the end among them): training
     or quantizing moves every tensor, so that two models of equal size differ in nearly every piece. Names relative to
-    their folder count, places on the disk do not.
+    their folder count, places on the disk do not: neither the folder's own nor the one that a config.json was once
+    loaded from.
 
     Raises `EvaluationError` for a folder without weights.
     """
@@ -39,10 +41,23 @@ def fingerprint(folders: Iterable[str | Path]) -> str:
         if not any(p.suffix == ".safetensors" for p in files):
             raise EvaluationError(f"{folder}: holds no safetensors weights to tell this model by")
         for path in files:
-            size = path.stat().st_size
-            total.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-            total.update(_content(path, size))
+            name, text = path.relative_to(folder).as_posix(), _without_origin(path)
+            size = path.stat().st_size if text is None else len(text)
+            total.update(f"{name}\0{size}\0".encode())
+            total.update(_content(path, size) if text is None else hashlib.sha256(text).digest())
     return total.hexdigest()[:16]
+
+
+def _without_origin(path: Path) -> bytes | None:
+    """A config.json without `_name_or_path`, as diffusers would write it; None for what has no such line."""
+    if path.name != "config.json":
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+        del config["_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _content(path: Path, size: int) -> bytes:

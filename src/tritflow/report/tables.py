@@ -149,7 +149,7 @@ def current_runs(runs: Sequence[Run]) -> list[Run]:
 
     Prompts change with a suite's version, and scores kept are a teacher's. The teacher is the model of the newest run
     labelled "teacher", or, where there is none, the one that the newest run was measured against. Where others were
-    measured against it, its own runs on other prompts than the newest of theirs are left out.
+    measured against it, its own runs on prompts that none of them had are left out.
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
@@ -160,7 +160,7 @@ def current_runs(runs: Sequence[Run]) -> list[Run]:
     teacher = (own or named)[-1]
     runs = [r for r in runs if teacher in (lookup(r, "against.model.hash"), lookup(r, "model.hash"))]
     shown = [_drawn(r) for r in runs if r.get("against")]
-    return [r for r in runs if not shown or r.get("against") or _drawn(r) == shown[-1]]
+    return [r for r in runs if not shown or r.get("against") or _drawn(r) in shown]
 
 
 def _drawn(run: Run) -> list[Any]:
