@@ -143,6 +143,15 @@ def test_report_command_updates_and_checks(evaluated: Path, tmp_path: Path, monk
     assert "## Ternary FLUX against its teacher" in shown.output
 
 
+def test_the_repositorys_own_results_make_a_report(tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    written = write_report(collect([results]), tmp_path / "out")
+    names = {path.name for path in written}
+    assert {"report.md", "scenes-scores.svg", "scenes-rivals.svg"} <= names
+    # Timings are "against" something, too, and draw no pictures.
+    assert "dense bf16" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_report_command_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     bare = CliRunner().invoke(app, ["report"])

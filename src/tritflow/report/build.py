@@ -11,7 +11,7 @@ from tritflow.evaluation.images import ImageSet, read_verdicts
 from tritflow.report import figures
 from tritflow.report.gallery import verdicts, write_gallery
 from tritflow.report.sources import ReportError, Run, Sources
-from tritflow.report.tables import Spec, build, current_runs, load_specs, markdown
+from tritflow.report.tables import Spec, build, current_runs, load_specs, lookup, markdown
 from tritflow.results import slug, write_atomically
 
 GRID_ROWS = 6
@@ -118,7 +118,8 @@ def grid_png(sets: Sequence[ImageSet], rows: int = GRID_ROWS) -> bytes:
 def _comparable(sources: Sources) -> list[list[ImageSet]]:
     """The picture sets in groups of the same prompts and noise, the teacher's first in each."""
     runs: list[Run] = [r for found in sources.runs.values() for r in found]
-    teachers = {r["against"]["pictures"]["folder"] for r in runs if r.get("against")}
+    # A timing is "against" something as well, but drew no pictures.
+    teachers = {lookup(r, "against.pictures.folder") for r in runs if isinstance(r.get("against"), dict)}
     groups: dict[str, list[ImageSet]] = {}
     for images in sorted(sources.image_sets(), key=lambda s: s.folder.name not in teachers):
         alike = [images.meta[k] for k in ("suite", "prompts_hash", "samples", "base_seed")]
