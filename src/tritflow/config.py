@@ -186,7 +186,7 @@ class DistillationConfig(_Config):
         train_biases: whether the linears' biases are tuned.
         checkpoint_every: steps between resumable checkpoints, each with a validation (0: only the last).
         detail_weight: how much more the highest frequency of the velocity's error weighs than the lowest, minus 1.
-        late_weight: how much more its last timestep weighs than the first, minus 1.
+        early_weight: how much more its first timestep weighs than its last, minus 1 (falling by the eighth power).
         retreats: how often a run that diverges goes back to its best checkpoint, each time with half the rate.
         retreat_above: it diverges where the validation error is so many times the best one, or not finite.
         seed: of the batch order.
@@ -210,7 +210,7 @@ class DistillationConfig(_Config):
     train_biases: bool = True
     checkpoint_every: int = 200
     detail_weight: float = 0.0
-    late_weight: float = 0.0
+    early_weight: float = 0.0
     retreats: int = 2
     retreat_above: float = 4.0
     seed: int = 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tritflow.config import DistillationConfig
-from tritflow.distillation.losses import frequency_weights, late, measure_of, plain, spectrum
+from tritflow.distillation.losses import early, frequency_weights, measure_of, plain, spectrum
 
 GRID, CHANNELS = (4, 6), 3
 
@@ -41,30 +41,32 @@ def test_high_frequencies_weigh_as_much_more_as_asked():
     assert float(spectrum(packed(flat), GRID, 0.0)) == pytest.approx(1)
 
 
-def test_late_steps_weigh_as_much_more_as_asked():
+def test_early_steps_weigh_as_much_more_as_asked():
     t = torch.linspace(0, 1, 1001)
-    weights = late(t, 2.0)
+    weights = early(t, 2.0)
     assert float(weights.mean()) == pytest.approx(1, abs=1e-3)
-    assert float(weights[0] / weights[-1]) == pytest.approx(3)
-    assert bool((late(t, -0.5).diff() > 0).all())
+    assert float(weights[-1] / weights[0]) == pytest.approx(3)
+    # Steps of the first quarter, and hardly any other.
+    assert float(weights[500] / weights[0]) == pytest.approx(1, abs=0.01)
+    assert bool((early(t, -0.5).diff() <= 0).all())
 
 
 def test_gradients_are_those_of_the_weighed_square():
     """Along a wave of one frequency and one sample the gradient is the plain one times the two weights."""
-    measure = measure_of(DistillationConfig(detail_weight=3.0, late_weight=2.0), GRID)
+    measure = measure_of(DistillationConfig(detail_weight=3.0, early_weight=2.0), GRID)
     time = torch.tensor([0.0, 1.0])
     rows = torch.arange(8)[:, None].expand(8, 12)
     for wave, place in ((torch.ones(8, 12), (0, 0)), ((-1.0) ** rows, (4, 0))):
         error = packed(wave.expand(2, 1, 8, 12).contiguous())
         predicted = error.clone().requires_grad_()
         measure(predicted, torch.zeros_like(error), {"timestep": time}).backward()
-        expected = 2 * error / error.numel() * frequency_weights(8, 12, 3.0)[place] * late(time, 2.0)[:, None, None]
+        expected = 2 * error / error.numel() * frequency_weights(8, 12, 3.0)[place] * early(time, 2.0)[:, None, None]
         torch.testing.assert_close(predicted.grad, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_gradients_agree_with_differences():
     a, b = velocities(1)
-    measure = measure_of(DistillationConfig(detail_weight=5.0, late_weight=1.0), GRID)
+    measure = measure_of(DistillationConfig(detail_weight=5.0, early_weight=1.0), GRID)
     time = {"timestep": torch.tensor([0.2, 0.9])}
     predicted = a.clone().requires_grad_()
     measure(predicted, b, time).backward()

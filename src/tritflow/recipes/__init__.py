@@ -37,7 +37,7 @@ _TABLES: dict[str, Any] = {
 }
 DEFAULT = "fast"
 # Settings of distillation that came later: left out of the hash at their defaults, so that older jobs are known again.
-_LATER = ("damp_columns", "detail_weight", "late_weight", "retreats", "retreat_above")
+_LATER = ("damp_columns", "detail_weight", "early_weight", "retreats", "retreat_above")
 
 
 def recipe_names() -> list[str]:
@@ -211,8 +211,8 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: calibration.guidance_scales is empty")
     if min(d.learning_rate, d.scale_learning_rate, d.column_learning_rate, d.rest_learning_rate) < 0:
         raise ConfigError(f"recipe {recipe.name}: a learning rate of distillation is negative")
-    if min(d.detail_weight, d.late_weight) <= -1:
-        raise ConfigError(f"recipe {recipe.name}: detail_weight and late_weight of distillation lie above -1")
+    if min(d.detail_weight, d.early_weight) <= -1:
+        raise ConfigError(f"recipe {recipe.name}: detail_weight and early_weight of distillation lie above -1")
     if d.retreats < 0 or d.retreat_above <= 1:
         raise ConfigError(f"recipe {recipe.name}: distillation.retreats is 0 or more, retreat_above above 1")
     a = recipe.smoothing
