@@ -57,7 +57,7 @@ def demo(
     recipe: Annotated[
         str, typer.Option("--recipe", help="How the live model is made: a recipe's name or file.")
     ] = "demo",
-    per_tag: Annotated[int, typer.Option("--per-tag", min=1, help="Scored prompts a tag.")] = 8,
+    per_tag: Annotated[int, typer.Option("--per-tag", min=1, help="Scored prompts of each of GenEval's six tags.")] = 6,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     json: o.Json = False,
@@ -141,9 +141,10 @@ def _score(
     from tritflow.evaluation.contenders import contender, trained_prompts
     from tritflow.evaluation.run import Sampling, evaluate
     from tritflow.results import append
+    from tritflow.scenes import GENEVAL_TAGS
 
     task = get_task("scenes")
-    records = task.prompts(per_tag=per_tag)
+    records = task.prompts(tags=GENEVAL_TAGS, per_tag=per_tag)  # those of the table
     sampling = Sampling(samples=1, base_seed=seed)
     reference = contender(models["teacher"], device=device)
     runs = []
