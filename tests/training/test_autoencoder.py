@@ -94,7 +94,7 @@ def test_the_built_in_one_goes_into_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     scores(monkeypatch, 0.98, 0.5)
     autoencoder.main(["small", "--out", str(tmp_path / "new"), *OPTIONS])
     kept = autoencoder.load(tmp_path / "new")
-    assert kept.config.scaling_factor == 1.04097  # no better than before: the shipped one as it is
+    assert kept.config.scaling_factor == 1.07457  # no better than before: the shipped one as it is
     from tritflow.assets import asset_path
 
     shipped = load_file(asset_path("small") / "vae" / "diffusion_pytorch_model.safetensors")
