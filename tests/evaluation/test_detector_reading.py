@@ -45,8 +45,12 @@ def test_the_verb_goes_through_the_models_vae_and_stores_the_run(tmp_path: Path)
     said = json.loads(done.stdout)
     assert said["tags"] == stored["tags"]
     assert all(set(kinds) == {"renders", "vae"} for kinds in said["tags"].values())
+    worst = [w["psnr"] for w in said["weakest"]["worst"]]
+    assert worst == sorted(worst)
+    assert 15 < worst[0] < said["weakest"]["median"]
     shown = CliRunner().invoke(app, ["bench", "detector", "--per-tag", "1"])
     assert "single_object" in shown.stdout
+    assert f"drawn worst after the VAE: {said['weakest']['worst'][0]['name']}" in shown.stdout
 
 
 def test_an_unknown_model_is_one_line() -> None:
