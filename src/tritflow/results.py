@@ -65,7 +65,7 @@ def device_name(device: str = "cpu") -> str:
     return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 
-def _portable(argument: str) -> str:
+def portable(argument: str) -> str:
     """An absolute path by its last part: where a folder lay on one machine means nothing on the next."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
@@ -81,7 +81,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": device_name(device),
         "versions": versions,
-        "command": shlex.join([Path(sys.argv[0]).name, *map(_portable, sys.argv[1:])]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(portable, sys.argv[1:])]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -34,11 +34,12 @@ def detector(
     The scenes suite is only as good as its detector: a true render that it misreads costs every model a point.
     """
     from tritflow.evaluation.tasks.detector import read_back, summary, vae_round_trip
+    from tritflow.results import portable
 
     round_trip, on = vae_round_trip(model, device)
     with progress("reading", shown=not json) as update:
         run = read_back(per_tag, size, round_trip, seed=seed, device=on, progress=update)
-    run |= {"model": model, "note": note}
+    run |= {"model": portable(model), "note": note}
     store(results, "detector", [run])
     if json:
         print_json(run)
