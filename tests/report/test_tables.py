@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def test_the_packages_own_specs_are_sound() -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("[t]\nlike = 'u'", "table 't' is like 'u', which no table above it is"),
         ("[t]\ntopc = 'x'\ncolumns = [{ name = 'a', value = 'b' }]", "unknown key 'topc'; did you mean 'topic'"),
         ("[t]\ntopic = 'x'", "needs a topic and columns"),
         ("[t]\ntopic = 'x'\ncolumns = [{ name = 'a', value = 'b', format = 'scor' }]", "no format 'scor'.*'score'"),
@@ -291,3 +293,14 @@ def test_a_teachers_run_on_other_prompts_than_its_students_stands_beside_nothing
 
 def test_the_packages_tables_of_scenes_are_of_what_is_current() -> None:
     assert all(s.current for s in load_specs().values() if s.topic == "scenes")
+
+
+def test_a_table_like_another_says_only_what_is_its_own() -> None:
+    text = (
+        "[a]\ntopic = 'toy'\nnote = 'n'\n"
+        + QUALITY_COLUMNS
+        + "\n[b]\nlike = 'a'\nnote = 'm'\n[c]\nlike = 'b'\nhas = 'x'\n"
+    )
+    specs = load_specs(text)
+    assert specs["b"] == dataclasses.replace(specs["a"], name="b", note="m")
+    assert specs["c"] == dataclasses.replace(specs["b"], name="c", has="x")

@@ -2,8 +2,8 @@
 
 The square of a picture's error is nearly all at low frequencies, and so is what a student learns first. Weighing its
 spectrum costs a Fourier transform of the error and nothing at inference. And a velocity's error is carried on by all
-steps that follow: four of 28 steps drawn by the small FLUX's student, the first ones, take as much from its likeness to
-the teacher's picture as all 28 but 3 dB (docs/LOG.md). All weights have mean 1, so that rates keep their meaning.
+steps that follow, so that the earliest ones decide what is drawn where. All weights have mean 1, so that rates keep
+their meaning.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 A spec lives in `tables.toml`:
 
     [quality]
+    like = "scores"                               # optional: all that is not said here is as in that table
     title = "..."
     topic = "scenes"                              # which results files
     where = { "task.name" = "scenes" }            # optional: only runs with these values
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any
 
@@ -86,26 +87,18 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
     if source is None:
         source = files("tritflow.report").joinpath("tables.toml").read_text(encoding="utf-8")
     specs = {}
-    for name, data in tomllib.loads(source).items():
-        known = (
-            *(
-                "topic",
-                "columns",
-                "title",
-                "where",
-                "has",
-                "current",
-                "rows",
-                "each",
-                "teachers",
-                "entries",
-                "reference",
-            ),
-            "note",
-        )
-        for key in data:
+    known = ["like", *(f.name for f in fields(Spec) if f.name != "name")]
+    whole: dict[str, dict[str, Any]] = {}
+    for name, said in tomllib.loads(source).items():
+        for key in said:
             if key not in known:
-                raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, list(known))}")
+                raise ReportError(f"table '{name}' has an unknown key '{key}'{nearest(key, known)}")
+        like = said.get("like")
+        if like is not None and like not in whole:
+            raise ReportError(
+                f"table '{name}' is like '{like}', which no table above it is{nearest(like, list(whole))}"
+            )
+        data = whole[name] = {**whole.get(like, {}), **said}
         if "topic" not in data or not data.get("columns"):
             raise ReportError(f"table '{name}' needs a topic and columns")
         columns = tuple(Column(**c) for c in data["columns"])
@@ -190,8 +183,8 @@ def _with_teachers(runs: Sequence[Run]) -> list[Run]:
     """The runs, and above its first student's a row for each teacher that has no run of its own here."""
 
     def drew(run: Run, model: str, scores: str) -> str:
-        alike = ("task.version", "task.scored_by", "prompts.hash", "prompts.samples", "prompts.base_seed")
-        return repr([lookup(run, model), lookup(run, scores), *(lookup(run, path) for path in alike)])
+        judged = [lookup(run, f"task.{key}") for key in ("version", "scored_by")]
+        return repr([lookup(run, model), lookup(run, scores), *judged, *_drawn(run)])
 
     known = {drew(r, "model.hash", "scores.overall.value") for r in runs}
     found: list[Run] = []

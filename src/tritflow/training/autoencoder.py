@@ -1,8 +1,9 @@
 """`python -m tritflow.training.autoencoder RUN`: train a kept VAE further, its decoder alone or the encoder too.
 
 RUN is the folder of a training run, a pipeline folder, or 'small' for the built-in model. Half of the scenes have one
-object in front of another, and edges between two hues count more. What comes out is kept only if neither the worst tag
-of the detector after the round trip nor the worst colour, texture and ground in dB is any worse than before.
+object in front of another, and edges between two hues count more. What comes out is kept only if the detector's worst
+tag after the round trip is no worse than before by more than chance, and the worst colour, texture and ground in dB no
+worse at all.
 
 The decoder alone leaves latents as they are, so the flow need not know: the run's last stage takes the decoder that
 then lies in its folder. With `--encoder` latents move a little, so the flow must be trained on after it (`python -m
