@@ -228,12 +228,20 @@ class OnlineConfig(_Config):
         num_inference_steps: sampler steps of each; jittered as calibration's, with its guidance values.
         student_share: of the trajectories that follow the student's velocity instead of the teacher's, so that it
             learns to come back from where its own errors lead.
+        early_share: of the pool's places, whose trajectories end after `early_steps`, so that more states lie where
+            layout is decided and errors grow most.
+        early_steps: of those.
+        mixed_share: of the trajectories whose text lies between two prompts, at a random place on the way from one's
+            encoded states to the other's: what no caption says, but the teacher answers all the same.
     """
 
     version: int = FORMAT_VERSION
     pool: int = 0
     num_inference_steps: int = 28
     student_share: float = 0.0
+    early_share: float = 0.0
+    early_steps: int = 7
+    mixed_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -79,3 +79,38 @@ def test_kwargs_are_those_of_a_transformer():
     _, batch = one(states(), 0)
     assert set(batch.kwargs) == {"hidden_states", "timestep", "guidance", "text", "shared"}
     assert batch.velocity.shape == (BATCH, 3, 2)
+
+
+def test_short_places_begin_again_early_and_phases_stay_spread():
+    made = states(early_share=0.5, early_steps=2)
+    assert made.short.sum() == made.size // 2
+    made.fill()
+    for number in range(BATCHES * 4):
+        if number % BATCHES == 0:
+            assert made.state["step"][made.short].bincount(minlength=2).tolist() == [3, 3]
+            assert made.state["step"][~made.short].bincount(minlength=STEPS).tolist() == [1] * STEPS
+        one(made, number)
+
+
+def test_a_share_of_one_mixes_every_prompt_with_another_for_its_whole_way():
+    made, plain = states(mixed_share=1.0), states()
+    rows = torch.arange(made.size)
+    mix, first, second = (made.state[n] for n in ("mix", "prompt", "other"))
+    assert torch.equal(first, plain.state["prompt"])  # what is drawn besides changes nothing else
+    expected = first + mix * (second - first)
+    assert torch.allclose(made._kwargs(rows)["text"], expected)
+    assert mix.min() > 0
+    assert mix.max() < 1
+    for number in range(BATCHES * (STEPS - 1)):
+        one(made, number)
+    assert torch.allclose(made._kwargs(rows)["text"], expected)
+    for number in range(BATCHES * (STEPS - 1), BATCHES * STEPS):
+        one(made, number)
+    assert not torch.allclose(made._kwargs(rows)["text"], expected)
+
+
+def test_trajectories_that_are_not_mixed_have_their_prompt_to_the_bit():
+    made = states(mixed_share=0.3)
+    plain = made.state["mix"] == 0
+    assert 0 < int(plain.sum()) < made.size
+    assert torch.equal(made._kwargs(torch.arange(made.size))["text"][plain], made.state["prompt"][plain].float())

@@ -335,7 +335,9 @@ ONLINE = dataclasses.replace(
     name="o",
     compensation=False,
     smoothing=0.0,
-    online=OnlineConfig(pool=3, num_inference_steps=5, student_share=0.5),
+    online=OnlineConfig(
+        pool=3, num_inference_steps=5, student_share=0.5, early_share=0.5, early_steps=2, mixed_share=0.5
+    ),
     distillation=dataclasses.replace(
         LEARN.distillation, optimizer="muon", learning_rate=5e-3, rest_learning_rate=1e-3, batch_size=4
     ),

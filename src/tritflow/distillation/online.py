@@ -3,7 +3,8 @@
 The teacher's velocity at a state is both the target there and the way to the next state, so fresh states cost one
 teacher forward and no disk, and no state is seen twice: recorded ones are learnt by heart within a few epochs. Part
 of the trajectories follow the student's velocity instead (DAgger, Ross et al. 2011): it learns to come back from where
-its own errors lead.
+its own errors lead. And since the teacher answers whatever it is asked, prompts may be mixed, and trajectories may end
+early and begin again where errors matter most.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class OnlineStates:
         batch_size: B.
         batches: of the pool.
         student_share: of trajectories that follow the student.
+        early_share: of the pool's places, whose trajectories end after `early_steps`.
+        early_steps: of those.
+        mixed_share: of trajectories whose prompt is a mixture of two.
         dtype: in which the transformer takes states and timesteps.
         seed: of all that is drawn.
     """
@@ -55,6 +59,9 @@ class OnlineStates:
         student_share: float,
         dtype: torch.dtype,
         seed: int,
+        early_share: float = 0.0,
+        early_steps: int = 1,
+        mixed_share: float = 0.0,
     ) -> None:
         self.teacher, self.prompts, self.shared, self.shape = teacher, dict(prompts), dict(shared), shape
         self.device = sigmas.device
@@ -62,6 +69,11 @@ class OnlineStates:
         self.guidance = None if guidance is None else torch.tensor(list(guidance), device=self.device)
         self.batch_size, self.batches, self.size = batch_size, batches, batch_size * batches
         self.student_share, self.dtype, self.seed = student_share, dtype, seed
+        self.mixed_share = mixed_share
+        # Places are short at even distances; which of them a batch takes is drawn anew each epoch.
+        upto = (torch.arange(self.size + 1, device=self.device).double() * early_share).floor()
+        self.short = upto.diff() > 0
+        self.ends = torch.where(self.short, min(early_steps, self.steps), self.steps)
         self.count = len(next(iter(self.prompts.values())))
         self._order: tuple[int, Tensor] | None = None
         fresh = self._draw(torch.Generator(self.device).manual_seed(seed_of(seed)), self.size)
@@ -74,18 +86,24 @@ class OnlineStates:
     def _draw(self, generator: torch.Generator, rows: int) -> dict[str, Tensor]:
         """What a new trajectory needs, for each of `rows`."""
         options: Any = {"generator": generator, "device": self.device}
-        return {
+        drawn = {
             "noise": torch.randn(rows, *self.shape, **options),
             "prompt": torch.randint(self.count, (rows,), **options),
             "schedule": torch.randint(len(self.sigmas), (rows,), **options),
             "guidance": torch.randint(1 if self.guidance is None else len(self.guidance), (rows,), **options),
             "student": torch.rand(rows, **options) < self.student_share,
         }
+        if self.mixed_share:
+            drawn["other"] = torch.randint(self.count, (rows,), **options)
+            mixed = torch.rand(rows, **options) < self.mixed_share
+            drawn["mix"] = torch.where(mixed, torch.rand(rows, **options), 0.0)
+        return drawn
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Spread the phases: trajectory i goes i mod S steps with the teacher."""
-        wanted = torch.arange(self.size, device=self.device) % self.steps
+        """Spread the phases: of the trajectories of a length S, number i goes i mod S steps with the teacher."""
+        number = torch.where(self.short, self.short.cumsum(0), (~self.short).cumsum(0)) - 1
+        wanted = number % self.ends
         with torch.compiler.set_stance("force_eager"):  # its batches are of all sizes
             for done in range(self.steps - 1):
                 for rows in (wanted > done).nonzero()[:, 0].split(FILL):
@@ -122,10 +140,10 @@ class OnlineStates:
         velocity = torch.where(state["student"][rows].view(axes), student.float(), teacher.float())
         x = state["x"][rows] + self._width(rows) * velocity
         step = state["step"][rows] + 1
-        ended = step >= self.steps
+        ended = step >= self.ends[rows]
         state["x"][rows] = torch.where(ended.view(axes), draws["noise"], x)
         state["step"][rows] = torch.where(ended, 0, step)
-        for name in ("prompt", "schedule", "guidance", "student"):
+        for name in state.keys() - {"x", "step"}:
             state[name][rows] = torch.where(ended, draws[name], state[name][rows])
 
     def _width(self, rows: Tensor) -> Tensor:
@@ -135,6 +153,11 @@ class OnlineStates:
     def _kwargs(self, rows: Tensor) -> dict[str, Tensor]:
         state = self.state
         kwargs = {name: value[state["prompt"][rows]] for name, value in self.prompts.items()}
+        if self.mixed_share:
+            for name, value in self.prompts.items():
+                mix = state["mix"][rows].view(-1, *[1] * (value.dim() - 1))
+                other = value[state["other"][rows]]
+                kwargs[name] = torch.lerp(kwargs[name].float(), other.float(), mix).to(value.dtype)
         kwargs |= self.shared
         sigma = self.sigmas[state["schedule"][rows], state["step"][rows]]
         kwargs["hidden_states"] = state["x"][rows].to(self.dtype)

@@ -55,6 +55,9 @@ def online_states(job: Job) -> tuple[OnlineStates, Any]:
         batch_size=_share(recipe.distillation.batch_size, ranks),
         batches=recipe.online.pool,
         student_share=recipe.online.student_share,
+        early_share=recipe.online.early_share,
+        early_steps=recipe.online.early_steps,
+        mixed_share=recipe.online.mixed_share,
         dtype=dtype,
         # Each process has trajectories of its own.
         seed=recipe.distillation.seed if ranks.first else seed_of(recipe.distillation.seed, 2, ranks.rank),

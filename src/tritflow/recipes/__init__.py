@@ -36,8 +36,11 @@ _TABLES: dict[str, Any] = {
     "online": OnlineConfig,
 }
 DEFAULT = "fast"
-# Settings of distillation that came later: left out of the hash at their defaults, so that older jobs are known again.
-_LATER = ("damp_columns", "detail_weight", "early_weight", "retreats", "retreat_above")
+# Settings that came later, by table: left out of the hash at their defaults, so that older jobs are known again.
+_LATER = {
+    "distillation": ("damp_columns", "detail_weight", "early_weight", "retreats", "retreat_above"),
+    "online": ("early_share", "early_steps", "mixed_share"),
+}
 
 
 def recipe_names() -> list[str]:
@@ -120,15 +123,16 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 def recipe_hash(recipe: Recipe) -> str:
     """16 hex digits over everything that changes the result: all but name, summary and where things lie meanwhile."""
     data = {k: v for k, v in recipe_dict(recipe).items() if k not in ("name", "summary", "streaming")}
-    if recipe.online == OnlineConfig():  # as the budget below
-        del data["online"]
     for name, default in (("smoothing_outliers", 0.0), ("smoothing_skip", [])):
         if data[name] == default:
             del data[name]
-    defaults = DistillationConfig().to_dict()
-    for name in _LATER:
-        if data["distillation"][name] == defaults[name]:
-            del data["distillation"][name]
+    for table, names in _LATER.items():
+        defaults = _TABLES[table]().to_dict()
+        for name in names:
+            if data[table][name] == defaults[name]:
+                del data[table][name]
+    if recipe.online == OnlineConfig():  # as the budget below
+        del data["online"]
     budget = recipe.streaming.budget_bytes
     if budget != StreamingConfig().budget_bytes:  # left out at its default: jobs from before there was one go on
         data["activation_budget"] = budget
@@ -201,8 +205,12 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: reconstruction.activation_bits is 8 or 16, not {r.activation_bits}")
     if recipe.online.pool < 0 or (recipe.online.pool and not d.steps):
         raise ConfigError(f"recipe {recipe.name}: online.pool feeds distillation; give distillation.steps, or pool = 0")
-    if not 0 <= recipe.online.student_share <= 1:
-        raise ConfigError(f"recipe {recipe.name}: online.student_share lies between 0 and 1")
+    o = recipe.online
+    for key in ("student_share", "early_share", "mixed_share"):
+        if not 0 <= getattr(o, key) <= 1:
+            raise ConfigError(f"recipe {recipe.name}: online.{key} lies between 0 and 1")
+    if not 1 <= o.early_steps <= o.num_inference_steps and o.early_share:
+        raise ConfigError(f"recipe {recipe.name}: online.early_steps lies between 1 and {o.num_inference_steps}")
     if r.stride > r.window:
         raise ConfigError(
             f"recipe {recipe.name}: reconstruction.stride {r.stride} leaves out blocks between windows of {r.window}"

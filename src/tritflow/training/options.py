@@ -21,6 +21,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
     parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
     parser.add_argument(
+        "--overlapping", type=float, default=0.0, help="share of scenes in front of each other, beyond the usual .08"
+    )
+    parser.add_argument(
         "--from",
         dest="start",
         metavar="MODEL",
@@ -45,6 +48,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--batch", type=int, default=512, help="pictures a step and GPU")
     parser.add_argument("--peak", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--decay", type=float, default=0.3, help="share of the flow's time in which the rate falls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="a flow-*.safetensors checkpoint to go on from")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="default of the written pipeline")
@@ -57,7 +61,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("tinted", "blended"):
+    for name in ("tinted", "blended", "overlapping", "decay"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
     if args.start is not None:

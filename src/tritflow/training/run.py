@@ -44,7 +44,9 @@ class Run:
         self.words = data.training_words()
         self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
-        self.mixture = data.Mixture(args.tinted, args.blended)
+        self.mixture = data.Mixture(args.tinted, args.blended, args.overlapping)
+        # The stream of examples: each process has its own; a further leg with another seed sees new ones.
+        self.stream = 1 + rank() + 1000 * args.seed
         self.start = start.folder_of(args.start) if args.start else None
 
     def close(self) -> None:

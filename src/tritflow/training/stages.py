@@ -51,7 +51,7 @@ def make_vae(run: Run) -> tuple[Any, data.Order]:
         if model is not None:  # now: in a moment all workers are busy with examples
             model.to(run.device)
             before = autoencoder.scores(model, PER_TAG, run.args.size, run.pool)
-    order = data.Order(run.pool, run.args.examples, 1 + rank(), run.mixture)
+    order = data.Order(run.pool, run.args.examples, run.stream, run.mixture)
     if model is None:
         model = _new_vae(run, order.first(60_000).scenes)
     model.to(run.device)
@@ -231,7 +231,7 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, vae_mod
         "graph": not args.no_graph,
     }
     box: list[Any] = []
-    supply = Supply(run.pool, 1 + rank(), len(latents.latents), run.mixture)
+    supply = Supply(run.pool, run.stream, len(latents.latents), run.mixture)
     report = reporter(
         run,
         model,
@@ -245,6 +245,7 @@ def train_flow(run: Run, model: flow.SmallFlux, latents: data.LatentSet, vae_mod
         latents,
         seconds=args.flow_seconds,
         peak=args.peak,
+        decay=args.decay,
         words=words,
         # Where scenes are blended or tinted, invented nouns and colours mean something.
         nouns=args.blended == 0,
