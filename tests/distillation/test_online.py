@@ -114,3 +114,19 @@ def test_trajectories_that_are_not_mixed_have_their_prompt_to_the_bit():
     plain = made.state["mix"] == 0
     assert 0 < int(plain.sum()) < made.size
     assert torch.equal(made._kwargs(torch.arange(made.size))["text"][plain], made.state["prompt"][plain].float())
+
+
+def test_a_pool_smaller_than_the_samplers_steps_is_filled():
+    calls = []
+
+    def counted(hidden_states, **kwargs):
+        calls.append(len(hidden_states))
+        return teacher(hidden_states, **kwargs)
+
+    made = OnlineStates(
+        counted, {"text": torch.arange(5.0)}, {}, SIGMAS, (1.0,), (3, 2),
+        batch_size=3, batches=1, student_share=0.0, dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    made.fill()
+    assert made.state["step"].tolist() == [0, 1, 2]
+    assert calls == [2, 1]

@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,15 +88,17 @@ def distil(data, out, processes, stop=-1, optimizer="adamw"):
     out.mkdir(exist_ok=True)
     script = out.parent / "distil.py"
     script.write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(script), str(data), str(out), str(stop), optimizer],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode == 0) == (stop < 0), done.stderr[-2000:]
+    arguments = [script, data, out, stop, optimizer]
+    if processes > 1:
+        ranks = forked.run_ranks(arguments, processes)
+    else:
+        ranks = [forked.run(arguments, {**os.environ, "OMP_NUM_THREADS": "1"})]
+    codes = [rank.poll() for rank in ranks]
+    if stop < 0:
+        assert codes == [0] * processes, [rank.stderr[-2000:] for rank in ranks]
+    else:
+        assert 3 in codes, [rank.stderr[-2000:] for rank in ranks]
+        assert 0 not in codes
     if stop < 0:
         return json.loads((out / "note.json").read_text()), load_file(out / "student.safetensors")
     return None

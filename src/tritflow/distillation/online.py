@@ -105,7 +105,7 @@ class OnlineStates:
         number = torch.where(self.short, self.short.cumsum(0), (~self.short).cumsum(0)) - 1
         wanted = number % self.ends
         with torch.compiler.set_stance("force_eager"):  # its batches are of all sizes
-            for done in range(self.steps - 1):
+            for done in range(int(wanted.max())):
                 for rows in (wanted > done).nonzero()[:, 0].split(FILL):
                     velocity = self._velocity(self._kwargs(rows))
                     self.state["x"][rows] += self._width(rows) * velocity
