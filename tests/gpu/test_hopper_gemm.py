@@ -137,7 +137,7 @@ def test_16_bit_activations(config, dtype):
         assert error < (2e-3 if dtype == torch.bfloat16 else 3e-4), (m, n, k)
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
+@pytest.mark.parametrize("shape", [(1, 128, 128), (1, 200, 1280), (3, 200, 272), (8, 3072, 3072), (1, 18432, 3072)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -146,6 +146,10 @@ def test_16_bit_activations(config, dtype):
         {"rows": 16, "registers": 56, "early": True},
         {"rows": 16, "registers": 56, "early": True, "prefetch": True},
         {"rows": 32, "registers": 96, "early": True, "prefetch": True},
+        {"rows": 16, "together": True},
+        {"rows": 16, "early": True, "ahead": True},
+        *({"rows": r, "parts": p, "digits": True} for r, p in ((16, 4), (32, 4), (16, 2), (48, 2))),
+        {"rows": 16, "digits": True, "early": True, "ahead": True},
     ],
 )
 def test_skinny(shape, settings):

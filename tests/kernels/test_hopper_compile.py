@@ -81,26 +81,79 @@ def test_a_low_rank_update_is_one_more_product_of_16_bits(config, dtype):
     assert compiled.count("HGMMA") - plain.count("HGMMA") == 2 * (settings.block_n // 128)
 
 
+SKINNY_TYPES = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16", "N": "i32"}
+
+
+def lines_with(compiled, word):
+    return [i for i, line in enumerate(compiled.sass.splitlines()) if word in line]
+
+
 @compiles
-@pytest.mark.parametrize(("parts", "chunk", "early"), [(1, 256, False), (4, 64, False), (4, 64, True)])
-def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk, early):
+@pytest.mark.parametrize(
+    ("parts", "chunk", "early", "first"),
+    [(1, 256, False, ""), (4, 64, False, ""), (4, 64, True, ""), (4, 64, False, "TOGETHER"), (4, 64, True, "AHEAD")],
+)
+def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk, early, first):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.skinny import w2a16_skinny_kernel
 
-    types = {"x": "*bf16", "weight": "*u8", "weight_scale": "*bf16", "bias": "*bf16", "out": "*bf16"}
     constants = {"K": 3072, "BYTES": 768, "CHUNK": chunk, "PARTS": parts, "ROWS": 16, "HAS_BIAS": True}
-    constants |= {"EARLY": early, "PREFETCH": early}
-    compiled = compile_gluon(w2a16_skinny_kernel, types | {"M": "i32", "N": "i32"}, constants, num_warps=parts)
+    constants |= {"EARLY": early, "PREFETCH": early and not first}
+    constants |= {name: first == name for name in ("AHEAD", "TOGETHER")}
+    compiled = compile_gluon(w2a16_skinny_kernel, SKINNY_TYPES | {"M": "i32"}, constants, num_warps=parts)
     assert compiled.spills == 0
     assert compiled.shared <= 4096  # the sums of the warps
     assert compiled.count("LDG.E.EF.128") == 24 // parts  # 16 rows x 768 bytes in 16-byte pieces a lane
     assert compiled.count("LDG.E.128") == 96 // parts  # and the activations of 8 rows, in eighths of a lane
-    lines = compiled.sass.splitlines()
-    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
-    fetches = [i for i, line in enumerate(lines) if "UBLKPF" in line]
-    loads = [i for i, line in enumerate(lines) if "LDG" in line]
-    assert (len(waits), len(fetches)) == (early, early)
-    assert all(fetch < wait < min(loads) for fetch, wait in zip(fetches, waits, strict=True))
+    waits, fetches, loads = (lines_with(compiled, word) for word in ("ACQBULK", "UBLKPF", "LDG"))
+    weights = lines_with(compiled, "LDG.E.EF")
+    assert (len(waits), len(fetches)) == (early, early and not first)
+    if first:
+        line = min(waits or lines_with(compiled, "BAR.SYNC"))
+        assert max(weights) < line < min(lines_with(compiled, "LDG.E.128"))
+    else:
+        assert all(fetch < wait < min(loads) for fetch, wait in zip(fetches, waits, strict=True))
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("rows", "parts", "early", "ahead"),
+    [(16, 4, False, False), (32, 4, False, False), (16, 2, False, False), (16, 4, True, False), (16, 4, True, True)],
+)
+def test_one_row_asks_for_its_weights_first(rows, parts, early, ahead):
+    from tritflow.kernels.hopper.aot import compile_gluon
+    from tritflow.kernels.hopper.one_row import one_row_kernel
+
+    constants = {"K": 3072, "BYTES": 768, "PARTS": parts, "ROWS": rows, "WHOLE": True, "HAS_BIAS": True}
+    constants |= {"EARLY": early, "AHEAD": ahead}
+    compiled = compile_gluon(one_row_kernel, SKINNY_TYPES, constants, num_warps=parts)
+    assert compiled.spills == 0
+    assert (
+        compiled.registers <= {(16, 4): 102, (32, 4): 168, (16, 2): 170}[rows, parts]
+    )  # so that all blocks fit at once
+    weights, activations = lines_with(compiled, "LDG.E.EF.128"), lines_with(compiled, "LDG.E.128")
+    assert len(weights) == 24 // parts * (rows // 16)
+    assert len(activations) == 12 // parts  # a warp reads its part of the row once
+    assert max(weights) < min(activations)
+    fields = 4 * (24 // parts // 2) * 2 // 4  # products a field: two of 16 rows for each 64 bytes
+    assert compiled.count("IMMA") == 4 * fields * (rows // 16) + 3 * fields
+    for wait in lines_with(compiled, "ACQBULK"):
+        assert (wait > max(weights)) if ahead else (wait < min(weights))
+        assert wait < min(activations)
+
+
+@compiles
+@pytest.mark.parametrize("read", [True, False])
+def test_the_limit_reads_what_the_product_reads(read):
+    from tritflow.kernels.hopper.aot import compile_gluon
+    from tritflow.kernels.hopper.limits import read_kernel
+
+    constants = {"BYTES": 768, "PARTS": 4, "ROWS": 16, "WHOLE": True, "READ": read, "EARLY": False}
+    types = {"weight": "*u8", "out": "*i32", "N": "i32"}
+    compiled = compile_gluon(read_kernel, types, constants, num_warps=4)
+    assert compiled.count("LDG.E.EF.128") == 6 * read
+    assert compiled.count("LDG") == 6 * read
+    assert compiled.shared == 0
 
 
 @compiles

@@ -123,7 +123,8 @@ def check_skinny(settings: dict[str, Any]) -> dict[str, Any]:
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
     report: dict[str, Any] = {"worst": 0.0}
-    for m, n, k in [(3, 200, 272), (8, 3072, 3072), (1, 18432, 3072), (1, 9216, 3072), (5, 264, 1040)]:
+    shapes = [(3, 200, 272), (8, 3072, 3072), (1, 18432, 3072), (1, 9216, 3072), (5, 264, 1040), (1, 200, 1280)]
+    for m, n, k in shapes:
         x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
         trits, sw = random_trits(n, k), torch.rand(n, device="cuda").to(torch.bfloat16)
         y = (x.double() @ trits.double().T) * sw.double()

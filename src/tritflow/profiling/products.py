@@ -17,6 +17,7 @@ from tritflow.profiling.timing import Candidate
 
 _FOUR = {"parts": 4, "chunk": 64, "rows": 16}
 _WIDE = {**_FOUR, "rows": 32, "registers": 96}
+_DIGITS = {**_FOUR, "digits": True}
 _NARROW = {"split": 1, "block_n": 128, "group": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {},
@@ -37,12 +38,28 @@ SKINNY: dict[str, dict[str, Any]] = {
     "4 warps, 56 registers": {**_FOUR, "registers": 56},
     "4 warps, 32 rows, 96 registers": _WIDE,
     "4 warps, early": {**_FOUR, "early": True},
-    "4 warps, 56 registers, early": {**_FOUR, "registers": 56, "early": True},
-    "4 warps, early, prefetch": {**_FOUR, "early": True, "prefetch": True},
-    "4 warps, 56 registers, early, prefetch": {**_FOUR, "registers": 56, "early": True, "prefetch": True},
-    "4 warps, 32 rows, 96 registers, early, prefetch": {**_WIDE, "early": True, "prefetch": True},
+    "4 warps, together": {**_FOUR, "together": True},
+    "4 warps, 32 rows, together": {**_FOUR, "rows": 32, "together": True},
+    "4 warps, early, ahead": {**_FOUR, "early": True, "ahead": True},
+    "digits": _DIGITS,
+    "digits, 2 warps": {**_DIGITS, "parts": 2},
+    "digits, 32 rows": {**_DIGITS, "rows": 32},
+    "digits, early": {**_DIGITS, "early": True},
+    "digits, early, ahead": {**_DIGITS, "early": True, "ahead": True},
+    "digits, 64 registers, early, ahead": {**_DIGITS, "registers": 64, "early": True, "ahead": True},
+    "digits, 32 rows, early, ahead": {**_DIGITS, "rows": 32, "early": True, "ahead": True},
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
+LIMITS: dict[str, dict[str, Any]] = {
+    "read": {},
+    "read, 32 rows": {"rows": 32},
+    "read, ahead": {"early": True},
+    "read, 32 rows, ahead": {"rows": 32, "early": True},
+    "empty": {"read": False},
+    "empty, 32 rows": {"read": False, "rows": 32},
+    "empty, ahead": {"read": False, "early": True},
+}
+"""Kernels of the product's grid that do less than it has to; see `hopper.limits`."""
 
 
 def random_trits(n: int, k: int, device: str = "cuda") -> Tensor:
@@ -183,7 +200,10 @@ def ours(m: int, n: int, k: int, variants: list[str], kind: str, backends: tuple
 
 
 def skinny(m: int, n: int, k: int) -> list[Candidate]:
-    """Few rows of bf16 activations: the dense bf16 product, and where it applies the skinny kernel's settings."""
+    """Few rows of bf16 activations: the dense bf16 product, and where it applies the skinny kernel's settings.
+
+    For one row also what the same grid takes to read the weights, and to do nothing, on the same weights in turn.
+    """
     from tritflow.kernels import w2a16_linear
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
@@ -201,7 +221,22 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
         return lambda i: w2a16_skinny(x, wp[i], scale, **settings)
 
     if m <= 8:
-        found += [Candidate(f"skinny, {name}", product(settings), sets) for name, settings in SKINNY.items()]
+        settings_ = {name: s for name, s in SKINNY.items() if m == 1 or "digits" not in s}
+        found += [Candidate(f"skinny, {name}", product(settings), sets) for name, settings in settings_.items()]
+    if m == 1:
+        found += limits(wp)
     if m >= 64:
         found.append(Candidate("hopper", lambda i: hopper(x, scale, wp[i], scale), sets))
     return found
+
+
+def limits(weights: list[Tensor]) -> list[Candidate]:
+    """What no product with one row on these packed weights can undercut by much: see `LIMITS`."""
+    from tritflow.kernels.hopper.limits import read_weights
+
+    out = torch.zeros(weights[0].shape[0], dtype=torch.int32, device=weights[0].device)
+
+    def limit(settings: dict[str, Any]) -> Callable[[int], Tensor]:
+        return lambda i: read_weights(weights[i], out, **settings)
+
+    return [Candidate(f"limit, {name}", limit(settings), len(weights)) for name, settings in LIMITS.items()]

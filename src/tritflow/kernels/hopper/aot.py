@@ -49,8 +49,13 @@ def _descriptor(dtype: str, element: Any, block: list[int]) -> str:
     return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout!r}>"
 
 
-def compile_gluon(function: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int) -> Compiled:
-    """Compile a Gluon kernel for sm_90a: ``signature`` types the tensors, ``constants`` the constexprs."""
+def compile_gluon(
+    function: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int, registers: int | None = None
+) -> Compiled:
+    """Compile a Gluon kernel for sm_90a: ``signature`` types the tensors, ``constants`` the constexprs.
+
+    ``registers`` bounds a thread's.
+    """
     types = {name: signature.get(name, "constexpr") for name in function.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
@@ -58,7 +63,7 @@ def compile_gluon(function: Any, signature: dict[str, str], constants: dict[str,
         if types[name].startswith("*") or "_stride_" in name  # as FLUX.1-dev's are, which Triton specialises on
     }
     source = GluonASTSource(function, types, constants, attrs)
-    kernel = triton.compile(source, target=_SM90, options={"num_warps": num_warps})
+    kernel = triton.compile(source, target=_SM90, options={"num_warps": num_warps, "maxnreg": registers})
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "k.cubin", Path(folder) / "k.ptx"
         cubin.write_bytes(kernel.asm["cubin"])

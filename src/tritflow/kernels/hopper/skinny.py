@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from tritflow.kernels.assembly import HALVES
 
 TOKENS = 8
+SPANS = 4
+"""Pieces of a row of weights, 64 bytes a warp, that `one_row` keeps in registers."""
 _DECODE = gl.constexpr(HALVES)
 _PREFETCH = gl.constexpr(
     "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
@@ -68,6 +70,30 @@ def _packed(at, columns, inside, c: gl.constexpr, BYTES: gl.constexpr, SPAN: gl.
     return gl.load(at + c, mask=mask, other=0, eviction_policy="evict_first")
 
 
+@gluon.jit
+def request_weights(weight, row, N, BYTES: gl.constexpr, ROWS: gl.constexpr, PREFETCH: gl.constexpr):
+    """Let the next kernel's blocks be placed already; with PREFETCH ask for ROWS rows of weights."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    if PREFETCH:
+        # Into the cache that all writes go through, so nothing old is read should the kernel before write weights.
+        gl.inline_asm_elementwise(
+            _PREFETCH,
+            "=r,l,r",
+            [(weight + row.to(gl.int64) * BYTES).to(gl.uint64), gl.minimum(ROWS, N - row) * BYTES],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
+def wait_for_the_kernel_before():
+    """Until it has ended and all that it has written can be read."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit(do_not_specialize=["M", "N"])
 def w2a16_skinny_kernel(
     x,
@@ -85,6 +111,8 @@ def w2a16_skinny_kernel(
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
     PREFETCH: gl.constexpr,
+    AHEAD: gl.constexpr,
+    TOGETHER: gl.constexpr,
 ):
     """out[0:M, row:row + ROWS] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
 
@@ -98,21 +126,9 @@ def w2a16_skinny_kernel(
     x_layout: gl.constexpr = _inputs_layout(PARTS, KC)
     row = gl.program_id(0) * ROWS
     if EARLY:
-        # Let the next kernel's blocks be placed already, and wait for all that the kernel before this one has written.
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        if PREFETCH:
-            # Into the cache that all writes go through, so nothing old is read should the kernel before write weights.
-            gl.inline_asm_elementwise(
-                _PREFETCH,
-                "=r,l,r",
-                [(weight + row.to(gl.int64) * BYTES).to(gl.uint64), gl.minimum(ROWS, N - row) * BYTES],
-                dtype=gl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        request_weights(weight, row, N, BYTES, ROWS, PREFETCH)
+        if not AHEAD:
+            wait_for_the_kernel_before()
     SPAN: gl.constexpr = PARTS * CHUNK
 
     parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -124,7 +140,8 @@ def w2a16_skinny_kernel(
     at = weight + (of_row.to(gl.int64) * BYTES + columns)
     inside = of_row < N
 
-    # Asked for before all else: their way from memory is what takes the time.
+    # Asked for before all else: their way from memory is what takes the time. The assembler puts loads off to
+    # where they are used, though; past a barrier (TOGETHER) or the wait (AHEAD) it cannot.
     w0 = _packed(at, columns, inside, 0, BYTES, SPAN)
     w1 = w0
     if BYTES > SPAN:
@@ -132,6 +149,13 @@ def w2a16_skinny_kernel(
     w2 = w1
     if BYTES > 2 * SPAN:
         w2 = _packed(at, columns, inside, 2 * SPAN, BYTES, SPAN)
+    total: gl.constexpr = gl.SliceLayout(0, mma)
+    out_rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, total))
+    scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0)
+    if EARLY and AHEAD:
+        wait_for_the_kernel_before()
+    elif TOGETHER:
+        gl.thread_barrier()
 
     x_parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))
     slots = gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
@@ -176,12 +200,9 @@ def w2a16_skinny_kernel(
         a = gl.convert_layout(a, a_layout, assert_trivial=True)
         acc, other = other, mma_v2(a, b, acc)
 
-    total: gl.constexpr = gl.SliceLayout(0, mma)
     y = gl.sum(acc + other, axis=0)
-    out_rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, total))
     out_tokens = gl.arange(0, 8, gl.SliceLayout(0, total))
-    scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0).to(gl.float32) * 0.5
-    y = y * gl.expand_dims(scale, 1)
+    y = y * gl.expand_dims(scale.to(gl.float32) * 0.5, 1)
     if HAS_BIAS:
         y = y + gl.expand_dims(gl.load(bias + out_rows, mask=out_rows < N, other=0.0).to(gl.float32), 1)
     where = gl.expand_dims(out_tokens * N, 0) + gl.expand_dims(out_rows, 1)
@@ -201,6 +222,9 @@ def w2a16_skinny(
     registers: int | None = None,
     early: bool = False,
     prefetch: bool = False,
+    ahead: bool = False,
+    together: bool = False,
+    digits: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
@@ -209,7 +233,10 @@ def w2a16_skinny(
     Without ``rows``, rows and registers are those that were fastest on an H200, for one token and for eight.
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
     kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
-    weights into the second-level cache meanwhile.
+    weights into the second-level cache meanwhile. With ``ahead`` they read weights and scales before the wait: only for
+    weights that no kernel just before writes (copies are waited for). ``together`` asks for the first pieces of weights
+    before anything is used. ``digits`` is the product of `one_row` (one token, K up to 4,096 with four warps), which
+    takes 64 bytes of a row at a time and any multiple of 16 rows, and always asks for its weights first.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -221,6 +248,31 @@ def w2a16_skinny(
     if rows is None:
         rows, registers = (16, 56) if m == 1 else (32, 96)
     weight = weight.contiguous()
+    if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= parts * 64 * SPANS:
+        from tritflow.kernels.hopper.one_row import one_row_kernel
+
+        one_row_kernel[(-(-n // rows),)](
+            x.contiguous(),
+            weight,
+            weight_scale,
+            weight_scale if bias is None else bias,
+            out,
+            n,
+            K=k,
+            BYTES=weight.shape[1],
+            PARTS=parts,
+            ROWS=rows,
+            WHOLE=n % rows == 0,
+            HAS_BIAS=bias is not None,
+            EARLY=early,
+            AHEAD=early and ahead,
+            num_warps=parts,
+            maxnreg=registers,
+            launch_pdl=early,
+        )
+        return out
+    if rows not in (16, 32):
+        rows = 16
     w2a16_skinny_kernel[(-(-n // rows),)](
         x.contiguous(),
         weight,
@@ -237,6 +289,8 @@ def w2a16_skinny(
         HAS_BIAS=bias is not None,
         EARLY=early,
         PREFETCH=early and prefetch and weight.data_ptr() % 16 == 0,
+        AHEAD=early and ahead,
+        TOGETHER=together,
         num_warps=parts,
         maxnreg=registers,
         launch_pdl=early,
