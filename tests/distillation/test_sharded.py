@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from tritflow.calibration.trajectories import TrajectoryWriter
 from tritflow.distillation.sharded import Ranks
 from tritflow.testing import tiny_flux_transformer, transformer_inputs
