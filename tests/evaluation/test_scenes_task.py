@@ -11,6 +11,7 @@ from PIL import Image
 from tritflow.evaluation.api import EvaluationError, PromptRecord, get_task
 from tritflow.evaluation.drawing import draw_images
 from tritflow.evaluation.images import Settings
+from tritflow.evaluation.summaries import summarise
 from tritflow.evaluation.tasks import scenes
 from tritflow.evaluation.tasks.scenes import ScenesTask, to_prompt, to_record
 from tritflow.scenes import SceneBatch, evaluation_prompts, render, scene_of
@@ -65,6 +66,24 @@ def test_true_renders_pass_and_wrong_ones_say_why(tmp_path: Path, truth) -> None
     judged = task.score(wrong)
     assert not any(j.passed for j in judged)
     assert all(j.reason for j in judged)
+
+
+def test_pictures_with_ghosts_are_counted(tmp_path: Path, truth) -> None:  # type: ignore[no-untyped-def]
+    task = ScenesTask()
+    records = task.prompts(per_tag=2, tags=["single_object", "colors"])
+
+    def haunted(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+        pictures = truth(prompts, seeds)
+        for y in range(0, 128, 16):  # beside the object, wherever it is
+            pictures[0].paste(Image.new("RGB", (16, 2), (118, 118, 118)), (0, y))
+            pictures[0].paste(Image.new("RGB", (16, 2), (118, 118, 118)), (112, y))
+        return pictures
+
+    options = {"samples": 1, "batch_size": 32}
+    images = draw_images(tmp_path, task, records, haunted, MODEL, SETTINGS, **options)
+    assert images is not None
+    ghosts = summarise(task, task.score(images))["ghosts"]
+    assert (ghosts["value"], ghosts["n"]) == (0.25, 4)
 
 
 def test_a_pool_of_processes_judges_alike(tmp_path: Path, truth, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -65,6 +65,7 @@ class Judgement:
         seed: the picture was drawn from.
         score: 0 or 1 for yes/no suites, a number in [0, 1] for graded ones.
         reason: why, in words; empty when it passed.
+        marked: share of the ground that does not look like the rest of it, where a suite knows what is ground.
     """
 
     prompt_id: str
@@ -73,6 +74,7 @@ class Judgement:
     seed: int
     score: float
     reason: str = ""
+    marked: float | None = None
 
     @property
     def passed(self) -> bool:

@@ -33,6 +33,7 @@ VERSION = 1
 # What a line has to hold, by kind of file.
 _PROMPT = {"id": str, "tag": str, "text": str, "metadata": dict}
 _VERDICT = {"prompt_id": str, "tag": str, "sample": int, "seed": int, "score": (int, float), "reason": str}
+_MARKED = {"marked": (int, float)}
 _ENTRY = {
     "path": str,
     "prompt_id": str,
@@ -118,7 +119,9 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
 def verdict_of(row: Mapping[str, Any], where: str) -> Judgement:
     """The verdict that a line holds. Raises `ImageSetError`, `where` first, when it lacks one of a verdict's parts."""
     demand(row, _VERDICT, where)
-    return Judgement(**{key: row[key] for key in _VERDICT})
+    if row.get("marked") is not None:
+        demand(row, _MARKED, where)
+    return Judgement(**{key: row[key] for key in _VERDICT}, marked=row.get("marked"))
 
 
 def read_verdicts(path: Path) -> list[Judgement]:

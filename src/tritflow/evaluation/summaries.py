@@ -10,11 +10,15 @@ from tritflow.evaluation import significance
 from tritflow.evaluation import statistics as st
 from tritflow.evaluation.api import EvaluationError, Judgement, Task
 
+# A picture has ghosts if more than this share of its ground is marked.
+GHOSTS = 0.0025
+
 
 def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Per-tag and overall scores with 95 % intervals, and the noise of the seeds, as plain JSON.
 
-    `overall` is null when a tag that it averages was not drawn: a mean over fewer tags is another number.
+    `overall` is null when a tag that it averages was not drawn: a mean over fewer tags is another number. `ghosts` is
+    the share of pictures with marks on the ground, of a suite that looks for them.
     """
     by_tag = {t: [j for j in judgements if j.tag == t] for t in task.tags}
     interval = st.clustered_mean if task.graded else st.clustered_proportion
@@ -34,7 +38,12 @@ def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
         mean = st.clustered_mean if task.graded else st.stratified_proportion
         overall = mean(scores, prompts, strata).to_dict()
         noise = significance.seed_noise(scores, prompts, strata)
-    return {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
+    found_all: dict[str, Any] = {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
+    looked_at = [j for j in judgements if j.marked is not None]
+    if looked_at:
+        ghosts = [float(j.marked > GHOSTS) for j in looked_at if j.marked is not None]
+        found_all["ghosts"] = st.clustered_proportion(ghosts, [j.prompt_id for j in looked_at]).to_dict()
+    return found_all
 
 
 def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgement]) -> dict[str, Any]:

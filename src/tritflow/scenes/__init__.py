@@ -6,7 +6,7 @@ nothing else of the house.
 """
 
 from tritflow.scenes.detector import Detection, detect, object_mask
-from tritflow.scenes.fidelity import weakest
+from tritflow.scenes.fidelity import marked, weakest
 from tritflow.scenes.grammar import GENEVAL_TAGS, TAGS, Clause, Prompt
 from tritflow.scenes.held_out import evaluation_prompts, scene_of
 from tritflow.scenes.render import SceneBatch, render
@@ -30,6 +30,7 @@ __all__ = [
     "detect",
     "evaluation_prompts",
     "judge",
+    "marked",
     "object_mask",
     "render",
     "scene_of",

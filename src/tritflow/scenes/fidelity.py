@@ -1,4 +1,5 @@
-"""What a round trip leaves of each colour, texture and ground, in dB: what the detector cannot see."""
+"""What the detector cannot see: marks on the ground of a picture, and what a round trip leaves of each colour, texture
+and ground, in dB."""
 
 from __future__ import annotations
 
@@ -6,16 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice, product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
+from tritflow.scenes.detector import object_mask
 from tritflow.scenes.render import SceneBatch, render
 from tritflow.scenes.training_set import training_examples
 from tritflow.scenes.world import BACKGROUNDS, COLORS, GRAY_LEVEL, TEXTURES
 
 # Chroma of a pixel that an object colours at least in part.
 _CHROMA = 0.1
+# Pixels around an object that are not looked at for marks, as a share of the picture's side; and how far a mark's pixels
+# are off the ground's median, of 255.
+_AROUND, _MARK = 5 / 128, 5
 
 
 def weakest(
@@ -48,3 +55,20 @@ def weakest(
         error = ((round_trip(images).float().cpu() - images).square() * near).sum() / (3 * near.sum())
         found.append((round(float(-10 * error.clamp_min(1e-10).log10()), 2), f"{color} {texture} {ground}"))
     return sorted(found)
+
+
+def marked(image: np.ndarray) -> float:
+    """The share of a picture's ground that does not look like the rest of it: ghosts of objects, stains, noise.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Returns:
+        0..1, of the pixels that lie 5/128 of the side or more away from every object; 0 where there are none.
+    """
+    around = max(1, round(_AROUND * max(image.shape[:2])))
+    ground = ~ndimage.binary_dilation(object_mask(image), iterations=around)
+    if not ground.any():
+        return 0.0
+    pixels = image[ground].astype(np.float32)
+    return float((np.abs(pixels - np.median(pixels, 0)).max(-1) > _MARK).mean())

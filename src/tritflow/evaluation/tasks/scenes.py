@@ -19,7 +19,7 @@ from tritflow.evaluation.api import EvaluationError, Judgement, Progress, Prompt
 from tritflow.evaluation.images import ImageSet
 from tritflow.evaluation.ledger import Ledger
 from tritflow.results import digest
-from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, object_mask
+from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, marked, object_mask
 
 # Below this many pictures starting worker processes costs more than it saves.
 POOL_FROM = 600
@@ -46,12 +46,16 @@ def to_prompt(record: PromptRecord) -> Prompt:
         raise EvaluationError(f"prompt '{record.id}' is not a scene's prompt: {e}") from None
 
 
-def _verdict(prompt: Prompt, pixels: NDArray[np.uint8]) -> tuple[bool, str]:
+# Whether a picture passed, why not, and which share of its ground is marked.
+_Verdict = tuple[bool, str, float]
+
+
+def _verdict(prompt: Prompt, pixels: NDArray[np.uint8]) -> _Verdict:
     verdict = judge(prompt, detect(pixels))
-    return bool(verdict.passed), str(verdict.reason)
+    return bool(verdict.passed), str(verdict.reason), round(marked(pixels), 6)
 
 
-def _chunk_verdicts(folder: str, chunk: list[tuple[dict[str, Any], Prompt]]) -> list[tuple[bool, str]]:
+def _chunk_verdicts(folder: str, chunk: list[tuple[dict[str, Any], Prompt]]) -> list[_Verdict]:
     return [_verdict(prompt, ImageSet.pixels_of(folder, entry)) for entry, prompt in chunk]
 
 
@@ -86,7 +90,7 @@ class ScenesTask(Task):
         prompts = {r.id: to_prompt(r) for r in images.records}
         work = [(e, prompts[e["prompt_id"]]) for e in images.entries]
         judgements = []
-        for entry, (passed, reason) in zip(images.entries, self._verdicts(images, work), strict=True):
+        for entry, (passed, reason, stained) in zip(images.entries, self._verdicts(images, work), strict=True):
             judgements.append(
                 Judgement(
                     prompt_id=entry["prompt_id"],
@@ -95,6 +99,7 @@ class ScenesTask(Task):
                     seed=entry["seed"],
                     score=float(passed),
                     reason="" if passed else reason,
+                    marked=stained,
                 )
             )
             if progress is not None:
@@ -105,7 +110,7 @@ class ScenesTask(Task):
         return object_mask
 
     @staticmethod
-    def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[tuple[bool, str]]:
+    def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[_Verdict]:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16)
         folder = str(images.folder)
         chunks = [work[i : i + _CHUNK] for i in range(0, len(work), _CHUNK)]
