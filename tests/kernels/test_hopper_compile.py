@@ -117,16 +117,23 @@ def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk, early, first):
 
 @compiles
 @pytest.mark.parametrize(
-    ("rows", "parts", "early", "ahead"),
-    [(16, 4, False, False), (32, 4, False, False), (16, 2, False, False), (16, 4, True, False), (16, 4, True, True)],
+    ("rows", "parts", "few", "early", "ahead"),
+    [
+        (16, 4, False, False, False),
+        (16, 4, True, False, False),
+        (32, 4, False, False, False),
+        (16, 2, False, False, False),
+        (16, 4, False, True, False),
+        (16, 4, True, True, True),
+    ],
 )
-def test_one_row_asks_for_its_weights_first(rows, parts, early, ahead):
+def test_one_row_asks_for_its_weights_first(rows, parts, few, early, ahead):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.one_row import one_row_kernel
 
     constants = {"K": 3072, "BYTES": 768, "PARTS": parts, "ROWS": rows, "WHOLE": True, "HAS_BIAS": True}
-    constants |= {"EARLY": early, "AHEAD": ahead}
-    compiled = compile_gluon(one_row_kernel, SKINNY_TYPES, constants, num_warps=parts)
+    constants |= {"FEW": few, "EARLY": early, "AHEAD": ahead}
+    compiled = compile_gluon(one_row_kernel, SKINNY_TYPES, constants, num_warps=parts, registers=64 if few else None)
     assert compiled.spills == 0
     assert (
         compiled.registers <= {(16, 4): 102, (32, 4): 168, (16, 2): 170}[rows, parts]

@@ -160,6 +160,45 @@ def read_words(weight, row, N, BYTES: gl.constexpr, PARTS: gl.constexpr, ROWS: g
     return found
 
 
+@gluon.jit
+def _columns(planes, PARTS: gl.constexpr):
+    """The four fields' digits, each where the weights are that it is multiplied with."""
+    layout: gl.constexpr = words_layout(PARTS)
+    both = gl.reshape(gl.permute(planes.load(_digits_layout(PARTS)), (1, 2, 3, 0)), (PARTS, 8, 16, 2, 2))
+    even, odd = gl.split(both)
+    b0, b2 = gl.split(even)
+    b1, b3 = gl.split(odd)
+    b0 = gl.convert_layout(b0, layout, assert_trivial=True)
+    b1 = gl.convert_layout(b1, layout, assert_trivial=True)
+    b2 = gl.convert_layout(b2, layout, assert_trivial=True)
+    b3 = gl.convert_layout(b3, layout, assert_trivial=True)
+    return b0, b1, b2, b3
+
+
+@gluon.jit
+def _corrected(sums, columns):
+    return gl.inline_asm_elementwise(
+        _CORRECTIONS,
+        _CORRECTIONS_IO,
+        [columns[0], columns[1], columns[2], sums[0], sums[1], sums[2]],
+        dtype=(gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _multiplied(upper, lower, columns, sums):
+    return gl.inline_asm_elementwise(
+        _PRODUCTS,
+        _PRODUCTS_IO,
+        [upper, lower, columns[0], columns[1], columns[2], columns[3], sums[0], sums[1], sums[2], sums[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=4,
+    )
+
+
 @gluon.jit(do_not_specialize=["N"])
 def one_row_kernel(
     x,
@@ -173,11 +212,15 @@ def one_row_kernel(
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
     WHOLE: gl.constexpr,
+    FEW: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """out[row:row + ROWS] of x [K] bf16 and weight [N, BYTES]; launch with PARTS warps, each with its part of K."""
+    """out[row:row + ROWS] of x [K] bf16 and weight [N, BYTES]; launch with PARTS warps, each with its part of K.
+
+    FEW registers: digits are read from shared memory where they are used, and corrections made there.
+    """
     layout: gl.constexpr = words_layout(PARTS)
     x_layout: gl.constexpr = _row_layout(PARTS)
     SPAN: gl.constexpr = PARTS * 64
@@ -258,57 +301,29 @@ def one_row_kernel(
         planes.slice(0, 4, 2).store(digits)
         shared += (planes,)  # type: ignore[assignment]
 
-    sums = (zero, zero, zero)
+    corrections = (zero, zero, zero)
     columns = ()
-    for s in gl.static_range(COUNT):
-        both = gl.reshape(gl.permute(shared[s].load(_digits_layout(PARTS)), (1, 2, 3, 0)), (PARTS, 8, 16, 2, 2))
-        even, odd = gl.split(both)
-        b0, b2 = gl.split(even)
-        b1, b3 = gl.split(odd)
-        b0 = gl.convert_layout(b0, layout, assert_trivial=True)
-        b1 = gl.convert_layout(b1, layout, assert_trivial=True)
-        b2 = gl.convert_layout(b2, layout, assert_trivial=True)
-        b3 = gl.convert_layout(b3, layout, assert_trivial=True)
-        columns += (b0, b1, b2, b3)
-        sums = gl.inline_asm_elementwise(
-            _CORRECTIONS,
-            _CORRECTIONS_IO,
-            [b0, b1, b2, sums[0], sums[1], sums[2]],
-            dtype=(gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=4,
-        )
+    if not FEW:
+        for s in gl.static_range(COUNT):
+            columns += (_columns(shared[s], PARTS),)  # type: ignore[assignment]
+            corrections = _corrected(corrections, columns[s])
     back_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, shape_layout))))
     back = gl.convert_layout(back, back_layout)
     back = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(back, 1), 2), 3), 4)
     weighting = weighting * (back * 0.015625)
     of_parts = ()
     for tile in gl.static_range(TILES):
-        a0 = sums[0]
-        a1 = sums[1]
-        a2 = sums[2]
-        a3 = zero
+        sums = (corrections[0], corrections[1], corrections[2], zero)
         for s in gl.static_range(COUNT):
-            a0, a1, a2, a3 = gl.inline_asm_elementwise(
-                _PRODUCTS,
-                _PRODUCTS_IO,
-                [
-                    words[(s * TILES + tile) * 2],
-                    words[(s * TILES + tile) * 2 + 1],
-                    columns[4 * s],
-                    columns[4 * s + 1],
-                    columns[4 * s + 2],
-                    columns[4 * s + 3],
-                    a0,
-                    a1,
-                    a2,
-                    a3,
-                ],
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-                is_pure=True,
-                pack=4,
-            )
-        total = a3 + 4 * a2 + 16 * a1 + 64 * a0
+            if FEW:
+                these = _columns(shared[s], PARTS)
+                corrections = _corrected((sums[0], sums[1], sums[2]), these)
+                sums = (corrections[0], corrections[1], corrections[2], sums[3])
+            else:
+                these = columns[s]
+            upper, lower = words[(s * TILES + tile) * 2], words[(s * TILES + tile) * 2 + 1]
+            sums = _multiplied(upper, lower, these, sums)
+        total = sums[3] + 4 * sums[2] + 16 * sums[1] + 64 * sums[0]
         total = gl.reshape(total, (PARTS, 8, 4, 2, 2)).to(gl.float32) * weighting
         part = gl.permute(gl.sum(gl.sum(total, axis=4), axis=2), (0, 2, 1))
         kept = gl.allocate_shared_memory(gl.float32, [PARTS, 16], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))

@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from tritflow.kernels.assembly import HALVES
 
 TOKENS = 8
-SPANS = 4
-"""Pieces of a row of weights, 64 bytes a warp, that `one_row` keeps in registers."""
+ROW_BYTES = 1024
+"""Of a row of weights: as many as `one_row` keeps in registers, so K is at most 4,096."""
 _DECODE = gl.constexpr(HALVES)
 _PREFETCH = gl.constexpr(
     "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
@@ -235,7 +235,7 @@ def w2a16_skinny(
     kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
     weights into the second-level cache meanwhile. With ``ahead`` they read weights and scales before the wait: only for
     weights that no kernel just before writes (copies are waited for). ``together`` asks for the first pieces of weights
-    before anything is used. ``digits`` is the product of `one_row` (one token, K up to 4,096 with four warps), which
+    before anything is used. ``digits`` is the product of `one_row` (one token, K up to 4,096), which
     takes 64 bytes of a row at a time and any multiple of 16 rows, and always asks for its weights first.
     """
     m, k = x.shape
@@ -248,7 +248,7 @@ def w2a16_skinny(
     if rows is None:
         rows, registers = (16, 56) if m == 1 else (32, 96)
     weight = weight.contiguous()
-    if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= parts * 64 * SPANS:
+    if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES:
         from tritflow.kernels.hopper.one_row import one_row_kernel
 
         one_row_kernel[(-(-n // rows),)](
@@ -263,6 +263,7 @@ def w2a16_skinny(
             PARTS=parts,
             ROWS=rows,
             WHOLE=n % rows == 0,
+            FEW=registers is not None,
             HAS_BIAS=bias is not None,
             EARLY=early,
             AHEAD=early and ahead,
