@@ -45,10 +45,18 @@ SKINNY: dict[str, dict[str, Any]] = {
     "digits, 64 registers": {**_DIGITS, "registers": 64},
     "digits, 2 warps": {**_DIGITS, "parts": 2},
     "digits, 32 rows": {**_DIGITS, "rows": 32},
+    "digits, 32 rows, 96 registers": {**_DIGITS, "rows": 32, "registers": 96},
+    "digits, 48 rows": {**_DIGITS, "rows": 48},
     "digits, 64 registers, early": {**_DIGITS, "registers": 64, "early": True},
     "digits, early, ahead": {**_DIGITS, "early": True, "ahead": True},
     "digits, 64 registers, early, ahead": {**_DIGITS, "registers": 64, "early": True, "ahead": True},
-    "digits, 32 rows, early, ahead": {**_DIGITS, "rows": 32, "early": True, "ahead": True},
+    "digits, 32 rows, 96 registers, early, ahead": {
+        **_DIGITS,
+        "rows": 32,
+        "registers": 96,
+        "early": True,
+        "ahead": True,
+    },
 }
 """Settings of the product with few rows; see `hopper.skinny`."""
 LIMITS: dict[str, dict[str, Any]] = {

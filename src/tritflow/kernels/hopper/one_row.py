@@ -317,8 +317,8 @@ def one_row_kernel(
         for s in gl.static_range(COUNT):
             if FEW:
                 these = _columns(shared[s], PARTS)
-                corrections = _corrected((sums[0], sums[1], sums[2]), these)
-                sums = (corrections[0], corrections[1], corrections[2], sums[3])
+                a0, a1, a2 = _corrected(sums, these)
+                sums = (a0, a1, a2, sums[3])
             else:
                 these = columns[s]
             upper, lower = words[(s * TILES + tile) * 2], words[(s * TILES + tile) * 2 + 1]
