@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import forked
 import tritflow
 from tritflow.cli import generate as generate_verb
 from tritflow.cli.console import explain, share_the_cores
@@ -154,16 +156,18 @@ generation.generate = slow
 sys.argv = ["tritflow", "generate", "a star", "-m", {str(tiny_flux)!r}, "-o", {str(tmp_path / "a.png")!r}]
 main()
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    process = forked.start(["-c", code])
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "drawing\n"
+        deadline = time.monotonic() + 60
+        while process.stdout != "drawing\n":
+            assert process.poll() is None, process.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        assert process.wait(60) == 130
     finally:
-        process.kill()
-    assert process.returncode == 130
-    assert errors.strip() == "interrupted; the same command goes on where it can"
+        process.send_signal(signal.SIGKILL)
+    assert process.stderr.strip() == "interrupted; the same command goes on where it can"
     assert list(tmp_path.iterdir()) == []
 
 

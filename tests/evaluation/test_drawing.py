@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 from evaluation_fakes import MODEL, SETTINGS, ToyTask, draw, draw_set, folder_bytes, noise_picture
 
+import forked
 from tritflow.evaluation.api import EvaluationError, Judgement
 from tritflow.evaluation.drawing import draw_images, seed_of
 from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, read_verdicts
@@ -59,8 +59,8 @@ def test_killed_and_resumed_equals_unbroken(run: int, whole: Path, tmp_path: Pat
     rng = random.Random(run)
     folder = tmp_path / "killed"
     for _ in range(2):
-        command = [sys.executable, "-c", KILLED, str(folder), str(rng.randrange(1, 14)), str(Path(__file__).parent)]
-        assert subprocess.run(command, timeout=60).returncode == -9
+        command = ["-c", KILLED, folder, rng.randrange(1, 14), Path(__file__).parent]
+        assert forked.run(command, timeout=60).poll() == -signal.SIGKILL
     draw_set(folder)
     assert folder_bytes(folder) == folder_bytes(whole)
 

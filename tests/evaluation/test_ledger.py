@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from suite_fakes import (
 from test_compbench_task import ScriptedDepth, ScriptedJudge, ScriptedVqa, pets
 from test_geneval_task import everything
 
+import forked
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.images import ImageSet, ImageSetError
 from tritflow.evaluation.sharing import score_shared
@@ -215,13 +214,13 @@ def test_a_killed_process_leaves_what_it_scored(prompts: Path, tmp_path: Path) -
     assert images is not None
     unbroken = score(geneval(prompts), images, tmp_path / "a.scores.jsonl")
     kept = tmp_path / "b.verdicts.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, HERE, str(tmp_path)])
+    process = forked.start(["-c", SLOW, HERE, tmp_path])
     deadline = time.monotonic() + 60
     while not (kept.exists() and kept.read_bytes().count(b'"path"') >= 6) and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     rest = ScriptedDetector(everything)
     assert score(geneval(prompts, rest), images, tmp_path / "b.scores.jsonl") == unbroken
     assert 0 < sum(rest.batches) <= 8

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from evaluation_fakes import draw as toy_draw
 from suite_fakes import MODEL, SETTINGS, draw_suite
 from suite_fakes import draw as suite_draw
 
+import forked
 from tritflow.evaluation import sharing
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.drawing import draw_images
@@ -61,16 +60,11 @@ def test_three_processes_make_the_folder_of_one(tmp_path: Path) -> None:
         task, task.prompts(per_tag=4), student, tmp_path / "one", teacher=teacher, sampling=Sampling(2, 0, 4)
     )
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, HERE, str(tmp_path / "three")],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        forked.start(["-c", RANK, HERE, tmp_path / "three"], {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"})
         for rank in range(3)
     ]
-    said = [p.communicate(timeout=120)[0].strip() for p in started]
-    assert [p.returncode for p in started] == [0, 0, 0]
+    assert [p.wait(120) for p in started] == [0, 0, 0]
+    said = [p.stdout.strip() for p in started]
     assert said == ["True", "False", "False"]
     assert folder_bytes(tmp_path / "three") == folder_bytes(tmp_path / "one")
     assert alone["prompts"]["pictures"] == 24

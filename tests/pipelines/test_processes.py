@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import forked
 from tritflow.formats.checkpoint import verify_folder
 from tritflow.pipelines.quantize import quantize
 
@@ -35,25 +36,14 @@ def test_two_processes_make_one_student(tiny_flux, tmp_path):
         "\n".join(f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("cube", "star"))
     )
 
-    def run():
-        command = [
-            "quantize",
-            str(tiny_flux),
-            str(tmp_path / "two"),
-            "--recipe",
-            str(recipe),
-            "--prompts",
-            str(prompts),
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "-m", "tritflow.cli.main", *command, "--device", "cpu", "--json"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)  # one process speaks
-
-    two = run()
+    command = ["-m", "tritflow.cli.main", "quantize", str(tiny_flux), str(tmp_path / "two")]
+    command += ["--recipe", str(recipe), "--prompts", str(prompts), "--device", "cpu", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)  # one process speaks
     one = quantize(tiny_flux, tmp_path / "one", str(recipe), prompts=prompts, device="cpu")
     verify_folder(tmp_path / "two" / "transformer")
     assert json.loads((tmp_path / "two" / "meta.json").read_text())["complete"]
@@ -62,4 +52,7 @@ def test_two_processes_make_one_student(tiny_flux, tmp_path):
     assert two["validation_mse"]["0"] == pytest.approx(one.validation[0], rel=1e-5)
     assert two["validation_mse"]["8"] == pytest.approx(one.validation[8], rel=1e-2)
     assert two["validation_mse"]["8"] < two["validation_mse"]["0"]
-    assert run()["digest"] == two["digest"]  # finished already
+    again = forked.run_ranks(command, 2)
+    assert [rank.poll() for rank in again] == [0, 0], [rank.stderr[-3000:] for rank in again]
+    assert json.loads(again[0].stdout)["digest"] == two["digest"]  # finished already
+    assert again[1].stdout == ""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from evaluation_fakes import folder_bytes
 from suite_fakes import small_suites
 from typer.testing import CliRunner
 
+import forked
 from tritflow.cli.main import app
 from tritflow.evaluation.scorers import dpt_depth, llava_judge, mask2former
 from tritflow.results import read
@@ -53,19 +52,16 @@ def small(recipe: Path, out: Path) -> list[str]:
 def killed_when(ready: Callable[[], bool], arguments: list[str]) -> None:
     """Start the command in a process of its own and kill it as soon as `ready`."""
     threads = str(torch.get_num_threads())  # sums in another order have other last digits
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tritflow.cli.main", "reproduce", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+    process = forked.start(
+        ["-m", "tritflow.cli.main", "reproduce", *arguments], {**os.environ, "OMP_NUM_THREADS": threads}
     )
     deadline = time.monotonic() + 120
     while not ready() and time.monotonic() < deadline:
         if process.poll() is not None:
-            raise AssertionError(f"ended before it could be killed: {process.communicate()[1].decode()}")
+            raise AssertionError(f"ended before it could be killed: {process.stderr}")
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
