@@ -14,6 +14,7 @@ from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.tasks.detector import read_back
 from tritflow.report.tables import build, load_specs
 from tritflow.results import append, read
+from tritflow.scenes import fidelity
 
 TAGS = ("single_object", "colors")
 
@@ -36,7 +37,10 @@ def test_round_trip_must_keep_the_shape() -> None:
         read_back(2, round_trip=lambda x: torch.nn.functional.avg_pool2d(x, 2), tags=TAGS)
 
 
-def test_the_verb_goes_through_the_models_vae_and_stores_the_run(tmp_path: Path) -> None:
+def test_the_verb_goes_through_the_models_vae_and_stores_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "BACKGROUNDS", ("white",))  # the one on which colours are kept worst
     asked = ["bench", "detector", "--per-tag", "1", "--results", str(tmp_path), "--json"]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.stderr
