@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from evaluation_fakes import folder_bytes
 from suite_fakes import CompBenchTask, GenEvalTask, draw_suite, options
+
+import forked
 
 HERE = str(Path(__file__).parent)
 
@@ -95,13 +95,8 @@ def test_killed_at_twenty_random_points_and_at_every_batch(
     draw_suite(tmp_path / "whole", suite(options(prompts)))
     wanted = folder_bytes(tmp_path / "whole")
     (tmp_path / "kills").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, HERE, suite.name, str(tmp_path / "kills")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked.run(["-c", KILLER, HERE, suite.name, tmp_path / "kills"])
+    assert done.poll() == 0, done.stderr
     kills = json.loads(done.stdout)
     assert len(kills) > 30
     assert len({at for at, _, _ in kills[:20]}) == 20

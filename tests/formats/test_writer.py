@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_ternary import CONFIG, folder_bytes, tiny_tensors, write_tiny
 
+import forked
 from tritflow.config import TernaryConfig
 from tritflow.formats import atomic
 from tritflow.formats.checkpoint import (
@@ -110,13 +111,10 @@ write_tiny(Path(sys.argv[1]), max_shard_bytes=int(sys.argv[2]))
 """
 
 
-def _start(out: Path) -> subprocess.Popen[str]:
-    here = str(Path(__file__).parent)
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(out), str(SHARDS), here], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "go\n"
+def _start(out: Path) -> forked.Forked:
+    child = forked.start(["-c", _CHILD, out, SHARDS, Path(__file__).parent])
+    while child.stdout != "go\n":
+        assert child.poll() is None, child.stderr
     return child
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 
+import forked
 import tritflow
 from tritflow import TernaryLinear, TritflowConfig
 from tritflow.formats.checkpoint import verify_folder
@@ -155,9 +154,8 @@ def test_the_house_loads_and_draws_it(dense: Path, ternary: Path, tmp_path: Path
 def test_commands_that_load_no_model_know_the_family(ternary: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
     paths = [str(ternary)] if verb[0] == "inspect" else [str(ternary), str(tmp_path / "out")]
     # A process of its own: families register themselves, and here everything is imported already.
-    command = [sys.executable, "-m", "tritflow.cli.main", verb[0], *paths, *verb[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    done = forked.run(["-m", "tritflow.cli.main", verb[0], *paths, *verb[1:]], timeout=60)
+    assert done.poll() == 0, done.stderr
 
 
 def test_recipes_that_run_the_model_are_refused(dense: Path, tmp_path: Path) -> None:

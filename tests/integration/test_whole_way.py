@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
+import forked
 from tritflow import TernaryLinear, generate, load_pipeline
 from tritflow.cli.main import app
 from tritflow.formats.checkpoint import verify_folder
@@ -91,8 +90,8 @@ from diffusers import FluxTransformer2DModel
 model = FluxTransformer2DModel.from_pretrained({str(made / "transformer")!r})
 print(type(model.transformer_blocks[0].attn.to_q).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = forked.run(["-c", code], timeout=120)
+    assert done.poll() == 0, done.stderr
     assert done.stdout.split()[-1] == "TernaryLinear"
 
 

@@ -1,10 +1,12 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 
+import forked
 from tritflow.calibration.prompt_sources import PromptsError
 from tritflow.config import (
     CalibrationConfig,
@@ -266,11 +268,6 @@ def learned_files(tiny_flux, prompts, tmp_path_factory):
 
 def test_a_kill_9_while_distilling(tiny_flux, prompts, tmp_path, learned_files):
     """A real process, really killed."""
-    import os
-    import signal
-    import subprocess
-    import sys
-
     script = (
         "import json, os, signal, sys\n"
         "from tritflow.config import *\n"
@@ -285,13 +282,10 @@ def test_a_kill_9_while_distilling(tiny_flux, prompts, tmp_path, learned_files):
         "quantize(sys.argv[2], sys.argv[3], recipe, prompts=sys.argv[4], device='cpu', on_progress=kill)\n"
     )
     settings = {"calibration": LEARN.calibration.to_dict(), "distillation": LEARN.distillation.to_dict()}
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(settings), str(tiny_flux), str(tmp_path / "out"), str(prompts),
-         str(torch.get_num_threads())],
-        capture_output=True,
-        env=os.environ,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    done = forked.run(
+        ["-c", script, json.dumps(settings), tiny_flux, tmp_path / "out", prompts, torch.get_num_threads()]
+    )
+    assert done.poll() == -signal.SIGKILL, done.stderr[-500:]
     quantize(tiny_flux, tmp_path / "out", LEARN, prompts=prompts, device="cpu")
     assert files_of(tmp_path / "out") == learned_files
 
