@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -14,8 +15,29 @@ import tritflow
 HEAVY = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "PIL", "typer")
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+# Each case in a process that has imported neither diffusers nor tritflow: forks of one that has imported the rest.
+ORDERS = """
+import importlib, json, os, sys, traceback
+for name in ("torch._dynamo", "transformers.modeling_utils", "accelerate", "peft", "scipy.stats"):
+    importlib.import_module(name)
+assert not {"tritflow", "diffusers"} & set(sys.modules), "imported too early"
+for case in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        try:
+            exec(case, {"__name__": "__main__"})
+        except BaseException as error:
+            print(repr(traceback.format_exc()))
+        print("end of a case")
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def run(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -25,18 +47,24 @@ def test_import_is_lean() -> None:
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import tritflow; from diffusers import FluxTransformer2DModel",
-        "from diffusers.quantizers import auto; import tritflow",
-        "import diffusers, tritflow",
-        "import tritflow; tritflow.TritflowConfig",
-    ],
+EITHER = (
+    "import tritflow; from diffusers import FluxTransformer2DModel",
+    "from diffusers.quantizers import auto; import tritflow",
+    "import diffusers, tritflow",
+    "import tritflow; tritflow.TritflowConfig",
 )
-def test_diffusers_learns_the_format_in_either_order(imports: str) -> None:
-    code = f"""
-{imports}
+ALONE = "from diffusers.quantizers import auto; print('tritflow' in auto.AUTO_QUANTIZER_MAPPING)"
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """What each case printed last."""
+    cases = {imports: f"{imports}\n{LEARNED}" for imports in EITHER} | {ALONE: ALONE}
+    parts = run(ORDERS, json.dumps(list(cases.values()))).split("end of a case")[:-1]
+    return {name: part.strip().splitlines()[-1] for name, part in zip(cases, parts, strict=True)}
+
+
+LEARNED = """
 import inspect, sys
 from diffusers.quantizers import auto
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["tritflow"] is tritflow.TritflowConfig
@@ -45,12 +73,15 @@ assert "class DiffusersAutoQuantizer" in inspect.getsource(auto)  # the module g
 assert type(auto.__spec__.loader).__module__.startswith(("importlib", "_frozen_importlib"))
 print("torch.cuda started:", sys.modules["torch"].cuda.is_initialized())
 """
-    assert run(code).splitlines()[-1] == "torch.cuda started: False"
 
 
-def test_diffusers_alone_is_left_as_it_was() -> None:
-    code = "from diffusers.quantizers import auto; print('tritflow' in auto.AUTO_QUANTIZER_MAPPING)"
-    assert run(code).splitlines()[-1] == "False"
+@pytest.mark.parametrize("imports", EITHER)
+def test_diffusers_learns_the_format_in_either_order(imports: str, said: dict[str, str]) -> None:
+    assert said[imports] == "torch.cuda started: False"
+
+
+def test_diffusers_alone_is_left_as_it_was(said: dict[str, str]) -> None:
+    assert said[ALONE] == "False"
 
 
 def test_version_is_that_of_the_package() -> None:
