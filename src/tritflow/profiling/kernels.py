@@ -328,7 +328,7 @@ def _few_rows(us: dict[str, float], entry: dict[str, Any]) -> dict[str, tuple[st
     """Notes the fastest product in an entry, and the limits and what share of their speed it has; what to compare.
 
     A product that reads weights ahead of the kernel before's end is compared by itself, with a limit that does so too:
-    `auto` has no such one, since it cannot know that nobody just wrote them.
+    `auto` takes it under the promise of `constant_weights` alone.
     """
     ternary = [name for name in us if name != "bf16 gauss" and not name.startswith("limit, ")]
     pairs = {}

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tritflow.kernels.assembly import HALVES
+from tritflow.kernels.promise import weights_are_constant
 
 TOKENS = 8
 ROW_BYTES = 1024
@@ -111,8 +112,6 @@ def w2a16_skinny_kernel(
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
     PREFETCH: gl.constexpr,
-    AHEAD: gl.constexpr,
-    TOGETHER: gl.constexpr,
 ):
     """out[0:M, row:row + ROWS] of x [M, K] bf16 and weight [N, BYTES]; launch with PARTS warps.
 
@@ -127,8 +126,7 @@ def w2a16_skinny_kernel(
     row = gl.program_id(0) * ROWS
     if EARLY:
         request_weights(weight, row, N, BYTES, ROWS, PREFETCH)
-        if not AHEAD:
-            wait_for_the_kernel_before()
+        wait_for_the_kernel_before()
     SPAN: gl.constexpr = PARTS * CHUNK
 
     parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -140,8 +138,8 @@ def w2a16_skinny_kernel(
     at = weight + (of_row.to(gl.int64) * BYTES + columns)
     inside = of_row < N
 
-    # Asked for before all else: their way from memory is what takes the time. The assembler puts loads off to
-    # where they are used, though; past a barrier (TOGETHER) or the wait (AHEAD) it cannot.
+    # Asked for before all else, though the assembler puts loads off to where they are used; a barrier behind them, that
+    # it cannot pass, was slower.
     w0 = _packed(at, columns, inside, 0, BYTES, SPAN)
     w1 = w0
     if BYTES > SPAN:
@@ -152,10 +150,6 @@ def w2a16_skinny_kernel(
     total: gl.constexpr = gl.SliceLayout(0, mma)
     out_rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, total))
     scale = gl.load(weight_scale + out_rows, mask=out_rows < N, other=0.0)
-    if EARLY and AHEAD:
-        wait_for_the_kernel_before()
-    elif TOGETHER:
-        gl.thread_barrier()
 
     x_parts = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, x_layout)))
     slots = gl.arange(0, KC, gl.SliceLayout(0, gl.SliceLayout(2, x_layout)))
@@ -223,7 +217,6 @@ def w2a16_skinny(
     early: bool = False,
     prefetch: bool = False,
     ahead: bool = False,
-    together: bool = False,
     digits: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
@@ -233,10 +226,10 @@ def w2a16_skinny(
     Without ``rows``, rows and registers are those that were fastest on an H200, for one token and for eight.
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
     kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
-    weights into the second-level cache meanwhile. With ``ahead`` they read weights and scales before the wait: only for
-    weights that no kernel just before writes (copies are waited for). ``together`` asks for the first pieces of weights
-    before anything is used. ``digits`` is the product of `one_row` (one token, K up to 4,096), which
-    takes 64 bytes of a row at a time and any multiple of 16 rows, and always asks for its weights first.
+    weights into the second-level cache meanwhile. ``digits`` is the product of `one_row` (one token, K up to 4,096),
+    which takes 64 bytes of a row at a time and any multiple of 16 rows, and always asks for its weights first; what it
+    does not take is multiplied as without ``rows``. With ``early`` and ``ahead`` it reads weights, scales and biases
+    before the kernel before has ended, inside of `tritflow.kernels.constant_weights`; outside ``ahead`` means nothing.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -245,10 +238,13 @@ def w2a16_skinny(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out
-    if rows is None:
+    fits = m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES
+    if rows is None or (digits and not fits):
         rows, registers = (16, 56) if m == 1 else (32, 96)
+    # What is made contiguous here, a kernel just before writes.
+    ahead = early and ahead and weights_are_constant() and weight.is_contiguous()
     weight = weight.contiguous()
-    if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES:
+    if digits and fits:
         from tritflow.kernels.hopper.one_row import one_row_kernel
 
         one_row_kernel[(-(-n // rows),)](
@@ -266,14 +262,12 @@ def w2a16_skinny(
             FEW=registers is not None,
             HAS_BIAS=bias is not None,
             EARLY=early,
-            AHEAD=early and ahead,
+            AHEAD=ahead,
             num_warps=parts,
             maxnreg=registers,
             launch_pdl=early,
         )
         return out
-    if rows not in (16, 32):
-        rows = 16
     w2a16_skinny_kernel[(-(-n // rows),)](
         x.contiguous(),
         weight,
@@ -290,8 +284,6 @@ def w2a16_skinny(
         HAS_BIAS=bias is not None,
         EARLY=early,
         PREFETCH=early and prefetch and weight.data_ptr() % 16 == 0,
-        AHEAD=early and ahead,
-        TOGETHER=together,
         num_warps=parts,
         maxnreg=registers,
         launch_pdl=early,
