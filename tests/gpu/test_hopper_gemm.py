@@ -149,6 +149,7 @@ def test_16_bit_activations(config, dtype):
         *({"rows": r, "parts": p, "digits": True} for r, p in ((16, 4), (32, 4), (16, 2), (48, 2))),
         {"rows": 16, "digits": True, "early": True, "ahead": True},
         {"rows": 16, "digits": True, "early": True},
+        {"rows": 48, "digits": True, "row_first": True},
         {"rows": 32, "digits": True, "registers": 96, "early": True, "ahead": True},
         {"rows": 32, "digits": True, "registers": 96},
     ],

@@ -42,6 +42,10 @@ SKINNY: dict[str, dict[str, Any]] = {
     "digits, 32 rows": {**_DIGITS, "rows": 32},
     "digits, 32 rows, 96 registers": {**_DIGITS, "rows": 32, "registers": 96},
     "digits, 48 rows": {**_DIGITS, "rows": 48},
+    "digits, row first": {**_DIGITS, "row_first": True},
+    "digits, early, row first": {**_DIGITS, "early": True, "row_first": True},
+    "digits, 32 rows, row first": {**_DIGITS, "rows": 32, "row_first": True},
+    "digits, 48 rows, row first": {**_DIGITS, "rows": 48, "row_first": True},
     "digits, early, ahead": {**_DIGITS, "early": True, "ahead": True},
     "digits, 32 rows, early, ahead": {**_DIGITS, "rows": 32, "early": True, "ahead": True},
     "digits, 32 rows, 96 registers, early, ahead": {

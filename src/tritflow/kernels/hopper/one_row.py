@@ -161,6 +161,24 @@ def read_words(weight, row, N, BYTES: gl.constexpr, PARTS: gl.constexpr, ROWS: g
 
 
 @gluon.jit
+def _read_row(x, K: gl.constexpr, BYTES: gl.constexpr, PARTS: gl.constexpr):
+    """The row as pairs of activations: a tuple over spans of K."""
+    layout: gl.constexpr = _row_layout(PARTS)
+    SPAN: gl.constexpr = PARTS * 64
+    parts = gl.arange(0, PARTS, gl.SliceLayout(1, layout))
+    pairs = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    pair = gl.expand_dims(parts, 1) * 128 + gl.expand_dims(pairs, 0)
+    x_at = x.to(gl.pointer_type(gl.int32), bitcast=True) + pair
+    row_of = ()
+    for s in gl.static_range((BYTES + SPAN - 1) // SPAN):
+        if (s + 1) * SPAN * 4 > K:
+            row_of += (gl.load(x_at + s * SPAN * 2, mask=pair + s * SPAN * 2 < K // 2, other=0),)  # type: ignore[assignment]
+        else:
+            row_of += (gl.load(x_at + s * SPAN * 2),)  # type: ignore[assignment]
+    return row_of
+
+
+@gluon.jit
 def _columns(planes, PARTS: gl.constexpr):
     """The four fields' digits, each where the weights are that it is multiplied with."""
     layout: gl.constexpr = words_layout(PARTS)
@@ -216,9 +234,11 @@ def one_row_kernel(
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
     AHEAD: gl.constexpr,
+    ROW_FIRST: gl.constexpr,
 ):
     """out[row:row + ROWS] of x [K] bf16 and weight [N, BYTES]; launch with PARTS warps, each with its part of K.
 
+    ROW_FIRST: the row is asked for before the weights, so that it is not behind them in the memory's queues.
     FEW registers: digits are read from shared memory where they are used, and corrections made there.
     """
     layout: gl.constexpr = words_layout(PARTS)
@@ -231,6 +251,8 @@ def one_row_kernel(
         request_weights(weight, row, N, BYTES, ROWS, False)
     if EARLY and not AHEAD:
         wait_for_the_kernel_before()
+    if ROW_FIRST:
+        row_of = _read_row(x, K, BYTES, PARTS)
     # Asked for before all else.
     words = read_words(weight, row, N, BYTES, PARTS, ROWS, WHOLE)
 
@@ -262,16 +284,8 @@ def one_row_kernel(
         wait_for_the_kernel_before()
     else:
         gl.thread_barrier()  # else the assembler, to save registers, asks for weights when the row has come
-    parts = gl.arange(0, PARTS, gl.SliceLayout(1, x_layout))
-    pairs = gl.arange(0, 128, gl.SliceLayout(0, x_layout))
-    pair = gl.expand_dims(parts, 1) * 128 + gl.expand_dims(pairs, 0)
-    x_at = x.to(gl.pointer_type(gl.int32), bitcast=True) + pair
-    row_of = ()
-    for s in gl.static_range(COUNT):
-        if (s + 1) * SPAN * 4 > K:
-            row_of += (gl.load(x_at + s * SPAN * 2, mask=pair + s * SPAN * 2 < K // 2, other=0),)  # type: ignore[assignment]
-        else:
-            row_of += (gl.load(x_at + s * SPAN * 2),)  # type: ignore[assignment]
+    if not ROW_FIRST:
+        row_of = _read_row(x, K, BYTES, PARTS)
 
     # The largest magnitude of a part, as bits: bf16 without its sign grows as an integer does, NaN above all.
     largest = gl.zeros((PARTS, 128), gl.int32, x_layout)

@@ -218,6 +218,7 @@ def w2a16_skinny(
     prefetch: bool = False,
     ahead: bool = False,
     digits: bool = False,
+    row_first: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
@@ -227,9 +228,10 @@ def w2a16_skinny(
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
     kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
     weights into the second-level cache meanwhile. ``digits`` is the product of `one_row` (one token, K up to 4,096),
-    which takes 64 bytes of a row at a time and any multiple of 16 rows, and always asks for its weights first; what it
-    does not take is multiplied as without ``rows``. With ``early`` and ``ahead`` it reads weights, scales and biases
-    before the kernel before has ended, inside of `tritflow.kernels.constant_weights`; outside ``ahead`` means nothing.
+    which takes 64 bytes of a row at a time and any multiple of 16 rows, and asks for its weights before all else, or
+    with ``row_first`` for its activations; what it does not take is multiplied as without ``rows``. With ``early`` and
+    ``ahead`` it reads weights, scales and biases before the kernel before has ended, inside of
+    `tritflow.kernels.constant_weights`; outside ``ahead`` means nothing.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -263,6 +265,7 @@ def w2a16_skinny(
             HAS_BIAS=bias is not None,
             EARLY=early,
             AHEAD=ahead,
+            ROW_FIRST=row_first and not ahead,
             num_warps=parts,
             maxnreg=registers,
             launch_pdl=early,
