@@ -37,6 +37,12 @@ def deep(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """Four blocks: enough for first, last and between of both kinds."""
+    return tiny_flux_folder(tmp_path_factory.mktemp("four") / "flux", double=2, single=2)
+
+
+@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "mine.txt"
     path.write_text("\n".join(PROMPTS))
@@ -49,8 +55,8 @@ def made(source, out, prompts, **changes):
 
 
 @pytest.fixture(scope="module")
-def reference(deep, prompts, tmp_path_factory):
-    return made(deep, tmp_path_factory.mktemp("reference") / "out", prompts)
+def reference(four, prompts, tmp_path_factory):
+    return made(four, tmp_path_factory.mktemp("reference") / "out", prompts)
 
 
 class Counted:
@@ -106,37 +112,37 @@ def test_memory_does_not_grow_with_depth(prompts, tmp_path, monkeypatch):
         StreamingConfig(block_cache="40KiB", activation_store="disk"),
     ],
 )
-def test_wherever_things_lie_the_bytes_are_the_same(deep, prompts, tmp_path, reference, streaming):
-    found = made(deep, tmp_path / "out", prompts, streaming=streaming)
+def test_wherever_things_lie_the_bytes_are_the_same(four, prompts, tmp_path, reference, streaming):
+    found = made(four, tmp_path / "out", prompts, streaming=streaming)
     assert found.digest == reference.digest
     assert (tmp_path / "out" / RECORDS).read_bytes() == (reference.transformer.parent / RECORDS).read_bytes()
     assert not any((tmp_path / "out" / ".work" / "streams").glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("stage", "at"), [("compensate", 2), ("compensate", 6), ("reconstruct", 1), ("reconstruct", 4)]
+    ("stage", "at"), [("compensate", 2), ("compensate", 4), ("reconstruct", 1), ("reconstruct", 3)]
 )
-def test_killed_at_a_block_it_goes_on_to_the_same_bytes(deep, prompts, tmp_path, reference, stage, at):
+def test_killed_at_a_block_it_goes_on_to_the_same_bytes(four, prompts, tmp_path, reference, stage, at):
     def kill(now, done, total):
         if now == stage and done == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(deep, tmp_path / "out", RECIPE, prompts=prompts, device="cpu", on_progress=kill)
+        quantize(four, tmp_path / "out", RECIPE, prompts=prompts, device="cpu", on_progress=kill)
     done = "compensated" if stage == "compensate" else "reconstructed"
     blocks = list((tmp_path / "out" / ".work" / done).glob("*transformer_blocks.*.safetensors"))
     assert len(blocks) == at  # each is stored at once
     times = {path: path.stat().st_mtime_ns for path in blocks}
-    report = quantize(deep, tmp_path / "out", RECIPE, prompts=prompts, device="cpu", keep_work=True)
+    report = quantize(four, tmp_path / "out", RECIPE, prompts=prompts, device="cpu", keep_work=True)
     assert report.digest == reference.digest
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())  # and not made again
 
 
-def test_a_budget_takes_a_spread_of_records_and_says_which(deep, prompts, tmp_path, reference):
+def test_a_budget_takes_a_spread_of_records_and_says_which(four, prompts, tmp_path, reference):
     each = (16 // 4 + 32) * 32 * 4  # image and text tokens, fp32: 32x32 pixels are 4 tokens
     budget = 10 * 3 * each
     out = tmp_path / "out"
-    limited = made(deep, out, prompts, streaming=dataclasses.replace(NOTHING, activation_budget=f"{budget}"))
+    limited = made(four, out, prompts, streaming=dataclasses.replace(NOTHING, activation_budget=f"{budget}"))
     assert limited.digest != reference.digest
     lines = [json.loads(line) for line in (out / RECORDS).read_text().splitlines()]
     heads = {entry["stage"]: entry for entry in lines if "asked" in entry}
@@ -153,11 +159,11 @@ def test_a_budget_takes_a_spread_of_records_and_says_which(deep, prompts, tmp_pa
     whole = (reference.transformer.parent / RECORDS).read_text()
     assert '"limited": true' not in whole
     with pytest.raises(BudgetError, match=r"streaming\.activation_budget"):
-        made(deep, tmp_path / "none", prompts, streaming=dataclasses.replace(NOTHING, activation_budget="1000"))
+        made(four, tmp_path / "none", prompts, streaming=dataclasses.replace(NOTHING, activation_budget="1000"))
 
 
-def test_the_streamed_teacher_is_the_whole_one(deep, prompts):
-    job = plan(deep, RECIPE, prompts=prompts, device="cpu")
+def test_the_streamed_teacher_is_the_whole_one(four, prompts):
+    job = plan(four, RECIPE, prompts=prompts, device="cpu")
     with module.streamed_teacher(job, torch.float32) as (blocks, pipe):
         assert pipe.transformer is blocks.model
         inputs = transformer_inputs(blocks.model, batch=2)
@@ -168,10 +174,10 @@ def test_the_streamed_teacher_is_the_whole_one(deep, prompts):
         assert {str(p.device) for n, p in blocks.model.named_parameters() if "blocks." not in n} == {"cpu"}
 
 
-def test_distillation_behind_streamed_stages(deep, prompts, tmp_path):
+def test_distillation_behind_streamed_stages(four, prompts, tmp_path):
     distillation = DistillationConfig(steps=4, batch_size=4, warmup_steps=1)
     digests = {
-        made(deep, tmp_path / name, prompts, streaming=streaming, distillation=distillation).digest
+        made(four, tmp_path / name, prompts, streaming=streaming, distillation=distillation).digest
         for name, streaming in (("streamed", NOTHING), ("kept", StreamingConfig()))
     }
     assert len(digests) == 1
