@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import inside, outside, run_inside
+from interpreter import inside, outside
 
 from tritflow.kernels import (
     low_rank_add_,
@@ -131,12 +131,6 @@ def test_wrong_arguments_are_named(problem):
         low_rank_down(p["x"], scale, _randn(16, 200))
     with pytest.raises(ValueError, match=r"x_scale must have shape \[12\]"):
         low_rank_down(q, scale[:1], _randn(16, 200))
-
-
-@outside
-def test_through_the_interpreter():
-    pytest.importorskip("triton")
-    run_inside(__file__)
 
 
 @inside

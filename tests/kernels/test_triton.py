@@ -7,14 +7,9 @@ fp32 and fp16 and on 8-bit values that the reference quantized; tests/gpu covers
 from __future__ import annotations
 
 import pytest
-from interpreter import inside, outside, run_inside
+from interpreter import inside
 
 pytest.importorskip("triton")
-
-
-@outside
-def test_through_the_interpreter():
-    run_inside(__file__)
 
 
 SHAPES = [(1, 1, 1), (5, 24, 70), (3, 7, 128), (17, 65, 257), (70, 130, 384)]

@@ -7,14 +7,9 @@ passes e4m3 there is compared loosely, or with numbers that e4m3 holds.
 from __future__ import annotations
 
 import pytest
-from interpreter import inside, outside, run_inside
+from interpreter import inside
 
 pytest.importorskip("triton")
-
-
-@outside
-def test_through_the_interpreter():
-    run_inside(__file__)
 
 
 SHAPES = [(1, 1, 1, 32), (2, 150, 2, 32), (1, 128, 1, 64), (1, 257, 1, 128)]
@@ -182,7 +177,7 @@ def test_normed_and_turned_on_the_way(kind, tokens, context):
     from tritflow.kernels.triton.attention_inputs import normed_quantize, quantize
     from tritflow.testing import assert_close
 
-    args = _projected(tokens, context, 3, 32)
+    args = _projected(tokens, context, 2, 32)
     whole = _whole(args)
     q, k = reference.qk_norm_rope(*args[:2], *whole[3:9], *args[10:12])
     v = args[2] if not context else torch.cat([args[9], args[2]], dim=1)
@@ -200,7 +195,7 @@ def test_normed_and_turned_on_the_way(kind, tokens, context):
                 if kind == "int8":
                     assert (a - b).abs().max() <= 1, name
     small = normed_quantize(*args, dtype=kind, query_max=1.0)
-    top = small.q8.float().view(2, 3, -1, 32).abs().amax(-1)
+    top = small.q8.float().view(2, 2, -1, 32).abs().amax(-1)
     assert ((top == 1) | (top == 0)).all()
 
 

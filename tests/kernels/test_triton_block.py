@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from interpreter import inside, outside, run_inside
+from interpreter import inside
 
 pytest.importorskip("triton")
-
-
-@outside
-def test_through_the_interpreter():
-    run_inside(__file__)
 
 
 @pytest.fixture
