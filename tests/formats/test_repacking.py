@@ -51,12 +51,22 @@ def test_pipelines_are_copied_whole_and_again_is_harmless(tmp_path: Path) -> Non
     )
     (tmp_path / "p" / "tokenizer").mkdir()
     (tmp_path / "p" / "tokenizer" / "vocab.txt").write_text("a\n")
+    digest = verify_folder(tmp_path / "p" / "transformer").digest
+    (tmp_path / "p" / "meta.json").write_text(json.dumps({"kind": "ternary", "digest": digest}, indent=2) + "\n")
     assert convert_folder(tmp_path / "p", tmp_path / "q", "base3") == tmp_path / "q" / "transformer"
     before = folder_bytes(tmp_path / "q")
     assert set(before) == set(folder_bytes(tmp_path / "p"))
     assert verify_folder(tmp_path / "q" / "transformer").ternary.packing == "base3"
+    made = verify_folder(tmp_path / "q" / "transformer")
+    assert json.loads((tmp_path / "q" / "meta.json").read_text()) == {"kind": "ternary", "digest": made.digest}
     convert_folder(tmp_path / "p", tmp_path / "q", "base3")
     assert folder_bytes(tmp_path / "q") == before
+    # What a further distillation starts from belongs to the source's bytes.
+    (tmp_path / "p" / "latents.safetensors").write_bytes(b"of the source")
+    convert_folder(tmp_path / "p", tmp_path / "r", "base3")
+    assert folder_bytes(tmp_path / "r") == before
+    convert_folder(tmp_path / "q", tmp_path / "back", "2bit")
+    assert folder_bytes(tmp_path / "back") | folder_bytes(tmp_path / "p") == folder_bytes(tmp_path / "p")
 
 
 def test_wrong_targets_and_sources_are_refused(tmp_path: Path) -> None:

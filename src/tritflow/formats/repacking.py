@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from tritflow.formats.packing import repack
 from tritflow.formats.writer import DEFAULT_SHARD_BYTES
 
 Progress = Callable[[int, int], None]
+# In a pipeline's folder: what a later distillation starts from.
+LATENTS = "latents.safetensors"
 
 
 def convert_folder(
@@ -28,7 +31,8 @@ def convert_folder(
 ) -> Path:
     """Write a ternary model again with another packing; trits, scales and all other tensors stay bit for bit.
 
-    A pipeline folder is copied with all its parts. Killed at any moment, the same call goes on.
+    A pipeline folder is copied with all its parts but the latents that a further distillation starts from: those belong
+    to the bytes of the source. Its meta.json tells of the new bytes. Killed at any moment, the same call goes on.
 
     Args:
         source: a ternary pipeline or transformer folder.
@@ -54,9 +58,10 @@ def convert_folder(
     if pipeline and pipeline.resolve() in out.resolve().parents:
         raise CheckpointError(f"{out} lies inside the source; give a folder outside of it")
     target = out / "transformer" if pipeline else out
-    _convert_transformer(TernaryFolder(location.transformer), target, packing, max_shard_bytes, progress)
+    folder = TernaryFolder(location.transformer)
+    _convert_transformer(folder, target, packing, max_shard_bytes, progress)
     if pipeline:
-        _copy_rest(pipeline, location.transformer, out)
+        _copy_rest(pipeline, location.transformer, out, {folder.digest: TernaryFolder(target).digest})
     return target
 
 
@@ -103,19 +108,35 @@ def _require_same(source: TernaryFolder, made: TernaryFolder, packing: Packing) 
         raise CheckpointError(f"{made.path} already holds another ternary model; choose another folder or delete it")
 
 
-def _copy_rest(pipeline: Path, transformer: Path, out: Path) -> None:
-    """Everything but the transformer; model_index.json last, since it makes the folder a pipeline."""
+def _copy_rest(pipeline: Path, transformer: Path, out: Path, digests: dict[str, str]) -> None:
+    """Everything but the transformer and its latents, meta.json with the new digest for the old one; model_index.json
+    last, since it makes the folder a pipeline."""
     files = [p for p in sorted(pipeline.rglob("*")) if p.is_file() and transformer not in p.parents]
+    files = [p for p in files if p != pipeline / LATENTS]
     files.sort(key=lambda p: p.name == "model_index.json")
     for path in files:
         copy = out / path.relative_to(pipeline)
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_name(copy)
-            shutil.copyfile(path, temporary)
+            if path == pipeline / "meta.json":
+                temporary.write_bytes(_with_digest(path, digests))
+            else:
+                shutil.copyfile(path, temporary)
             os.replace(temporary, copy)
         except OSError as error:
             temporary_name(copy).unlink(missing_ok=True)
             if is_disk_full(error):
                 raise disk_full(copy) from error
             raise
+
+
+def _with_digest(path: Path, digests: dict[str, str]) -> bytes:
+    """A meta.json whose digest, if it is one of `digests`, is what stands there for it; another file as it is."""
+    data = path.read_bytes()
+    try:
+        meta = json.loads(data)
+        meta["digest"] = digests[meta["digest"]]
+    except (ValueError, KeyError, TypeError):
+        return data
+    return (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode()

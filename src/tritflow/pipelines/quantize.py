@@ -23,13 +23,14 @@ from tritflow.calibration.prompts import PromptSet
 from tritflow.config import Packing, Recipe
 from tritflow.distillation.sharded import Ranks, processes
 from tritflow.formats.atomic import atomic_file
+from tritflow.formats.repacking import LATENTS
 from tritflow.formats.writer import TransformerWriter
 from tritflow.pipelines.quantize_job import Job as Job
 from tritflow.pipelines.quantize_job import QuantizeError as QuantizeError
 from tritflow.pipelines.quantize_job import needs_teacher
 from tritflow.pipelines.quantize_job import plan as plan
 from tritflow.pipelines.records import RECORDS
-from tritflow.pipelines.start import LATENTS, write_latents
+from tritflow.pipelines.start import write_latents
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, recipe_dict
 

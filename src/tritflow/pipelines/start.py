@@ -20,9 +20,9 @@ from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.artifacts import read_json, write_tensors
 from tritflow.formats.checkpoint import TernaryFolder
 from tritflow.formats.packing import unpack
+from tritflow.formats.repacking import LATENTS
 from tritflow.quantization.rounding import Rounded
 
-LATENTS = "latents.safetensors"
 # Latents in steps of 1/64 trit, read back at the middle of a step: thresholds at +-.5 lie between two.
 STEPS = 64
 

@@ -40,11 +40,12 @@ from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
 from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.step import training_attention
 from tritflow.distillation.velocity import DistillationResult, distill_
+from tritflow.formats.repacking import LATENTS
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
 from tritflow.pipelines.records import RECORDS, Records
-from tritflow.pipelines.start import LATENTS, Start, pack_latent
+from tritflow.pipelines.start import Start, pack_latent
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.convert import prepare_, twin_rounding
 from tritflow.quantization.rounding import Rounded, round_weight
