@@ -107,41 +107,27 @@ def test_the_skinny_kernel_moves_16_bytes_at_a_time(parts, chunk, early):
 
 
 @compiles
-@pytest.mark.parametrize(
-    ("rows", "few", "early", "ahead", "row_first"),
-    [
-        (16, False, False, False, False),
-        (32, False, False, False, False),
-        (16, False, True, False, False),
-        (16, False, True, True, False),
-        (32, True, True, True, False),
-        (16, False, False, False, True),
-        (48, False, False, False, True),
-    ],
-)
-def test_one_row_asks_for_all_it_reads_first(rows, few, early, ahead, row_first):
+@pytest.mark.parametrize(("rows", "early"), [(16, False), (16, True), (32, False), (48, False)])
+def test_one_row_asks_for_all_it_reads_first_and_for_the_row_before_the_weights(rows, early):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.one_row import one_row_kernel
 
     parts = 4
     constants = {"K": 3072, "BYTES": 768, "PARTS": parts, "ROWS": rows, "WHOLE": True, "HAS_BIAS": True}
-    constants |= {"FEW": few, "EARLY": early, "AHEAD": ahead, "ROW_FIRST": row_first}
-    compiled = compile_gluon(one_row_kernel, SKINNY_TYPES, constants, num_warps=parts, registers=96 if few else None)
+    constants |= {"EARLY": early}
+    compiled = compile_gluon(one_row_kernel, SKINNY_TYPES, constants, num_warps=parts)
     assert compiled.spills == 0
     assert compiled.registers <= {16: 102, 32: 168, 48: 255}[rows]  # so that all blocks fit at once
     weights, activations = lines_with(compiled, "LDG.E.EF.128"), lines_with(compiled, "LDG.E.128")
     assert len(weights) == 24 // parts * (rows // 16)
     assert len(activations) == 12 // parts  # a warp reads its part of the row once
-    if row_first:
-        assert max(activations) < min(weights)
-        assert max(weights) < min(lines_with(compiled, "BAR.SYNC"))
-    else:
-        assert max(weights) < min(activations)
+    assert max(activations) < min(weights)
+    assert max(weights) < min(lines_with(compiled, "BAR.SYNC"))
     fields = 4 * (24 // parts // 2) * 2 // 4  # products a field: two of 16 rows for each 64 bytes
-    assert compiled.count("IMMA") == fields * (4 * rows // 16 + 3 * (rows // 16 if few else 1))
-    for wait in lines_with(compiled, "ACQBULK"):
-        assert (wait > max(weights)) if ahead else (wait < min(weights))
-        assert wait < min(activations)
+    assert compiled.count("IMMA") == fields * (4 * rows // 16 + 3)
+    waits = lines_with(compiled, "ACQBULK")
+    assert len(waits) == early
+    assert all(wait < min(lines_with(compiled, "LDG")) for wait in waits)
 
 
 @compiles
@@ -150,7 +136,7 @@ def test_the_limit_reads_what_the_product_reads(read):
     from tritflow.kernels.hopper.aot import compile_gluon
     from tritflow.kernels.hopper.limits import read_kernel
 
-    constants = {"BYTES": 768, "PARTS": 4, "ROWS": 16, "WHOLE": True, "READ": read, "EARLY": False}
+    constants = {"BYTES": 768, "PARTS": 4, "ROWS": 16, "WHOLE": True, "READ": read}
     types = {"weight": "*u8", "out": "*i32", "N": "i32"}
     compiled = compile_gluon(read_kernel, types, constants, num_warps=4)
     assert compiled.count("LDG.E.EF.128") == 6 * read

@@ -177,3 +177,29 @@ def test_what_is_no_number_stays_none():
         trits = torch.ones(16, 1024, dtype=torch.int8)
         assert np.isnan(product(x, pack_2bit(trits), 1.0, 4)).all()
     assert (product(torch.zeros(1024, dtype=torch.bfloat16), pack_2bit(trits), 1.0, 4) == 0).all()
+
+
+class _Kernel:
+    """In a kernel's place: keeps what it was launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((grid, options))
+
+
+def test_what_digits_do_not_take_runs_as_without_rows(monkeypatch):
+    from tritflow.kernels.hopper import one_row, skinny
+
+    digits, plain = _Kernel(), _Kernel()
+    monkeypatch.setattr(one_row, "one_row_kernel", digits)
+    monkeypatch.setattr(skinny, "w2a16_skinny_kernel", plain)
+    for m, k, rows in ((1, 256, 48), (1, 256, None), (2, 256, 48), (1, 8192, 48)):
+        x, weight = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(96, k // 4, dtype=torch.uint8)
+        skinny.w2a16_skinny(x, weight, torch.ones(96), rows=rows, digits=True, early=True)
+    assert [(grid, options["ROWS"], options["launch_pdl"]) for grid, options in digits.launches] == [
+        ((2,), 48, True),
+        ((6,), 16, True),
+    ]
+    assert [(options["ROWS"], options["maxnreg"]) for _, options in plain.launches] == [(32, 96), (16, 56)]

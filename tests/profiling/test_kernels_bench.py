@@ -94,14 +94,12 @@ def test_a_part_alone_compiles_and_times_nothing_else(asked: list[Task], tmp_pat
     assert run["products"] == {}
 
 
-def test_limits_are_no_products_and_those_ahead_stand_by_themselves() -> None:
-    us = {"bf16 gauss": 20.0, "triton": 12.0, "skinny, digits": 5.0, "skinny, digits, early, ahead": 4.0}
-    us |= {"limit, read": 3.0, "limit, read, 32 rows": 2.5, "limit, read, ahead": 2.0, "limit, empty": 1.0}
+def test_limits_are_no_products() -> None:
+    us = {"bf16 gauss": 20.0, "triton": 12.0, "skinny, digits": 5.0}
+    us |= {"limit, read": 3.0, "limit, read, 32 rows": 2.5, "limit, empty": 1.0}
     task = {"kind": "skinny", "shape": [1, 9216, 3072]}
     result = {"times": {name: {"p50": t} for name, t in us.items()}}
     (entry,) = kernels.summarize([{"task": task, "result": result}])["few_rows"].values()
     assert entry["fastest"] == "skinny, digits"
     assert entry["limits"] == {"read": 2.5, "empty": 1.0, "fastest": 5.0, "share": 0.5}
-    assert entry["fastest ahead"] == "skinny, digits, early, ahead"
-    assert entry["limits ahead"] == {"read": 2.0, "fastest": 4.0, "share": 0.5}
-    assert entry["ratios"] == {"w2a16 / bf16": 4.0, "w2a16 ahead / bf16": 5.0}
+    assert entry["ratios"] == {"w2a16 / bf16": 4.0}

@@ -13,7 +13,6 @@ from tritflow.kernels.block_ops import (
 from tritflow.kernels.low_rank_op import low_rank_add_, low_rank_down, w2a16_low_rank
 from tritflow.kernels.matmul_op import w2a8_matmul
 from tritflow.kernels.ops import quantize_activation, w2a8_linear, w2a16_linear
-from tritflow.kernels.promise import constant_weights
 
 __all__ = [
     "Backend",
@@ -22,7 +21,6 @@ __all__ = [
     "adaln",
     "adaln_quantize",
     "attention",
-    "constant_weights",
     "describe",
     "gated_residual",
     "gelu",

@@ -26,8 +26,6 @@ from tritflow.formats.atomic import write_atomic
 
 SCHEMA = 1
 W2A16 = "w2a16"
-W2A16_CONSTANT = "w2a16 constant"
-"""Few rows inside of `promise.constant_weights`; where there is none, `W2A16` serves."""
 _NAMES = {torch.int8: "w2a8 int8", torch.float8_e4m3fn: "w2a8 float8_e4m3fn"}
 _ATTENTION = {"attention": 3, "normed_attention": 13}  # where their arguments have the dtype
 TUNED = ("w2a8_matmul", "w2a8_linear", "w2a16_linear", *_ATTENTION)
@@ -171,7 +169,7 @@ def lookup(device: torch.device, name: str, m: int, n: int, k: int) -> Choice | 
 
     Args:
         device: where it will run.
-        name: `w2a8(dtype)`, `W2A16` or another one of this file.
+        name: `w2a8(dtype)` or `W2A16`.
         m: tokens; the nearest size that was measured counts, up to a factor of two.
         n: out_features.
         k: in_features.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tritflow.kernels import constant_weights
-
 _KEPT = 4  # graphs at a time; each holds its activations' memory
 
 
@@ -27,8 +25,7 @@ class GraphedCall:
     later ones replay. Results are the function's own bits.
 
     Args:
-        function: of CUDA tensors on one device, returning one tensor; it must not synchronise, and none of its kernels
-            may write a packed weight (`constant_weights` is promised for it).
+        function: of CUDA tensors on one device, returning one tensor; it must not synchronise.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -46,8 +43,7 @@ class GraphedCall:
         key = tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
         if key not in self._seen:
             self._seen.add(key)
-            with constant_weights(tensors[0].device):
-                return self.function(*tensors)
+            return self.function(*tensors)
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._record(tensors)
@@ -62,6 +58,6 @@ class GraphedCall:
     def _record(self, tensors: tuple[Tensor, ...]) -> _Recording:
         inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(tensors[0].device), constant_weights(), torch.cuda.graph(graph):
+        with torch.cuda.device(tensors[0].device), torch.cuda.graph(graph):
             output = self.function(*inputs)
         return _Recording(graph, inputs, output)

@@ -325,28 +325,21 @@ def _entry(kind: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _few_rows(us: dict[str, float], entry: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Notes the fastest product in an entry, and the limits and what share of their speed it has; what to compare.
-
-    A product that reads weights ahead of the kernel before's end is compared by itself, with a limit that does so too:
-    `auto` takes it under the promise of `constant_weights` alone.
-    """
-    ternary = [name for name in us if name != "bf16 gauss" and not name.startswith("limit, ")]
-    pairs = {}
-    for ahead in (False, True):
-        names = [name for name in ternary if name.endswith("ahead") is ahead]
-        fastest = min(names, key=us.__getitem__, default="")
-        limits: dict[str, float] = {}
-        for name, time_ in us.items():
-            kind, *rest = name.removeprefix("limit, ").split(", ")
-            if name.startswith("limit, ") and ("ahead" in rest) is ahead:
-                limits[kind] = min(time_, limits.get(kind, math.inf))
-        word, key = (" ahead", "w2a16 ahead / bf16") if ahead else ("", "w2a16 / bf16")
-        pairs[key] = ("bf16 gauss", fastest)
-        if fastest or not ahead:
-            entry[f"fastest{word}"] = fastest
-        if fastest and "read" in limits:
-            entry[f"limits{word}"] = {**limits, "fastest": us[fastest], "share": limits["read"] / us[fastest]}
-    return pairs
+    """Notes the fastest product in an entry, and the limits and what share of their speed it has; what to compare."""
+    fastest = min(
+        (name for name in us if name != "bf16 gauss" and not name.startswith("limit, ")),
+        key=us.__getitem__,
+        default="",
+    )
+    entry["fastest"] = fastest
+    limits: dict[str, float] = {}
+    for name, time_ in us.items():
+        if name.startswith("limit, "):
+            kind = name.split(", ")[1]
+            limits[kind] = min(time_, limits.get(kind, math.inf))
+    if fastest and "read" in limits:
+        entry["limits"] = {**limits, "fastest": us[fastest], "share": limits["read"] / us[fastest]}
+    return {"w2a16 / bf16": ("bf16 gauss", fastest)}
 
 
 def bench_gpu(

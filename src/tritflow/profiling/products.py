@@ -39,33 +39,16 @@ SKINNY: dict[str, dict[str, Any]] = {
     "4 warps, 32 rows, 96 registers": _WIDE,
     "4 warps, early": {**_FOUR, "early": True},
     "digits": _DIGITS,
+    "digits, early": {**_DIGITS, "early": True},
     "digits, 32 rows": {**_DIGITS, "rows": 32},
-    "digits, 32 rows, 96 registers": {**_DIGITS, "rows": 32, "registers": 96},
     "digits, 48 rows": {**_DIGITS, "rows": 48},
-    "digits, row first": {**_DIGITS, "row_first": True},
-    "digits, early, row first": {**_DIGITS, "early": True, "row_first": True},
-    "digits, 32 rows, row first": {**_DIGITS, "rows": 32, "row_first": True},
-    "digits, 48 rows, row first": {**_DIGITS, "rows": 48, "row_first": True},
-    "digits, early, ahead": {**_DIGITS, "early": True, "ahead": True},
-    "digits, 32 rows, early, ahead": {**_DIGITS, "rows": 32, "early": True, "ahead": True},
-    "digits, 32 rows, 96 registers, early, ahead": {
-        **_DIGITS,
-        "rows": 32,
-        "registers": 96,
-        "early": True,
-        "ahead": True,
-    },
-    "digits, 48 rows, early, ahead": {**_DIGITS, "rows": 48, "early": True, "ahead": True},
 }
-"""Settings of the product with few rows; see `hopper.skinny`. Those that read ahead are measured under the promise."""
+"""Settings of the product with few rows; see `hopper.skinny`."""
 LIMITS: dict[str, dict[str, Any]] = {
     "read": {},
     "read, 32 rows": {"rows": 32},
-    "read, ahead": {"early": True},
-    "read, 32 rows, ahead": {"rows": 32, "early": True},
     "empty": {"read": False},
     "empty, 32 rows": {"read": False, "rows": 32},
-    "empty, ahead": {"read": False, "early": True},
 }
 """Kernels of the product's grid that do less than it has to; see `hopper.limits`."""
 
@@ -230,10 +213,7 @@ def skinny(m: int, n: int, k: int) -> list[Candidate]:
 
     if m <= 8:
         settings_ = {name: s for name, s in SKINNY.items() if m == 1 or "digits" not in s}
-        found += [
-            Candidate(f"skinny, {name}", product(settings), sets, constant=settings.get("ahead", False))
-            for name, settings in settings_.items()
-        ]
+        found += [Candidate(f"skinny, {name}", product(settings), sets) for name, settings in settings_.items()]
     if m == 1:
         found += limits(wp)
     if m >= 64:

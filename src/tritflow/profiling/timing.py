@@ -7,39 +7,31 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from tritflow.kernels import constant_weights
-
 
 @dataclass
 class Candidate:
-    """Something to time: ``run(i)`` does the product with input set i of ``sets``.
-
-    ``constant``: under the promise that no kernel just before has written the weights.
-    """
+    """Something to time: ``run(i)`` does the product with input set i of ``sets``."""
 
     name: str
     run: Callable[[int], Any]
     sets: int
-    constant: bool = False
 
 
 def _captured(candidate: Candidate) -> tuple[torch.cuda.CUDAGraph, float]:
     """A graph of one run on each set, and its milliseconds."""
+    for i in range(min(2, candidate.sets)):
+        candidate.run(i)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with constant_weights() if candidate.constant else nullcontext():
-        for i in range(min(2, candidate.sets)):
+    with torch.cuda.graph(graph):
+        for i in range(candidate.sets):
             candidate.run(i)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            for i in range(candidate.sets):
-                candidate.run(i)
     graph.replay()
     torch.cuda.synchronize()
     begin = time.perf_counter()

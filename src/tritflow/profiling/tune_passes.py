@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,12 +29,8 @@ ATTENTION = (4608, 24, 128)
 Options = list[tuple[Choice, Candidate]]
 
 
-def few_rows(n: int, k: int, constant: bool = False) -> Options:
-    """The product of one row of bf16: settings of the Hopper kernel, whose error is below half a percent.
-
-    `constant`: under the promise of `constant_weights`, where those that read ahead do so.
-    """
-    from tritflow.kernels import constant_weights
+def few_rows(n: int, k: int) -> Options:
+    """The product of one row of bf16: settings of the Hopper kernel, whose error is below half a percent."""
     from tritflow.kernels.hopper import why_not
     from tritflow.kernels.hopper.skinny import w2a16_skinny
 
@@ -49,17 +44,13 @@ def few_rows(n: int, k: int, constant: bool = False) -> Options:
     truth = (x.double() @ weights[0].double().T) * row.double()
     found: Options = []
     for settings in SKINNY.values():
-        if settings.get("ahead") and not constant:
-            continue  # the same as without
 
         def run(i: int, settings: dict[str, Any] = settings) -> Any:
             return w2a16_skinny(x, packed[i], row, **settings)
 
-        with constant_weights() if constant else nullcontext():
-            error = ((run(0).double() - truth).norm() / truth.norm()).item()
-        if error < 0.005:
+        if ((run(0).double() - truth).norm() / truth.norm()).item() < 0.005:
             choice = Choice("hopper", dict(settings))
-            found.append((choice, Candidate(choice.label, run, sets, constant)))
+            found.append((choice, Candidate(choice.label, run, sets)))
     return found
 
 
@@ -97,11 +88,7 @@ def attention(shape: tuple[int, int, int], dtype: str, sound: list[dict[str, Any
 def targets(part: str, seconds: float, say: Callable[[str], None]) -> list[tuple[str, Callable[[], Options]]]:
     """Entries of a part, each with what makes its options."""
     if part == "few rows":
-        return [
-            (tuning.entry(name, 1, n, k), lambda n=n, k=k, name=name: few_rows(n, k, name == tuning.W2A16_CONSTANT))  # type: ignore[misc]
-            for name in (tuning.W2A16, tuning.W2A16_CONSTANT)
-            for n, k in ROWS
-        ]
+        return [(tuning.entry(tuning.W2A16, 1, n, k), lambda n=n, k=k: few_rows(n, k)) for n, k in ROWS]  # type: ignore[misc]
     if part == "adaln":
         return [
             (tuning.entry(tuning.adaln(d), m, k, k), lambda m=m, k=k, d=d: adaln(m, k, d))  # type: ignore[misc]

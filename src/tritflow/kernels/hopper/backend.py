@@ -10,7 +10,6 @@ from torch import Tensor
 from tritflow.kernels import tuning
 from tritflow.kernels.backends import Backend, Kernel
 from tritflow.kernels.hopper import supports, why_not
-from tritflow.kernels.promise import weights_are_constant
 
 _FROM_TOKENS = 64  # below, a tile of 128 tokens is mostly padding and plain Triton's small tiles do better
 _SKINNY_TOKENS = 8
@@ -104,17 +103,12 @@ def w2a16_linear(
     if input_scale is not None:
         rows = (rows * input_scale).to(rows.dtype)  # one rounding, as in the other backends
     if rows.shape[0] <= _SKINNY_TOKENS:
-        out = w2a16_skinny(rows, weight, weight_scale, bias, **_few_rows(x, weight))
+        choice = tuning.lookup(x.device, tuning.W2A16, *_shape(x, weight))
+        settings = {} if choice is None or choice.backend != "hopper" else choice.config
+        out = w2a16_skinny(rows, weight, weight_scale, bias, **settings)
     else:
         out = w2a16_gemm(rows, weight, weight_scale, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _few_rows(x: Tensor, weight: Tensor) -> dict[str, Any]:
-    """Tuned settings of a product of few rows: under the promise of constant weights those, else the plain ones."""
-    names = (tuning.W2A16_CONSTANT, tuning.W2A16) if weights_are_constant() else (tuning.W2A16,)
-    found = [tuning.lookup(x.device, name, *_shape(x, weight)) for name in names]
-    return next((choice.config for choice in found if choice is not None and choice.backend == "hopper"), {})
 
 
 def _supports_w2a16(

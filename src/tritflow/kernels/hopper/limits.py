@@ -7,7 +7,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tritflow.kernels.hopper.one_row import read_words, words_layout
-from tritflow.kernels.hopper.skinny import request_weights, wait_for_the_kernel_before
 
 
 @gluon.jit(do_not_specialize=["N"])
@@ -20,16 +19,11 @@ def read_kernel(
     ROWS: gl.constexpr,
     WHOLE: gl.constexpr,
     READ: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """Reads weight[row:row + ROWS] as `one_row` does and writes a number to out[block]; without READ that alone."""
     block = gl.program_id(0)
-    if EARLY:
-        request_weights(weight, block * ROWS, N, BYTES, ROWS, False)
     if READ:
         words = read_words(weight, block * ROWS, N, BYTES, PARTS, ROWS, WHOLE)
-        if EARLY:
-            wait_for_the_kernel_before()
         found = words[0]
         for i in gl.static_range(1, (BYTES + PARTS * 64 - 1) // (PARTS * 64) * (ROWS // 8)):
             found = found ^ words[i]
@@ -42,8 +36,6 @@ def read_kernel(
         first = (first + gl.expand_dims(gl.expand_dims(words_, 0), 1)) == 0
         gl.store(out + block + gl.zeros_like(found), found, mask=first | (found == 0x5A3C0FF1))
     else:
-        if EARLY:
-            wait_for_the_kernel_before()
         gl.store(out + block, 1)
 
 
@@ -54,12 +46,10 @@ def read_weights(
     rows: int = 16,
     parts: int = 4,
     read: bool = True,
-    early: bool = False,
 ) -> torch.Tensor:
     """Launch the grid of `skinny.w2a16_skinny` on packed weights [N, bytes] and read them, or (``read``) not.
 
-    ``out``: int32, at least as many as blocks. ``early``: the next kernel may start meanwhile, and weights are read
-    before the kernel before has ended.
+    ``out``: int32, at least as many as blocks.
     """
     n = weight.shape[0]
     read_kernel[(-(-n // rows),)](
@@ -71,8 +61,6 @@ def read_weights(
         ROWS=rows,
         WHOLE=n % rows == 0,
         READ=read,
-        EARLY=early,
         num_warps=parts,
-        launch_pdl=early,
     )
     return out

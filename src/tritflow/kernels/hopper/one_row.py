@@ -230,17 +230,10 @@ def one_row_kernel(
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
     WHOLE: gl.constexpr,
-    FEW: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     EARLY: gl.constexpr,
-    AHEAD: gl.constexpr,
-    ROW_FIRST: gl.constexpr,
 ):
-    """out[row:row + ROWS] of x [K] bf16 and weight [N, BYTES]; launch with PARTS warps, each with its part of K.
-
-    ROW_FIRST: the row is asked for before the weights, so that it is not behind them in the memory's queues.
-    FEW registers: digits are read from shared memory where they are used, and corrections made there.
-    """
+    """out[row:row + ROWS] of x [K] bf16 and weight [N, BYTES]; launch with PARTS warps, each with its part of K."""
     layout: gl.constexpr = words_layout(PARTS)
     x_layout: gl.constexpr = _row_layout(PARTS)
     SPAN: gl.constexpr = PARTS * 64
@@ -249,11 +242,9 @@ def one_row_kernel(
     row = gl.program_id(0) * ROWS
     if EARLY:
         request_weights(weight, row, N, BYTES, ROWS, False)
-    if EARLY and not AHEAD:
         wait_for_the_kernel_before()
-    if ROW_FIRST:
-        row_of = _read_row(x, K, BYTES, PARTS)
-    # Asked for before all else.
+    # All that is read is asked for first, the row before the weights: behind them it waited in the memory's queues.
+    row_of = _read_row(x, K, BYTES, PARTS)
     words = read_words(weight, row, N, BYTES, PARTS, ROWS, WHOLE)
 
     # Where a column of digits counts: lane t has columns 2 t and 2 t + 1, of which 0, 1 and 2 are digits.
@@ -269,7 +260,6 @@ def one_row_kernel(
     column = quarter * 2 + column
     weighting = gl.where(column == 0, 1.0, gl.where(column == 1, 256.0, gl.where(column == 2, 65536.0, 0.0)))
 
-    # Scales and biases are asked for here too.
     y_layout: gl.constexpr = _sums_layout(PARTS)
     out_row = row + gl.arange(0, 16, gl.SliceLayout(0, y_layout))
     scales = ()
@@ -280,12 +270,7 @@ def one_row_kernel(
         if HAS_BIAS:
             biases += (gl.load(bias + at, mask=at < N, other=0.0),)  # type: ignore[assignment]
 
-    if EARLY and AHEAD:
-        wait_for_the_kernel_before()
-    else:
-        gl.thread_barrier()  # else the assembler, to save registers, asks for weights when the row has come
-    if not ROW_FIRST:
-        row_of = _read_row(x, K, BYTES, PARTS)
+    gl.thread_barrier()  # else the assembler, to save registers, asks for weights when the row has come
 
     # The largest magnitude of a part, as bits: bf16 without its sign grows as an integer does, NaN above all.
     largest = gl.zeros((PARTS, 128), gl.int32, x_layout)
@@ -317,10 +302,9 @@ def one_row_kernel(
 
     corrections = (zero, zero, zero)
     columns = ()
-    if not FEW:
-        for s in gl.static_range(COUNT):
-            columns += (_columns(shared[s], PARTS),)  # type: ignore[assignment]
-            corrections = _corrected(corrections, columns[s])
+    for s in gl.static_range(COUNT):
+        columns += (_columns(shared[s], PARTS),)  # type: ignore[assignment]
+        corrections = _corrected(corrections, columns[s])
     back_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, shape_layout))))
     back = gl.convert_layout(back, back_layout)
     back = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(back, 1), 2), 3), 4)
@@ -329,14 +313,8 @@ def one_row_kernel(
     for tile in gl.static_range(TILES):
         sums = (corrections[0], corrections[1], corrections[2], zero)
         for s in gl.static_range(COUNT):
-            if FEW:
-                these = _columns(shared[s], PARTS)
-                a0, a1, a2 = _corrected(sums, these)
-                sums = (a0, a1, a2, sums[3])
-            else:
-                these = columns[s]
             upper, lower = words[(s * TILES + tile) * 2], words[(s * TILES + tile) * 2 + 1]
-            sums = _multiplied(upper, lower, these, sums)
+            sums = _multiplied(upper, lower, columns[s], sums)
         total = sums[3] + 4 * sums[2] + 16 * sums[1] + 64 * sums[0]
         total = gl.reshape(total, (PARTS, 8, 4, 2, 2)).to(gl.float32) * weighting
         part = gl.permute(gl.sum(gl.sum(total, axis=4), axis=2), (0, 2, 1))

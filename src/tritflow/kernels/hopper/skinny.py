@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tritflow.kernels.assembly import HALVES
-from tritflow.kernels.promise import weights_are_constant
 
 TOKENS = 8
 ROW_BYTES = 1024
@@ -216,9 +215,7 @@ def w2a16_skinny(
     registers: int | None = None,
     early: bool = False,
     prefetch: bool = False,
-    ahead: bool = False,
     digits: bool = False,
-    row_first: bool = False,
 ) -> torch.Tensor:
     """out[m, n] = weight_scale[n] * sum_k x[m, k] T[n, k] (+ bias[n]) for M <= 8, bf16 in and out, fp32 sums.
 
@@ -228,10 +225,8 @@ def w2a16_skinny(
     ``registers`` bounds a thread's, so that more blocks fit a multiprocessor; ``early`` lets blocks be placed while the
     kernel before is still running (they wait for its end before they read anything), and with ``prefetch`` bring their
     weights into the second-level cache meanwhile. ``digits`` is the product of `one_row` (one token, K up to 4,096),
-    which takes 64 bytes of a row at a time and any multiple of 16 rows, and asks for its weights before all else, or
-    with ``row_first`` for its activations; what it does not take is multiplied as without ``rows``. With ``early`` and
-    ``ahead`` it reads weights, scales and biases before the kernel before has ended, inside of
-    `tritflow.kernels.constant_weights`; outside ``ahead`` means nothing.
+    which takes 64 bytes of a row at a time, any multiple of 16 rows and as many registers as it needs; what it does not
+    take is multiplied as without ``rows``.
     """
     m, k = x.shape
     if m > TOKENS or x.dtype != torch.bfloat16:
@@ -240,15 +235,11 @@ def w2a16_skinny(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out
-    fits = m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES
-    if rows is None or (digits and not fits):
-        rows, registers = (16, 56) if m == 1 else (32, 96)
-    # What is made contiguous here, a kernel just before writes.
-    ahead = early and ahead and weights_are_constant() and weight.is_contiguous()
     weight = weight.contiguous()
-    if digits and fits:
+    if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES:
         from tritflow.kernels.hopper.one_row import one_row_kernel
 
+        rows = 16 if rows is None else rows
         one_row_kernel[(-(-n // rows),)](
             x.contiguous(),
             weight,
@@ -261,16 +252,14 @@ def w2a16_skinny(
             PARTS=parts,
             ROWS=rows,
             WHOLE=n % rows == 0,
-            FEW=registers is not None,
             HAS_BIAS=bias is not None,
             EARLY=early,
-            AHEAD=ahead,
-            ROW_FIRST=row_first and not ahead,
             num_warps=parts,
-            maxnreg=registers,
             launch_pdl=early,
         )
         return out
+    if rows is None or digits:
+        rows, registers = (16, 56) if m == 1 else (32, 96)
     w2a16_skinny_kernel[(-(-n // rows),)](
         x.contiguous(),
         weight,
