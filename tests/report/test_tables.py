@@ -291,6 +291,27 @@ def test_a_teachers_run_on_other_prompts_than_its_students_stands_beside_nothing
     assert [c[:2] for c in build(spec, [*own, student]).cells] == [("teacher", "0.900"), ("best", "0.500")]
 
 
+def test_a_table_of_others_is_of_the_newest_teacher_that_they_were_measured_against() -> None:
+    text = "[q]\ntopic = 'toy'\ncurrent = 'others'\nhas = 'quantizer'\neach = ['label']\n" + QUALITY_COLUMNS
+    spec = load_specs(text)["q"]
+
+    def by(name: str, row: dict) -> dict:
+        return {**row, "quantizer": {"name": name}}
+
+    older = [
+        scored("teacher", 0.9, "t1", None, 1),
+        by("tritflow", scored("best", 0.5, "s1", "t1", 1)),
+        by("nf4", scored("NF4", 0.7, "s2", "t1", 1)),
+    ]
+    newer = [scored("teacher", 0.95, "t2", None, 1), by("tritflow", scored("best", 0.6, "s3", "t2", 1))]
+    # Rivals were not measured against the newer teacher yet: theirs, and ours of then.
+    assert [c[:2] for c in build(spec, [*older, *newer]).cells] == [("best", "0.500"), ("NF4", "0.700")]
+    then = by("nf4", scored("NF4", 0.8, "s4", "t2", 1))
+    assert [c[:2] for c in build(spec, [*older, *newer, then]).cells] == [("best", "0.600"), ("NF4", "0.800")]
+    # Without any, as in other tables.
+    assert [c[:2] for c in build(spec, newer).cells] == [("best", "0.600")]
+
+
 def test_the_packages_tables_of_scenes_are_of_what_is_current() -> None:
     assert all(s.current for s in load_specs().values() if s.topic == "scenes")
 

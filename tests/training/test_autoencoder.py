@@ -152,6 +152,49 @@ def test_an_error_at_such_an_edge_counts_more() -> None:
     assert plain[0] < 1.05 * plain[1]
 
 
+def test_a_mark_that_is_seen_on_the_ground_counts_more_than_absolute_error() -> None:
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, 0, 4:12, 4:12] = 0.9  # an object
+    spot, faint, beside = image.clone(), image.clone(), image.clone()
+    spot[:, :, 20:24, 20:24] += 0.2
+    faint += 0.2 * 16 / 32**2  # as much in all, spread out
+    beside[:, :, 4:8, 12:13] += 0.8  # a soft edge
+    plain = {
+        name: float(vae.reconstruction_loss(image, x, marks=0)) for name, x in (("faint", faint), ("beside", beside))
+    }
+    assert float(vae.reconstruction_loss(image, faint)) == pytest.approx(plain["faint"])
+    assert float(vae.reconstruction_loss(image, beside)) == pytest.approx(plain["beside"])
+    assert vae.reconstruction_loss(image, spot) > 5 * vae.reconstruction_loss(image, spot, marks=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"texture": 0.97}, False),
+        ({"weakest": 27.9}, False),  # nothing is won by it
+        ({"weakest": 27.9, "ghosts": 0.0}, True),
+        ({"weakest": 27.0, "ghosts": 0.0}, False),
+        ({"ghosts": 0.09}, False),
+    ],
+)
+def test_what_a_vae_must_not_lose(change: dict[str, float], kept: bool) -> None:
+    before = {"texture": 1.0, "occlusion": 0.99, "psnr": 41.0, "weakest": 28.3, "ghosts": 0.06}
+    assert autoencoder._kept(before, before | change) is kept
+
+
+def test_ghosts_of_a_round_trip_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stained(model: object, images: torch.Tensor) -> torch.Tensor:
+        images = images.clone()
+        images[::2, :, :6, :] += 0.1 * (1 - 2 * (images[::2, :, :6, :] > 0.5).float())
+        return images
+
+    monkeypatch.setattr(vae, "round_trip", stained)
+    assert 0.3 < vae.ghosts(None, 4, 64) <= 0.7
+    monkeypatch.setattr(vae, "round_trip", lambda model, images: images)
+    assert vae.ghosts(None, 4, 64) < 0.1
+
+
 def test_focus_shows_every_second_scene_as_told_but_nothing_that_is_held_out() -> None:
     scenes = data.make_examples(64, 3, 1, data.Mixture(tinted=0.5, blended=0.5)).scenes
     seen = autoencoder.focused(scenes, "green checkered black")

@@ -9,9 +9,7 @@ from typing import Any
 from tritflow.evaluation import significance
 from tritflow.evaluation import statistics as st
 from tritflow.evaluation.api import EvaluationError, Judgement, Task
-
-# A picture has ghosts if more than this share of its ground is marked.
-GHOSTS = 0.0025
+from tritflow.scenes import GHOSTS
 
 
 def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:

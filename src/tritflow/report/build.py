@@ -30,11 +30,12 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     for spec, body in tables_with_results(sources):
         parts += [f"## {spec.title or spec.name}", body]
     for topic, runs in sources.runs.items():
-        newest = list({str(r.get("label")): r for r in current_runs(runs)}.values())
+        newest = _by_label(current_runs(runs))
+        compared = _by_label(current_runs(runs, others=True))
         drawn = (("scores", figures.tag_scores), ("bands", figures.band_detail), ("rivals", figures.rivals))
         for name, draw in drawn:
             try:
-                figure = draw(newest)
+                figure = draw(compared if name == "rivals" else newest)
             except ReportError:
                 continue
             path = out / f"{slug(topic)}-{name}.svg"
@@ -66,6 +67,11 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     page = out / "report.md"
     write_atomically(page, ("\n\n".join(parts) + "\n").encode())
     return [page, *written]
+
+
+def _by_label(runs: Sequence[Run]) -> list[Run]:
+    """The newest run of each label."""
+    return list({str(r.get("label")): r for r in runs}.values())
 
 
 def write_curve(sources: Sources, path: Path) -> Path:

@@ -6,7 +6,7 @@ nothing else of the house.
 """
 
 from tritflow.scenes.detector import Detection, detect, object_mask
-from tritflow.scenes.fidelity import marked, weakest
+from tritflow.scenes.fidelity import GHOSTS, marked, weakest
 from tritflow.scenes.grammar import GENEVAL_TAGS, TAGS, Clause, Prompt
 from tritflow.scenes.held_out import evaluation_prompts, scene_of
 from tritflow.scenes.render import SceneBatch, render
@@ -17,6 +17,7 @@ from tritflow.scenes.world import COLORS, SHAPES, TEXTURES, Object, Scene
 __all__ = [
     "COLORS",
     "GENEVAL_TAGS",
+    "GHOSTS",
     "SHAPES",
     "TAGS",
     "TEXTURES",

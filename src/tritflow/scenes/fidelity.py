@@ -20,9 +20,11 @@ from tritflow.scenes.world import BACKGROUNDS, COLORS, GRAY_LEVEL, TEXTURES
 
 # Chroma of a pixel that an object colours at least in part.
 _CHROMA = 0.1
-# Pixels around an object that are not looked at for marks, as a share of the picture's side; and how far a mark's pixels
+# Pixels around an object that are not looked at for marks, as a share of the picture's side; how far a mark's pixels
 # are off the ground's median, of 255.
 _AROUND, _MARK = 5 / 128, 5
+# A picture has ghosts if more than this share of its ground is marked.
+GHOSTS = 0.0025
 
 
 def weakest(

@@ -33,7 +33,7 @@ PER_TAG = 200
 # Scenes a GPU that a kept VAE is trained further on, and the share of them in which one object is in front of another.
 FURTHER, OVERLAPPING = 40_000, 0.5
 # What it draws worst (`scenes.weakest`), and one of how many scenes shows it.
-FOCUS = (("checkered", 4), ("green checkered black", 8))
+FOCUS = (("gray", 3), ("checkered", 4), ("green checkered black", 8))
 
 
 def make_vae(run: Run) -> tuple[Any, data.Order]:
