@@ -8,12 +8,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tritflow.assets import asset_path
 from tritflow.config import CalibrationConfig, ConfigError, DistillationConfig, OnlineConfig, Recipe
-from tritflow.formats.checkpoint import TernaryFolder
+from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.packing import unpack
+from tritflow.formats.source import open_source
 from tritflow.pipelines.quantize import QuantizeError, plan, quantize
-from tritflow.pipelines.start import LATENTS, STEPS, StartError, pack_latent
+from tritflow.pipelines.start import LATENTS, STEPS, Start, StartError, pack_latent
 from tritflow.recipes import override, recipe_hash
+
+
+def test_the_shipped_student_is_of_the_shipped_teacher():
+    source = open_source(asset_path("small") / "transformer")
+    assert (
+        Start("small-student", source.fingerprint()).digest
+        == verify_folder(asset_path("small-student") / "transformer").digest
+    )
+
 
 LEG = Recipe(
     "leg",
