@@ -235,7 +235,7 @@ def test_legs_of_one_training_follow_each_other(tmp_path: Path) -> None:
         curve = [({} if s is None else {"seconds": s}) | {"counting": v, "overall": v} for s, v in points]
         return {"label": "small FLUX", "prompts_per_tag": prompts, "curve": curve}
 
-    runs = [leg(8, (60, 0.9)), leg(48, (60, 0.1), (120, 0.2)), leg(48, (60, 0.3), (None, 0.4))]
+    runs = [leg(8, (60, 0.9)), leg(48, (60, 0.1), (120, 0.2)), leg(32, (60, 0.8), (None, 0.9))]
     legs = figures.training_legs(runs)
     assert legs == runs[1:]
     axes = figures.training_curve(legs).axes[0]
@@ -243,6 +243,8 @@ def test_legs_of_one_training_follow_each_other(tmp_path: Path) -> None:
     assert [list(map(float, line.get_xdata())) for line in counted] == [[1, 2], [3]]
     assert next(line.get_label() for line in counted) == "counting"
     assert {t.get_text() for t in axes.texts} == {"leg 1", "leg 2"}
+    assert "32 or 48 held-out" in axes.get_title(loc="left")
+    assert figures.training_legs(runs[:1]) == runs[:1]
 
 
 def test_the_curve_alone_is_written_in_the_kind_of_its_name(tmp_path: Path) -> None:

@@ -194,13 +194,13 @@ def sensitivity(run: Run) -> Figure:
 
 
 def training_legs(runs: Sequence[Run]) -> list[Run]:
-    """Runs of the topic "training" that one figure can hold, oldest first: the newest one and those right before it
-    that scored as many prompts a tag."""
+    """The runs of the topic "training" that led to the newest one, oldest first: back to the last that began with
+    nothing, whose first score is below a half."""
     legs: list[Run] = []
     for run in reversed(runs):
-        if legs and run["prompts_per_tag"] != legs[0]["prompts_per_tag"]:
-            break
         legs.insert(0, run)
+        if run.get("curve") and run["curve"][0]["overall"] < 0.5:
+            break
     return legs
 
 
@@ -232,7 +232,8 @@ def training_curve(legs: Sequence[Run]) -> Figure:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("minutes since the start" + (", leg after leg" if len(curves) > 1 else ""))
     axes.set_ylabel("score")
-    axes.set_title(f"Averaged weights while training, {legs[-1]['prompts_per_tag']} held-out prompts a tag", loc="left")
+    prompts = " or ".join(str(n) for n in sorted({leg["prompts_per_tag"] for leg in legs}))
+    axes.set_title(f"Averaged weights while training, {prompts} held-out prompts a tag", loc="left")
     figure.legend(frameon=False, ncols=5, loc="outside lower center", fontsize=8)
     return figure
 
