@@ -88,7 +88,7 @@ def run(arguments: Sequence[object], env: Mapping[str, str] | None = None, timeo
 
 
 def run_ranks(arguments: Sequence[object], count: int, timeout: float = 300) -> list[Forked]:
-    """`count` processes that find each other as torchrun's do; when one fails, the others are ended, too."""
+    """`count` processes that find each other as torchrun's do; when one fails, the others have 5 s to end as well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,9 @@ def run_ranks(arguments: Sequence[object], count: int, timeout: float = 300) -> 
         ranks.append(start(arguments, {**os.environ, **added}))
     deadline = time.monotonic() + timeout
     while any(r.poll() is None for r in ranks):
-        if any(r.poll() for r in ranks) or time.monotonic() > deadline:
+        if any(r.poll() for r in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
             for rank in ranks:
                 rank.send_signal(signal.SIGKILL)
         time.sleep(0.02)
