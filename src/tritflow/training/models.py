@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 LATENT_CHANNELS = 16
+# Characters for words that nobody says (`words`), in the places of capital letters and digits. They have no case and no
+# decomposition, so that no normalizer touches them.
+RUNES = "".join(chr(c) for c in range(0x16A0, 0x16A0 + 36))
+_GIVEN_UP = "ABCDEFGHIJKLMNOPQRSTUVWX0123456789YZ"
 # Text tokens that the small FLUX is trained on; longer prompts are cut here.
 SEQUENCE_LENGTH = 48
 
@@ -26,11 +30,14 @@ class SmallFluxSize:
 
 
 def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
-    """CLIP's and T5's stock tokenizers over one token a word of `words`, with single characters for all else."""
+    """CLIP's and T5's stock tokenizers over one token a word of `words`, with single characters for all else but
+    capital letters and digits, whose tokens are `RUNES`."""
+    from tokenizers import AddedToken
     from transformers import CLIPTokenizer, T5Tokenizer
 
     letters = [chr(c) for c in range(33, 127)]
-    vocab = {p: i for i, p in enumerate(dict.fromkeys([*letters, *(c + "</w>" for c in letters)]))}
+    rune = dict(zip(_GIVEN_UP, RUNES, strict=True))
+    vocab = {p: i for i, p in enumerate([*letters, *(rune.get(c, c + "</w>") for c in letters)])}
     merges: list[Any] = []
     # Words grow from their last letter: its </w> occurs nowhere else, so that no other word's merge comes between.
     for word in words:
@@ -43,8 +50,10 @@ def build_tokenizers(words: list[str]) -> tuple[Any, Any]:
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=SEQUENCE_LENGTH)
+    # Read before the text is taken apart into bytes; they are in the vocabulary already.
+    clip.add_tokens([AddedToken(c, normalized=False) for c in RUNES])
     pieces_t5 = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -6.0)]
-    pieces_t5 += [(f"▁{word}", -3.0) for word in words] + [(chr(c), -8.0) for c in range(33, 127)]
+    pieces_t5 += [(f"▁{word}", -3.0) for word in words] + [(rune.get(c, c), -8.0) for c in letters]
     t5 = T5Tokenizer(vocab=pieces_t5, extra_ids=0, model_max_length=512)
     return clip, t5
 

@@ -1,4 +1,8 @@
-"""Invented words: single characters that no caption contains, in the place of nouns, colours and textures."""
+"""Invented words: single characters that no caption contains, in the place of nouns, colours and textures.
+
+Those of nouns and colours are runes, which both tokenizers read as one token wherever one stands: a text can say them.
+One is written right behind the word before it ("two redᚠ"), so that no token for a space comes between.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,12 @@ from torch import Tensor, nn
 
 from tritflow.scenes import COLORS, SHAPES, TEXTURES
 from tritflow.scenes.grammar import PLURAL
+from tritflow.training.models import RUNES
 
-# What has a word, and the characters that stand for invented ones.
+# What has a word, and the characters that stand for invented ones. (Those of textures are only said in token ids.)
 CLASSES = (
-    (tuple((shape, PLURAL[shape]) for shape in SHAPES), "ABCDEFGHIJKLMNOPQRSTUVWX"),
-    (tuple((color,) for color in COLORS), "0123456789YZ"),
+    (tuple((shape, PLURAL[shape]) for shape in SHAPES), RUNES[:24]),
+    (tuple((color,) for color in COLORS), RUNES[24:36]),
     (tuple((texture,) for texture in TEXTURES), "bcdfghjk"),
 )
 
@@ -46,7 +51,8 @@ class InventedWords(nn.Module):
             ("t5", t5_tokenizer, "▁{}", "{}"),
             ("clip", clip_tokenizer, "{}</w>", "{}</w>"),
         ):
-            invented = [tokenizer.convert_tokens_to_ids(character.format(c)) for c in characters]
+            said = [c if c in RUNES else character.format(c) for c in characters]
+            invented = [tokenizer.convert_tokens_to_ids(token) for token in said]
             self.register_buffer(f"{name}_table", word_table(tokenizer, words, form))
             self.register_buffer(f"{name}_invented", torch.tensor(invented))
 
@@ -93,6 +99,16 @@ class InventedWords(nn.Module):
         word = table[ids]
         other = choice.gather(1, word.clamp(min=0))
         return torch.where((word >= 0) & (other >= 0), invented[other.clamp(min=0)], ids)
+
+    def text(self, clip_ids: Sequence[int], tokenizer: Any) -> str:
+        """What the token ids of one caption say, without marks and padding, in a text that gives the same ids again."""
+        said = ""
+        for token in tokenizer.convert_ids_to_tokens(list(clip_ids)):
+            if token in tokenizer.all_special_tokens:
+                continue
+            word = token.removesuffix("</w>")
+            said += word if not said or word in RUNES or word == "," else " " + word
+        return said
 
     @staticmethod
     def renamed(index: Tensor, choice: Tensor, which: int) -> Tensor:
