@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import forked
 from tritflow.scenes import fidelity
-from tritflow.training import data, models, run, start
+from tritflow.training import data, models, run, start, vae
 from tritflow.training.__main__ import main
 from tritflow.training.options import arguments
 
@@ -66,6 +66,8 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
         # What the VAE keeps of every colour on every ground is measured in tests of the autoencoder.
         for name in ("COLORS", "TEXTURES", "BACKGROUNDS"):
             patch.setattr(fidelity, name, getattr(fidelity, name)[:1])
+        ghosts = vae.ghosts
+        patch.setattr(vae, "ghosts", lambda model, per_tag, *rest: ghosts(model, 1, *rest))
         patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
         yield patch
 
