@@ -75,6 +75,7 @@ steps_of_all = run(out / "counted", None)[1]
 r = random.Random(11)
 points = r.sample(range(len(steps_of_all)), 20)
 points += [i for i, what in enumerate(steps_of_all) if what.startswith("batch")]
+points += [steps_of_all.index(what) for what in ("before a rename", "after a rename")]
 said = []
 for number, at in enumerate(points):
     folder = out / f"killed-{number}"
@@ -91,7 +92,8 @@ print(json.dumps(said))
 def test_killed_at_twenty_random_points_and_at_every_batch(
     suite: type[GenEvalTask] | type[CompBenchTask], tmp_path: Path, prompts: Path
 ) -> None:
-    """Twenty random points and the boundaries of all batches, each killed, then killed again, then left to finish."""
+    """Twenty random points, the boundaries of all batches and a rename, each killed, then killed again, then left to
+    finish."""
     draw_suite(tmp_path / "whole", suite(options(prompts)))
     wanted = folder_bytes(tmp_path / "whole")
     (tmp_path / "kills").mkdir()
@@ -101,8 +103,7 @@ def test_killed_at_twenty_random_points_and_at_every_batch(
     assert len(kills) > 30
     assert len({at for at, _, _ in kills[:20]}) == 20
     places = {what for _, what, _ in kills}
-    assert {"batch begun", "batch drawn", "batch noted"} <= places
-    assert places & {"before a rename", "after a rename"}
+    assert {"batch begun", "batch drawn", "batch noted", "before a rename", "after a rename"} <= places
     assert sum(again for _, _, again in kills) > 10
     for number in range(len(kills)):
         assert folder_bytes(tmp_path / "kills" / f"killed-{number}") == wanted, kills[number]

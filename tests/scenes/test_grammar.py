@@ -21,7 +21,7 @@ from tritflow.scenes import (
     training_captions,
     training_examples,
 )
-from tritflow.scenes.grammar import HELD_OUT_OPENINGS, NUMBER, groups_in
+from tritflow.scenes.grammar import HELD_OUT_OPENINGS, NUMBER, WORDS, groups_in
 from tritflow.scenes.training_set import LONGEST_CAPTION, caption_tokens
 from tritflow.scenes.world import (
     COUNTS,
@@ -220,3 +220,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(held_out._MAKERS, "texture", lambda rng: ("a ring", (Clause("ring"),), ""))
     with pytest.raises(ValueError, match="fewer than 150 prompts for 'texture'"):
         evaluation_prompts(150, tags=("texture",))
+
+
+def test_every_word_of_the_captions_is_known_and_none_besides() -> None:
+    found = {w for c in training_captions(20_000) for w in c.replace(",", " ").split()}
+    assert sorted(found) == list(WORDS)
+    assert {w for p in evaluation_prompts(40) for w in p.text.replace(",", " ").split()} <= found

@@ -11,7 +11,7 @@ from typing import Any
 from test_training_run import quick
 from torch import nn
 
-from tritflow.training import data, flow, stages
+from tritflow.training import flow, stages
 from tritflow.training.__main__ import main
 from tritflow.training.loop import rank
 
@@ -35,11 +35,9 @@ if __name__ == "__main__":
         facts.update(vae=digest(model), rank=rank())
         return model, order
 
-    words = json.loads(Path(sys.argv[1]).read_text())
     with quick() as patch:
-        patch.setattr(data, "training_words", lambda: words)
         patch.setattr(flow, "train_flow", train_flow)
         patch.setattr(stages, "make_vae", make_vae)
-        main(sys.argv[2:])
+        main(sys.argv[1:])
     out = Path(sys.argv[sys.argv.index("--out") + 1])
     (out / f"rank-{facts['rank']}.json").write_text(json.dumps(facts))

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tritflow.scenes import evaluation_prompts, training_captions
-from tritflow.training.data import make_examples, pack, render_all, tokenize, training_words, unpack, vocabulary
+from tritflow.scenes.grammar import WORDS
+from tritflow.training.data import make_examples, pack, render_all, tokenize, unpack
 from tritflow.training.models import SEQUENCE_LENGTH, build_tokenizers
 
 
 @pytest.fixture(scope="module")
 def tokenizers():  # type: ignore[no-untyped-def]
-    return build_tokenizers(training_words())
+    return build_tokenizers(list(WORDS))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 12)])
@@ -67,10 +68,6 @@ def test_tokenizers_survive_their_folder(tokenizers, tmp_path) -> None:  # type:
         loaded = AutoTokenizer.from_pretrained(tmp_path / str(i))
         text = "a checkered red star, a ring and a blue heart"
         assert loaded(text).input_ids == tokenizer(text).input_ids
-
-
-def test_vocabulary() -> None:
-    assert vocabulary(["a star, a ring", "two rings"]) == ["a", "ring", "rings", "star", "two"]
 
 
 def test_examples_do_not_depend_on_the_number_of_workers() -> None:

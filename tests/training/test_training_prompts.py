@@ -9,6 +9,7 @@ import pytest
 from tritflow.assets import asset_path
 from tritflow.calibration.prompts import load_prompts
 from tritflow.scenes import evaluation_prompts, training_captions
+from tritflow.scenes.grammar import WORDS
 from tritflow.training import data
 from tritflow.training.models import RUNES
 from tritflow.training.prompts import SEED, main, prompts
@@ -39,7 +40,7 @@ def test_so_do_the_shipped_tokenizers(made: list[str]) -> None:
 def test_many_are_told_in_invented_words_and_the_rest_in_plain_ones(made: list[str]) -> None:
     told = sum(any(c in RUNES for c in text) for text in made)
     assert 0.4 * 400 < told < 0.8 * 400
-    words = set(data.training_words())
+    words = set(WORDS)
     assert all(w.strip(",") in words for text in made if not set(text) & set(RUNES) for w in text.split())
     assert not any(c in RUNES for text in prompts(50, 0.0, 0.0) for c in text)
     assert prompts(50, 0.4, 0.4, seed=1) != made[:50]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import forked
 from tritflow.scenes import fidelity
-from tritflow.training import data, models, run, start, vae
+from tritflow.training import models, run, start, vae
 from tritflow.training.__main__ import main
 from tritflow.training.options import arguments
 
@@ -206,9 +206,7 @@ def test_two_processes_make_one_model(tmp_path: Path) -> None:
     options = "--size 32 --examples 32 --batch 4 --vae-seconds 0.5 --vae-further-seconds 0.5 --reading-seconds 0.3"
     options += " --reading-floor 0 --flow-seconds 1 --guidance-seconds 0.5"
     driver = Path(__file__).with_name("quick_leg.py")
-    words = tmp_path / "words.json"
-    words.write_text(json.dumps(data.training_words()))  # found once, not by each process again
-    ranks = forked.run_ranks([driver, words, "--out", tmp_path, *options.split()], 2, timeout=900)
+    ranks = forked.run_ranks([driver, "--out", tmp_path, *options.split()], 2, timeout=900)
     assert [r.poll() for r in ranks] == [0, 0], [r.stderr[-3000:] for r in ranks]
     facts = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
     assert facts[0]["first"] != facts[1]["first"]  # each saw scenes of its own

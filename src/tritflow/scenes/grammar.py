@@ -50,6 +50,15 @@ HELD_OUT_OPENINGS = (
     "an image showing {}",
 )
 GROUND_WORDS = ("on a {} background", "on {}", "with a {} background")
+_WORDS = """
+a above an and at background below black blue bottom center checkered circle circles corner crescent crescents
+cross crosses cyan drawing four front gray green heart hearts image in is large left object objects of on orange
+over photo picture pink purple red right ring rings scene see shape shapes showing simple small square squares star
+stars striped the there this three to top triangle triangles two under we white with yellow
+"""
+# Every word that training captions use, sorted: a token each of the small FLUX's tokenizers, so that their order is the
+# weights'.
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tritflow.scenes.grammar import WORDS
 from tritflow.training import data, models, stages
 from tritflow.training.loop import rank, world_size
 from tritflow.training.options import arguments
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """All stages, one after the other."""
     args = arguments(argv)
     run = Run(args)
-    run.log(f"{world_size()} x {run.device}, torch {torch.__version__}, {len(run.words)} words")
+    run.log(f"{world_size()} x {run.device}, torch {torch.__version__}, {len(WORDS)} words")
     autoencoder, order = stages.make_vae(run)
     examples = order.all()
     run.log(f"{len(examples)} examples")

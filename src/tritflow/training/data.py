@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tritflow.scenes import SceneBatch, render, training_examples
+from tritflow.scenes.grammar import WORDS
 from tritflow.training.blends import blend, named
 from tritflow.training.models import SEQUENCE_LENGTH, build_tokenizers
 from tritflow.training.tints import tint
@@ -20,17 +21,6 @@ from tritflow.training.words import InventedWords
 
 # Examples that a worker makes at a time.
 CHUNK = 4096
-
-
-def vocabulary(captions: list[str]) -> list[str]:
-    """All words of the captions, commas apart, sorted."""
-    return sorted({w for c in captions for w in c.replace(",", " ").split()})
-
-
-def training_words() -> list[str]:
-    """Every word that training captions use, found in 20,000 of them."""
-    captions = [c for c, _ in itertools.islice(training_examples(0), 20_000)]
-    return vocabulary(captions)
 
 
 @dataclass
@@ -48,7 +38,7 @@ class Examples:
 @lru_cache(maxsize=1)
 def word_tokenizers() -> tuple[Any, Any]:
     """Both tokenizers of the small FLUX, one token a word."""
-    return build_tokenizers(training_words())
+    return build_tokenizers(list(WORDS))
 
 
 @lru_cache(maxsize=1)

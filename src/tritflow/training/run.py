@@ -41,7 +41,6 @@ class Run:
         self.workers = max(1, (os.cpu_count() or 2) // world_size() - 1)
         self.pool = ProcessPoolExecutor(min(24, self.workers), mp_context=get_context("spawn"))
         self.compile = not args.no_compile and self.device.type == "cuda"
-        self.words = data.training_words()
         self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
         self.mixture = data.Mixture(args.tinted, args.blended, args.overlapping)
