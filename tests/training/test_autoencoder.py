@@ -27,7 +27,7 @@ OPTIONS = ["--seconds", "1", "--examples", "32", "--size", "32", "--batch", "4",
 def scores(monkeypatch: pytest.MonkeyPatch, *values: float, weakest: tuple[float, ...] = (20.0, 20.0)) -> None:
     """The detector's scores, in turn: the picture size of this test is too small for the real one."""
     left, worst = list(values), list(weakest)
-    monkeypatch.setattr(vae, "detector_scores", lambda *a: {"texture": left.pop(0), "psnr": 30.0})
+    monkeypatch.setattr(vae, "detector_scores", lambda *a: {"texture": left.pop(0), "psnr": 30.0, "ghosts": 0.0})
     monkeypatch.setattr(autoencoder, "weakest", lambda *a: [(worst.pop(0), "green checkered black")])
 
 
@@ -190,9 +190,10 @@ def test_ghosts_of_a_round_trip_are_counted(monkeypatch: pytest.MonkeyPatch) -> 
         return images
 
     monkeypatch.setattr(vae, "round_trip", stained)
-    assert 0.3 < vae.ghosts(None, 4, 64) <= 0.7
+    assert 0.3 < vae.detector_scores("stains", 4, 64)["ghosts"] <= 0.7
     monkeypatch.setattr(vae, "round_trip", lambda model, images: images)
-    assert vae.ghosts(None, 4, 64) < 0.1
+    assert vae.detector_scores("keeps", 4, 64)["ghosts"] < 0.1
+    assert "ghosts" not in vae.detector_scores(None, 1, 64)
 
 
 def test_focus_shows_every_second_scene_as_told_but_nothing_that_is_held_out() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import forked
 from tritflow.scenes import fidelity
-from tritflow.training import models, run, start, vae
+from tritflow.training import models, run, start
 from tritflow.training.__main__ import main
 from tritflow.training.options import arguments
 
@@ -61,13 +61,11 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr("tritflow.training.supply.CHUNK", 16)
         patch.setattr("tritflow.training.data.CHUNK", 16)
         patch.setattr("os.cpu_count", lambda: 1)
-        patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {"texture": 1.0})
+        patch.setattr("tritflow.training.stages.vae.detector_scores", lambda *a: {"texture": 1.0, "ghosts": 0.0})
         patch.setattr(run, "evaluation_prompts", lambda n, seed: _prompts(seed))
         # What the VAE keeps of every colour on every ground is measured in tests of the autoencoder.
         for name in ("COLORS", "TEXTURES", "BACKGROUNDS"):
             patch.setattr(fidelity, name, getattr(fidelity, name)[:1])
-        ghosts = vae.ghosts
-        patch.setattr(vae, "ghosts", lambda model, per_tag, *rest: ghosts(model, 1, *rest))
         patch.setattr("tritflow.training.vae.train_vae.__kwdefaults__", _smaller_batch())
         yield patch
 

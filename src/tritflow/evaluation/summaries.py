@@ -36,12 +36,11 @@ def summarise(task: Task, judgements: Sequence[Judgement]) -> dict[str, Any]:
         mean = st.clustered_mean if task.graded else st.stratified_proportion
         overall = mean(scores, prompts, strata).to_dict()
         noise = significance.seed_noise(scores, prompts, strata)
-    found_all: dict[str, Any] = {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
-    looked_at = [j for j in judgements if j.marked is not None]
-    if looked_at:
-        ghosts = [float(j.marked > GHOSTS) for j in looked_at if j.marked is not None]
-        found_all["ghosts"] = st.clustered_proportion(ghosts, [j.prompt_id for j in looked_at]).to_dict()
-    return found_all
+    summary: dict[str, Any] = {"overall": overall, "tags": tags, "seed_noise": _number(noise)}
+    ghosts = [(float(j.marked > GHOSTS), j.prompt_id) for j in judgements if j.marked is not None]
+    if ghosts:
+        summary["ghosts"] = st.clustered_proportion([g for g, _ in ghosts], [p for _, p in ghosts]).to_dict()
+    return summary
 
 
 def compare(task: Task, student: Sequence[Judgement], teacher: Sequence[Judgement]) -> dict[str, Any]:

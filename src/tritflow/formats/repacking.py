@@ -111,8 +111,8 @@ def _require_same(source: TernaryFolder, made: TernaryFolder, packing: Packing) 
 def _copy_rest(pipeline: Path, transformer: Path, out: Path, digests: dict[str, str]) -> None:
     """Everything but the transformer and its latents, meta.json with the new digest for the old one; model_index.json
     last, since it makes the folder a pipeline."""
-    files = [p for p in sorted(pipeline.rglob("*")) if p.is_file() and transformer not in p.parents]
-    files = [p for p in files if p != pipeline / LATENTS]
+    left_out = pipeline / LATENTS
+    files = [p for p in sorted(pipeline.rglob("*")) if p.is_file() and transformer not in p.parents and p != left_out]
     files.sort(key=lambda p: p.name == "model_index.json")
     for path in files:
         copy = out / path.relative_to(pipeline)

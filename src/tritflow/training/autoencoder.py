@@ -1,9 +1,9 @@
 """`python -m tritflow.training.autoencoder RUN`: train a kept VAE further, its decoder alone or the encoder too.
 
 RUN is the folder of a training run, a pipeline folder, or 'small' for the built-in model. Half of the scenes have one
-object in front of another, and edges between two hues count more. What comes out is kept only if the detector's worst
-tag after the round trip is no worse than before by more than chance, and the worst colour, texture and ground in dB no
-worse at all.
+object in front of another, and edges between two hues and marks on the ground count more. What comes out is kept only
+if the detector's worst tag after the round trip and the share of pictures with ghosts are no worse than before by more
+than chance, and the worst colour, texture and ground in dB no worse at all, or by half a dB where ghosts get fewer.
 
 The decoder alone leaves latents as they are, so the flow need not know: the run's last stage takes the decoder that
 then lies in its folder. With `--encoder` latents move a little, so the flow must be trained on after it (`python -m
@@ -32,6 +32,7 @@ from tritflow.scenes import COLORS, SHAPES, SceneBatch, weakest
 from tritflow.scenes.world import BACKGROUNDS, GRAY_LEVEL, HELD_OUT_COLORS, TEXTURES
 from tritflow.training import data, models, start, vae
 from tritflow.training.loop import rank, world_size
+from tritflow.training.options import check_shares
 
 SEED = 5_000_011  # scenes that neither the VAE nor the flow has seen
 # Held-out prompts that decide what is kept; the reported figures use others.
@@ -136,14 +137,13 @@ def focused(scenes: SceneBatch, words: str, every: int = 2) -> SceneBatch:
 
 
 def scores(model: Any, per_tag: int, size: int, pool: Executor | None = None) -> dict[str, float]:
-    """`vae.detector_scores` on prompts that are not the reported ones, the least dB of `scenes.weakest`, and the share
-    of pictures with `ghosts`; the first process's, for all."""
+    """`vae.detector_scores` on prompts that are not the reported ones, and the least dB of `scenes.weakest`; the first
+    process's, for all."""
     found: list[dict[str, float]] = [{}]
     if rank() == 0:
         shares = vae.detector_scores(model, per_tag, size, SCORE_SEED, pool)
         worst = weakest(lambda x: vae.round_trip(model, x), size)[0]
-        marks = vae.ghosts(model, max(1, per_tag // 2), size, SCORE_SEED)
-        found = [{k: round(v, 4) for k, v in shares.items()} | {"weakest": worst[0], "ghosts": round(marks, 4)}]
+        found = [{k: round(v, 4) for k, v in shares.items()} | {"weakest": worst[0]}]
     if world_size() > 1:
         dist.broadcast_object_list(found, 0)
     return found[0]
@@ -226,9 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, out = _source(args.source, args.out)
     except start.StartError as error:
         parser.error(str(error))
-    for name in ("overlapping", "tinted", "blended", "way"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+    check_shares(parser, args, "overlapping", "tinted", "blended", "way")
     if args.encoder and args.way < 1:
         parser.error("--way is for a decoder alone: between two encoders lie latents that neither decoder knows")
     try:

@@ -61,9 +61,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("tinted", "blended", "overlapping", "decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+    check_shares(parser, args, "tinted", "blended", "overlapping", "decay")
     if args.start is not None:
         try:
             folder_of(args.start)
@@ -72,3 +70,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"--resume {args.resume}: no such checkpoint")
     return args
+
+
+def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Refuse options that are no shares, in argparse's way."""
+    for name in names:
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from tritflow.formats.atomic import write_atomic
 from tritflow.training import data
 from tritflow.training.models import RUNES
+from tritflow.training.options import check_shares
 
 # Not a stream that a teacher is trained on.
 SEED = 9_000_011
@@ -32,12 +31,7 @@ def prompts(count: int, tinted: float, blended: float, seed: int = 0, workers: i
         seed: of the stream.
         workers: processes that draw.
     """
-    mixture = data.Mixture(tinted, blended)
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            examples = data.Order(pool, count, SEED + seed, mixture).all()
-    else:
-        examples = data.make_examples(count, SEED + seed, 1, mixture)
+    examples = data.make_examples(count, SEED + seed, workers, data.Mixture(tinted, blended))
     invented, clip = data.invented_words(), data.word_tokenizers()[0]
     return [invented.text(ids, clip) for ids in examples.clip_ids.tolist()]
 
@@ -60,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.file}: give a name that ends in .txt")
     if args.count < 1:
         parser.error(f"--count {args.count}: give at least 1")
-    for name in ("tinted", "blended"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: give a share from 0 to 1")
+    check_shares(parser, args, "tinted", "blended")
     found = prompts(args.count, args.tinted, args.blended, args.seed, args.workers)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.file, ("\n".join(found) + "\n").encode())

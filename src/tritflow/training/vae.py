@@ -25,7 +25,7 @@ EDGE_WEIGHT = 8.0
 # Chroma of what is an object, as the detector has it, in pictures from -1 to 1.
 OBJECT_CHROMA = 0.34
 # Error of a ground's pixel, of 2, above which it is a mark that is seen: 4 of 255; and what the excess weighs. Left
-# alone, a decoder leaves a spot beside one object in twelve on gray, which absolute error hardly notices.
+# alone, a decoder may leave spots beside objects on gray, which absolute error hardly notices.
 SEEN, MARK_WEIGHT = 8 / 255, 20.0
 # Pictures that the detector reads at a time.
 READ = 25
@@ -148,35 +148,32 @@ def round_trip(vae: Any, images: Tensor) -> Tensor:
     return torch.cat(out)
 
 
-def ghosts(vae: Any, per_tag: int, size: int, seed: int = 0) -> float:
-    """Share of true renders of held-out prompts that have marks on the ground after the round trip."""
-    pictures = render(SceneBatch.from_scenes([scene_of(p, seed) for p in evaluation_prompts(per_tag, seed)]), size)
-    again = (round_trip(vae, pictures).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    return sum(marked(picture) > GHOSTS for picture in again) / len(again)
-
-
 def detector_scores(
     vae: Any | None, per_tag: int, size: int, seed: int = 0, pool: Executor | None = None
 ) -> dict[str, float]:
     """Share of true renders of held-out prompts that the detector reads right, per tag; after the VAE's round trip
-    if a VAE is given, with the reconstruction's PSNR in dB under `psnr`. `pool` reads pictures side by side."""
+    if a VAE is given, with the reconstruction's PSNR in dB under `psnr` and the share of pictures with marks on the
+    ground under `ghosts`. `pool` reads pictures side by side."""
     tasks = [(tag, per_tag, i, min(per_tag, i + READ), size, seed) for tag in TAGS for i in range(0, per_tag, READ)]
     each: Any = map if pool is None else pool.map
-    passed: dict[str, list[bool]] = {tag: [] for tag in TAGS}
+    seen: dict[str, list[_Seen]] = {tag: [] for tag in TAGS}
     errors, shown = [], []
     for images in each(_true_renders, tasks):
         pictures = torch.from_numpy(images) / 255
         again = pictures if vae is None else round_trip(vae, pictures)
         errors.append((again - pictures).square().mean((1, 2, 3)))
         shown.append((again.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy())
-    for task, right in zip(tasks, each(_read_right, list(zip(tasks, shown, strict=True))), strict=True):
-        passed[task[0]] += right
-    scores = {tag: sum(right) / per_tag for tag, right in passed.items()}
+    for task, found in zip(tasks, each(_read, list(zip(tasks, shown, strict=True))), strict=True):
+        seen[task[0]] += found
+    scores = {tag: sum(right for right, _ in found) / per_tag for tag, found in seen.items()}
     if vae is not None:
         scores["psnr"] = float(-10 * torch.cat(errors).clamp_min(1e-10).log10().mean())
+        scores["ghosts"] = sum(ghosts for found in seen.values() for _, ghosts in found) / (per_tag * len(TAGS))
     return scores
 
 
+_Seen = tuple[bool, bool]
+"""Whether the detector reads a picture right, and whether it has ghosts."""
 _Some = tuple[str, int, int, int, int, int]
 """A tag, its prompts, the first and the last of them to take, the pictures' size and the seed."""
 
@@ -198,6 +195,7 @@ def _true_renders(task: _Some) -> np.ndarray:
     return pictures
 
 
-def _read_right(task: tuple[_Some, np.ndarray]) -> list[bool]:
+def _read(task: tuple[_Some, np.ndarray]) -> list[_Seen]:
     torch.set_num_threads(1)
-    return [judge(p, detect(x)).passed for p, x in zip(_prompts(task[0]), task[1], strict=True)]
+    pictures = zip(_prompts(task[0]), task[1], strict=True)
+    return [(judge(p, detect(x)).passed, marked(x) > GHOSTS) for p, x in pictures]

@@ -103,9 +103,7 @@ class InventedWords(nn.Module):
     def text(self, clip_ids: Sequence[int], tokenizer: Any) -> str:
         """What the token ids of one caption say, without marks and padding, in a text that gives the same ids again."""
         said = ""
-        for token in tokenizer.convert_ids_to_tokens(list(clip_ids)):
-            if token in tokenizer.all_special_tokens:
-                continue
+        for token in tokenizer.convert_ids_to_tokens(list(clip_ids), skip_special_tokens=True):
             word = token.removesuffix("</w>")
             said += word if not said or word in RUNES or word == "," else " " + word
         return said

@@ -8,6 +8,8 @@ their order and the activations are gathered to match.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -236,48 +238,25 @@ def w2a16_skinny(
     if m == 0:
         return out
     weight = weight.contiguous()
+    tensors = (x.contiguous(), weight, weight_scale, weight_scale if bias is None else bias, out)
+    both: dict[str, Any] = {"K": k, "BYTES": weight.shape[1], "PARTS": parts, "HAS_BIAS": bias is not None}
+    both |= {"EARLY": early, "num_warps": parts, "launch_pdl": early}
     if digits and m == 1 and k % 8 == 0 and weight.shape[1] <= ROW_BYTES:
         from tritflow.kernels.hopper.one_row import one_row_kernel
 
         rows = 16 if rows is None else rows
-        one_row_kernel[(-(-n // rows),)](
-            x.contiguous(),
-            weight,
-            weight_scale,
-            weight_scale if bias is None else bias,
-            out,
-            n,
-            K=k,
-            BYTES=weight.shape[1],
-            PARTS=parts,
-            ROWS=rows,
-            WHOLE=n % rows == 0,
-            HAS_BIAS=bias is not None,
-            EARLY=early,
-            num_warps=parts,
-            launch_pdl=early,
-        )
+        one_row_kernel[(-(-n // rows),)](*tensors, n, ROWS=rows, WHOLE=n % rows == 0, **both)
         return out
     if rows is None or digits:
         rows, registers = (16, 56) if m == 1 else (32, 96)
     w2a16_skinny_kernel[(-(-n // rows),)](
-        x.contiguous(),
-        weight,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        out,
+        *tensors,
         m,
         n,
-        K=k,
-        BYTES=weight.shape[1],
         CHUNK=chunk,
-        PARTS=parts,
         ROWS=rows,
-        HAS_BIAS=bias is not None,
-        EARLY=early,
         PREFETCH=early and prefetch and weight.data_ptr() % 16 == 0,
-        num_warps=parts,
         maxnreg=registers,
-        launch_pdl=early,
+        **both,
     )
     return out
