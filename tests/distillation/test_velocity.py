@@ -141,6 +141,36 @@ def test_schedule():
     assert math.isclose(learning_rate_factor(50, config), 0.5)
 
 
+def test_trits_stand_still_at_the_end(trajectories, tmp_path):
+    config = dataclasses.replace(CONFIG, freeze_share=1 / 3)
+    factors = [learning_rate_factor(i, config, share=2 / 3) for i in range(60)]
+    assert factors[20] == pytest.approx(0.5)
+    assert factors[39] < 0.01
+    assert not any(factors[40:])
+    student = Student()
+    groups = [dataclasses.replace(g, matrices=g.name == "weights") for g in student.groups()]
+    seen = {}
+
+    def look(step, steps, loss):
+        seen[step] = student.weight.detach().clone(), student.gain.detach().clone()
+
+    distill_(student, groups, trajectories, config, tmp_path / "run", on_progress=look)
+    assert not torch.equal(seen[30][0], seen[40][0])
+    assert torch.equal(seen[40][0], student.weight)
+    assert not torch.equal(seen[40][1], student.gain)
+
+
+def test_dampening_rises_while_trits_move(trajectories):
+    config = dataclasses.replace(CONFIG, optimizer="muon", dampening=0.2, freeze_share=1 / 3)
+    student = Student()
+    state = TrainingState([dataclasses.replace(student.groups()[0], matrices=True)], config, torch.device("cpu"))
+    found = []
+    for step in (0, 20, 40, 59):
+        state.set_learning_rates(step)
+        found.append(float(state._muon[0].dampening))
+    assert found == pytest.approx([0.0, 0.1, 0.2, 0.2])
+
+
 def test_groups_are_checked():
     student = Student()
     twice = [ParameterGroup("a", {"w": student.weight}, 1.0), ParameterGroup("b", {"w": student.gain}, 1.0)]

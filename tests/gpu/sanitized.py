@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from tritflow.formats.packing import pack_2bit
 from tritflow.kernels import adaln_quantize, gelu_quantize, w2a8_linear, w2a16_linear
 from tritflow.kernels.hopper.gemm import w2a8_kernel
+from tritflow.kernels.hopper.skinny import w2a16_skinny
 
 
 @gluon.jit
@@ -36,6 +37,12 @@ def main(folder: Path) -> None:
                 for dtype in ("int8", "float8_e4m3fn"):
                     w2a8_linear(x, weight, row, None, None, dtype, backend)
             w2a16_linear(x, weight, row, None, None, backend)
+    for n, k in ((256, 3072), (200, 264)):
+        weight = pack_2bit(torch.randint(-1, 2, (n, k), generator=g, dtype=torch.int8)).cuda()
+        x, row = torch.randn(1, k, generator=g).bfloat16().cuda(), torch.ones(n, device="cuda").bfloat16()
+        for early in (False, True):
+            w2a16_skinny(x, weight, row, rows=16, digits=True, early=early)
+        w2a16_skinny(x, weight, row)
     x, vector = torch.randn(1, 70, 256).bfloat16().cuda(), torch.randn(1, 256).bfloat16().cuda()
     adaln_quantize(x, vector, vector, None, "int8", 1e-6)
     gelu_quantize(x, None, None, "int8")

@@ -55,15 +55,13 @@ class Mixture:
         tinted: share of scenes in hues that no word names (`tints`).
         blended: share of scenes in shapes that no word names (`blends`).
         overlapping: share of scenes in which one object is in front of another, beyond those of the plain stream.
+        counting: share of the blended scenes whose captions do nothing but count.
     """
 
     tinted: float = 0.0
     blended: float = 0.0
     overlapping: float = 0.0
-
-
-# Share of the blended scenes whose captions do nothing but count.
-COUNTS = 0.25
+    counting: float = 0.25
 
 
 def example_chunk(task: tuple[int, int, int, Mixture]) -> Examples:
@@ -72,7 +70,7 @@ def example_chunk(task: tuple[int, int, int, Mixture]) -> Examples:
     torch.set_num_threads(1)
     seed, number, count, mixture = task
     stream = seed * 1_000_003 + number
-    front, counts = round(count * mixture.overlapping), round(count * mixture.blended * COUNTS)
+    front, counts = round(count * mixture.overlapping), round(count * mixture.blended * mixture.counting)
     counts = min(counts, count - front)
     plain = count - front - counts
     # The rest of what is to be blended; scenes in front of each other are not.

@@ -23,6 +23,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--overlapping", type=float, default=0.0, help="share of scenes in front of each other, beyond the usual .08"
     )
+    parser.add_argument("--counting", type=float, default=0.25, help="share of the blended scenes that only count")
     parser.add_argument(
         "--from",
         dest="start",
@@ -61,7 +62,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    check_shares(parser, args, "tinted", "blended", "overlapping", "decay")
+    check_shares(parser, args, "tinted", "blended", "overlapping", "counting", "decay")
     if args.start is not None:
         try:
             folder_of(args.start)
