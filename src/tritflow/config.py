@@ -178,9 +178,6 @@ class DistillationConfig(_Config):
         damp_columns: columns with a scale c above 1 take steps of 1 / c trits, so that no column of the weight moves
             further than one of scale 1 (muon alone).
         rest_learning_rate: peak for all that stays dense: embedders, norms, output layer (0: they stay as they are).
-        dampening: pull of latent weights towards their trits, as a share of their distance, beside an optimiser's step
-            of .2 trits rms; rises from 0 by half a cosine. Weights that would go to and fro over a threshold come to
-            rest (muon alone).
         freeze_share: of the steps, the last ones, in which trits stand still and only scales, biases and the dense
             rest are trained; the cosine of the latent weights ends before.
         warmup_steps: linear warm-up.
@@ -207,7 +204,6 @@ class DistillationConfig(_Config):
     column_learning_rate: float = 1e-3
     damp_columns: bool = False
     rest_learning_rate: float = 0.0
-    dampening: float = 0.0
     freeze_share: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.0

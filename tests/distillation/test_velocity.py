@@ -160,17 +160,6 @@ def test_trits_stand_still_at_the_end(trajectories, tmp_path):
     assert not torch.equal(seen[40][1], student.gain)
 
 
-def test_dampening_rises_while_trits_move(trajectories):
-    config = dataclasses.replace(CONFIG, optimizer="muon", dampening=0.2, freeze_share=1 / 3)
-    student = Student()
-    state = TrainingState([dataclasses.replace(student.groups()[0], matrices=True)], config, torch.device("cpu"))
-    found = []
-    for step in (0, 20, 40, 59):
-        state.set_learning_rates(step)
-        found.append(float(state._muon[0].dampening))
-    assert found == pytest.approx([0.0, 0.1, 0.2, 0.2])
-
-
 def test_groups_are_checked():
     student = Student()
     twice = [ParameterGroup("a", {"w": student.weight}, 1.0), ParameterGroup("b", {"w": student.gain}, 1.0)]

@@ -167,6 +167,39 @@ def test_a_mark_that_is_seen_on_the_ground_counts_more_than_absolute_error() -> 
     assert vae.reconstruction_loss(image, spot) > 5 * vae.reconstruction_loss(image, spot, marks=0)
 
 
+def test_the_most_stained_pictures_are_half_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = data.make_examples(40, 3, 1).scenes
+    pictures = data.render_all(scenes, 32, torch.device("cpu"))
+    bad = {3, 17}
+
+    def spotted(model: object, images: torch.Tensor) -> torch.Tensor:
+        images = images.clone()
+        for i in bad:  # all of the ground
+            images[i] = images[i] * 0.8
+        return images
+
+    seen: list[torch.Tensor] = []
+    real = vae.reconstruction_loss
+
+    def loss(image: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(image)
+        return real(image, *rest)
+
+    monkeypatch.setattr(vae, "round_trip", spotted)
+    monkeypatch.setattr(vae, "reconstruction_loss", loss)
+    said: list[str] = []
+    vae.train_vae(
+        models.build_vae(), scenes, seconds=0.5, size=32, device=torch.device("cpu"), batch=8, compile=False,
+        decoder_only=True, stained=0.05, log=said.append,
+    )  # fmt: skip
+    assert "stains of 2 pictures" in said[0]
+    known = {pictures[i].numpy().tobytes() for i in bad}
+    for image in seen:
+        drawn = [((x + 1) * 127.5).round().to(torch.uint8).numpy().tobytes() in known for x in image]
+        assert all(drawn[::2])
+    assert seen
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
     [

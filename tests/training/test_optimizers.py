@@ -64,19 +64,6 @@ def test_muon_matches_one_matrix_at_a_time(weight_decay: float) -> None:
         assert float((expected - start).abs().max()) > 0.02
 
 
-def test_dampening_pulls_towards_the_nearest_trit():
-    start = torch.tensor([[0.1, 0.4, 0.6, 0.9], [-0.3, -0.7, 1.4, -2.2]])
-    moved = []
-    for dampening in (None, torch.tensor(0.5)):
-        p = torch.nn.Parameter(start.clone())
-        p.grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(3))
-        Muon([p], torch.tensor(0.1), dampening=dampening).step()
-        moved.append(p.detach() - start)
-    # Beyond +-1 there is nothing to fall back from.
-    gap = torch.tensor([[0.1, 0.4, -0.4, -0.1], [-0.3, 0.3, 0, 0]])
-    torch.testing.assert_close(moved[1] - moved[0], -0.1 * 0.5 * gap)
-
-
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"matrices, not a parameter of shape \(4,\)"):
         Muon([torch.nn.Parameter(torch.zeros(4))], torch.tensor(0.1))

@@ -14,14 +14,16 @@ from tritflow.training import data
 from tritflow.training.models import RUNES
 from tritflow.training.prompts import SEED, main, prompts
 
+MIXTURE = data.Mixture(0.4, 0.4)
+
 
 @pytest.fixture(scope="module")
 def made() -> list[str]:
-    return prompts(400, 0.4, 0.4)
+    return prompts(400, MIXTURE)
 
 
 def test_text_and_tokens_say_the_same(made: list[str]) -> None:
-    examples = data.make_examples(400, SEED, 1, data.Mixture(0.4, 0.4))
+    examples = data.make_examples(400, SEED, 1, MIXTURE)
     clip, t5 = data.tokenize(made, *data.word_tokenizers())
     assert clip.short().equal(examples.clip_ids)
     assert t5.short().equal(examples.t5_ids)
@@ -42,8 +44,8 @@ def test_many_are_told_in_invented_words_and_the_rest_in_plain_ones(made: list[s
     assert 0.4 * 400 < told < 0.8 * 400
     words = set(WORDS)
     assert all(w.strip(",") in words for text in made if not set(text) & set(RUNES) for w in text.split())
-    assert not any(c in RUNES for text in prompts(50, 0.0, 0.0) for c in text)
-    assert prompts(50, 0.4, 0.4, seed=1) != made[:50]
+    assert not any(c in RUNES for text in prompts(50, data.Mixture()) for c in text)
+    assert prompts(50, MIXTURE, seed=1) != made[:50]
 
 
 def test_no_prompt_is_one_that_is_judged(made: list[str]) -> None:
@@ -54,7 +56,7 @@ def test_no_prompt_is_one_that_is_judged(made: list[str]) -> None:
 def test_the_command_writes_what_quantize_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tmp_path / "new" / "p.txt"), "--count", "60", "--workers", "1"])
     assert "60 prompts" in capsys.readouterr().out
-    assert list(load_prompts(tmp_path / "new" / "p.txt").texts) == prompts(60, 0.4, 0.4)
+    assert list(load_prompts(tmp_path / "new" / "p.txt").texts) == prompts(60, MIXTURE)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): Newton-Schulz iteration with
 the published quintic coefficients; the .2 * sqrt(max(N, K)) step size that matches AdamW's is from Liu et al., "Muon is
 scalable for LLM training" (2025). torch.optim.Muon takes one matrix at a time: thousands of small kernels a step here.
-Dampening, decoupled from the gradient, is after Nagel et al., "Overcoming oscillations in quantization-aware training"
-(2022).
 """
 
 from __future__ import annotations
@@ -41,7 +39,6 @@ class Muon:
         momentum: of the gradient.
         weight_decay: decoupled.
         factors: id of a parameter -> [K], by which the columns of its orthogonalised step are multiplied.
-        dampening: a tensor; decoupled pull of weights within +-1 towards the nearest whole number (None: none).
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Muon:
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         factors: Mapping[int, Tensor] | None = None,
-        dampening: Tensor | None = None,
     ) -> None:
         groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
@@ -60,7 +56,7 @@ class Muon:
             groups[tuple(p.shape)].append(p)
         self.groups = list(groups.values())
         self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
-        self.lr, self.momentum, self.weight_decay, self.dampening = lr, momentum, weight_decay, dampening
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.factors = [_stacked(group, factors or {}) for group in self.groups]
 
     def momenta(self) -> list[tuple[Tensor, Tensor]]:
@@ -83,9 +79,6 @@ class Muon:
                 update = update * factor
             if self.weight_decay:
                 update = update + self.weight_decay * torch.stack(group)
-            if self.dampening is not None:
-                weight = torch.stack(group)
-                update = update + self.dampening * (weight - weight.round()).where(weight.abs() <= 1, 0.0)
             torch._foreach_sub_(group, list((update * self.lr).unbind()))
 
 

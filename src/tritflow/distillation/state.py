@@ -93,14 +93,12 @@ class TrainingState:
         by_muon = [g for g in self.groups if g.matrices and config.optimizer == "muon"]
         by_adam = [g for g in self.groups if g not in by_muon]
         self._rates = {g.name: torch.zeros((), device=device) for g in self.groups}
-        self._dampening = torch.zeros((), device=device) if config.dampening else None
         self._muon = [
             Muon(
                 g.parameters.values(),
                 self._rates[g.name],
                 weight_decay=g.weight_decay,
                 factors={id(g.parameters[name]): f.to(device) for name, f in g.factors.items()},
-                dampening=self._dampening,
             )
             for g in by_muon
         ]
@@ -159,9 +157,6 @@ class TrainingState:
         }
         for name, rate in rates.items():
             self._rates[name].fill_(rate)  # in place: a captured graph reads this tensor
-        if self._dampening is not None:
-            risen = 1 - cosine(step / (moving * self.config.steps))
-            self._dampening.fill_(self.config.dampening * risen)
         if self._adam is not None and not self._on_gpu:
             for group, settings in zip(self._adam_groups, self._adam.param_groups, strict=True):
                 settings["lr"] = rates[group.name]
@@ -256,9 +251,4 @@ def _saved(note: dict[str, Any]) -> Saved:
 def learning_rate_factor(step: int, config: DistillationConfig, share: float = 1.0) -> float:
     """Linear warm-up, then a cosine to zero over the first `share` of the steps; 1 at its highest."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps > 0 else 1.0
-    return warm * cosine(step / max(1, config.steps) / share)
-
-
-def cosine(done: float) -> float:
-    """From 1 to 0 by half a period, as `done` goes from 0 to 1, and 0 after that."""
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / max(1, config.steps) / share)))

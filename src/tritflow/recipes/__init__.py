@@ -44,7 +44,6 @@ _LATER = {
         "early_weight",
         "retreats",
         "retreat_above",
-        "dampening",
         "freeze_share",
     ),
     "online": ("early_share", "early_steps", "mixed_share"),
@@ -243,8 +242,6 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: smoothing_outliers and smoothing_skip need smoothing, such as 0.0")
     if d.damp_columns and d.optimizer != "muon":
         raise ConfigError(f'recipe {recipe.name}: distillation.damp_columns is for optimizer = "muon"')
-    if d.dampening < 0 or (d.dampening and d.optimizer != "muon"):
-        raise ConfigError(f'recipe {recipe.name}: distillation.dampening is 0 or more, and for optimizer = "muon"')
     if not 0 <= d.freeze_share < 1:
         raise ConfigError(f"recipe {recipe.name}: distillation.freeze_share is at least 0 and below 1")
     if a is not None and recipe.ternarizer == "absmean":

@@ -215,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--way", type=float, default=1.0, help="share of the way from the old weights to the new ones")
     parser.add_argument("--edges", type=float, default=vae.EDGE_WEIGHT, help="extra weight where two hues meet")
     parser.add_argument("--marks", type=float, default=vae.MARK_WEIGHT, help="weight of what is seen on the ground")
+    parser.add_argument(
+        "--stained", type=float, default=0.0, help="share of pictures, the most marked, in half a batch"
+    )
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=5e-4, help="learning rate")
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, out = _source(args.source, args.out)
     except start.StartError as error:
         parser.error(str(error))
-    check_shares(parser, args, "overlapping", "tinted", "blended", "way")
+    check_shares(parser, args, "overlapping", "tinted", "blended", "stained", "way")
     if args.encoder and args.way < 1:
         parser.error("--way is for a decoder alone: between two encoders lie latents that neither decoder knows")
     try:
@@ -253,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             peak=args.peak,
             edges=args.edges,
             marks=args.marks,
+            stained=args.stained,
             compile=not args.no_compile and device.type == "cuda",
             log=lambda text: print(text, flush=True),
         )

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tritflow.training.data import Mixture
 from tritflow.training.start import StartError, folder_of
 
 
@@ -18,12 +19,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, logs and the pipeline")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--examples", type=int, default=300_000, help="scenes rendered and encoded a GPU")
-    parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
-    parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
-    parser.add_argument(
-        "--overlapping", type=float, default=0.0, help="share of scenes in front of each other, beyond the usual .08"
-    )
-    parser.add_argument("--counting", type=float, default=0.25, help="share of the blended scenes that only count")
+    mixture_arguments(parser)
     parser.add_argument(
         "--from",
         dest="start",
@@ -62,7 +58,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("examples", "batch", "peak", "vae_seconds", "flow_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    check_shares(parser, args, "tinted", "blended", "overlapping", "counting", "decay")
+    check_shares(parser, args, "decay")
+    args.mixture = mixture_of(parser, args)
     if args.start is not None:
         try:
             folder_of(args.start)
@@ -71,6 +68,22 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume is not None and not args.resume.is_file():
         parser.error(f"--resume {args.resume}: no such checkpoint")
     return args
+
+
+def mixture_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a `Mixture`."""
+    parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
+    parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
+    parser.add_argument(
+        "--overlapping", type=float, default=0.0, help="share of scenes in front of each other, beyond the usual .08"
+    )
+    parser.add_argument("--counting", type=float, default=0.25, help="share of the blended scenes that only count")
+
+
+def mixture_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Mixture:
+    """What those options say, refused in argparse's way where they are no shares."""
+    check_shares(parser, args, "tinted", "blended", "overlapping", "counting")
+    return Mixture(args.tinted, args.blended, args.overlapping, args.counting)
 
 
 def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

@@ -15,23 +15,22 @@ from pathlib import Path
 from tritflow.formats.atomic import write_atomic
 from tritflow.training import data
 from tritflow.training.models import RUNES
-from tritflow.training.options import check_shares
+from tritflow.training.options import mixture_arguments, mixture_of
 
 # Not a stream that a teacher is trained on.
 SEED = 9_000_011
 
 
-def prompts(count: int, tinted: float, blended: float, seed: int = 0, workers: int = 1) -> list[str]:
+def prompts(count: int, mixture: data.Mixture, seed: int = 0, workers: int = 1) -> list[str]:
     """`count` captions, the same for the same settings, whatever `workers` is.
 
     Args:
         count: how many.
-        tinted: share of scenes in hues that no word names.
-        blended: share of scenes in shapes that no word names.
+        mixture: what their scenes hold.
         seed: of the stream.
         workers: processes that draw.
     """
-    examples = data.make_examples(count, SEED + seed, workers, data.Mixture(tinted, blended))
+    examples = data.make_examples(count, SEED + seed, workers, mixture)
     invented, clip = data.invented_words(), data.word_tokenizers()[0]
     return [invented.text(ids, clip) for ids in examples.clip_ids.tolist()]
 
@@ -45,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, help="a .txt to write, for `tritflow quantize --prompts`")
     parser.add_argument("--count", type=int, default=49_152)
-    parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
-    parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
+    mixture_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     args = parser.parse_args(argv)
@@ -54,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{args.file}: give a name that ends in .txt")
     if args.count < 1:
         parser.error(f"--count {args.count}: give at least 1")
-    check_shares(parser, args, "tinted", "blended")
-    found = prompts(args.count, args.tinted, args.blended, args.seed, args.workers)
+    found = prompts(args.count, mixture_of(parser, args), args.seed, args.workers)
     args.file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.file, ("\n".join(found) + "\n").encode())
     told = sum(any(c in RUNES for c in text) for text in found)

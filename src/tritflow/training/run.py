@@ -43,7 +43,7 @@ class Run:
         self.compile = not args.no_compile and self.device.type == "cuda"
         self.tokenizers = data.word_tokenizers()
         self.prompts = evaluation_prompts(32, PROGRESS_SEED)
-        self.mixture = data.Mixture(args.tinted, args.blended, args.overlapping, args.counting)
+        self.mixture = args.mixture
         # The stream of examples: each process has its own; a further leg with another seed sees new ones.
         self.stream = 1 + rank() + 1000 * args.seed
         self.start = start.folder_of(args.start) if args.start else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any
@@ -24,9 +25,9 @@ OBJECT_WEIGHT = 4.0
 EDGE_WEIGHT = 8.0
 # Chroma of what is an object, as the detector has it, in pictures from -1 to 1.
 OBJECT_CHROMA = 0.34
-# Error of a ground's pixel, of 2, above which it is a mark that is seen: 4 of 255; and what the excess weighs. Left
+# Error of a ground's pixel, of 2, above which it is a mark that is seen: 2 of 255; and what the excess weighs. Left
 # alone, a decoder may leave spots beside objects on gray, which absolute error hardly notices.
-SEEN, MARK_WEIGHT = 8 / 255, 20.0
+SEEN, MARK_WEIGHT = 4 / 255, 20.0
 # Pictures that the detector reads at a time.
 READ = 25
 # Two hues' directions differ by more than this in one channel; one hue in another brightness does not.
@@ -63,9 +64,15 @@ def reconstruction_loss(
     for axis in (-1, -2):
         loss = loss + 0.5 * (image.diff(dim=axis) - output.diff(dim=axis)).abs().mean()
     if marks:
-        near = F.max_pool2d(there.float(), 5, 1, 2)  # soft edges are no marks
-        loss = loss + marks * ((1 - near) * ((image - output).abs() - SEEN).clamp(min=0)).mean()
+        loss = loss + marks * stains(image, output).mean()
     return loss
+
+
+def stains(image: Tensor, output: Tensor) -> Tensor:
+    """What each picture's ground is off beyond what nobody sees [B], of pictures [B, 3, H, W] in -1..1."""
+    there = image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > OBJECT_CHROMA
+    near = F.max_pool2d(there.float(), 5, 1, 2)  # soft edges are no marks
+    return ((1 - near) * ((image - output).abs() - SEEN).clamp(min=0)).mean((1, 2, 3))
 
 
 def train_vae(
@@ -82,13 +89,15 @@ def train_vae(
     usual: SceneBatch | None = None,
     edges: float = EDGE_WEIGHT,
     marks: float = MARK_WEIGHT,
+    stained: float = 0.0,
     log: Any = print,
 ) -> None:
     """Train in place for `seconds`, then set `scaling_factor` and `shift_factor` from the latents of `usual` scenes, as
     the flow will see them (None: from `scenes`).
 
     `decoder_only`: latents stay what they are, so that a flow trained on them still fits. `edges` and `marks`: for
-    `reconstruction_loss`.
+    `reconstruction_loss`. `stained`: share of the pictures, those whose ground the VAE stains most as it is, of which
+    half of every batch is.
     """
     pictures = render_all(scenes, size, device)
     vae.to(device)
@@ -97,8 +106,16 @@ def train_vae(
     encoder = torch.compile(vae.encoder) if compile else vae.encoder
     decoder = torch.compile(vae.decoder) if compile else vae.decoder
 
+    worst = None
+    if stained:
+        stain = torch.cat([stains(x * 2 - 1, round_trip(vae, x).to(x) * 2 - 1) for x in _shown(pictures)])
+        worst = stain.topk(max(1, round(stained * len(pictures)))).indices
+        log(f"vae: stains of {len(worst)} pictures {float(stain[worst].mean()):.2e}, of all {float(stain.mean()):.2e}")
+
     def loss() -> Tensor:
         index = torch.randint(len(pictures), (batch,), device=device)
+        if worst is not None:
+            index[::2] = worst[torch.randint(len(worst), index[::2].shape, device=device)]
         image = pictures[index].float() / 127.5 - 1
         if device.type == "cuda":
             image = image.contiguous(memory_format=torch.channels_last)
@@ -123,6 +140,11 @@ def train_vae(
     if not decoder_only:
         shown = pictures if usual is None else render_all(usual[slice(0, 4096)], size, device)
         set_latent_statistics(vae, shown[:4096])
+
+
+def _shown(pictures: Tensor) -> Iterator[Tensor]:
+    """Bytes [N, 3, H, W] as pictures in 0..1, some at a time."""
+    return (part.float() / 255 for part in pictures.split(256))
 
 
 @torch.no_grad()
