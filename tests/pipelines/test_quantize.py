@@ -333,7 +333,13 @@ ONLINE = dataclasses.replace(
         pool=3, num_inference_steps=5, student_share=0.5, early_share=0.5, early_steps=2, mixed_share=0.5
     ),
     distillation=dataclasses.replace(
-        LEARN.distillation, optimizer="muon", learning_rate=5e-3, rest_learning_rate=1e-3, batch_size=4
+        LEARN.distillation,
+        optimizer="muon",
+        learning_rate=5e-3,
+        rest_learning_rate=1e-3,
+        batch_size=4,
+        freeze_share=0.25,
+        feature_weight=0.1,
     ),
 )
 

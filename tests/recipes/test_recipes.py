@@ -97,6 +97,7 @@ def test_settings_that_came_later_leave_older_hashes_alone():
         ("smoothing_outliers = 20.0", "need smoothing"),
         ("smoothing = 0.0\nsmoothing_skip = [3]", "list of patterns"),
         ("[distillation]\nsteps = 1\ndamp_columns = true", 'optimizer = "muon"'),
+        ("[distillation]\nsteps = 1\nfeature_weight = 1.0", "needs the teacher of online.pool"),
         ("[distillation]\nsteps = 1\nfreeze_share = 1.0", "at least 0 and below 1"),
         ("[distillation]\nsteps = 1\nretreats = -1", "retreats is 0 or more"),
         ("[distillation]\nsteps = 1\nretreat_above = 1.0", "retreat_above above 1"),

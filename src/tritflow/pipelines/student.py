@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from tritflow.calibration.trajectories import Trajectories
 from tritflow.config import Recipe, TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
+from tritflow.distillation.features import tapped, with_features
 from tritflow.distillation.losses import measure_of
 from tritflow.distillation.parameters import parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
@@ -292,20 +294,26 @@ def _distill(
     if not whole_here:
         shard_(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
+    measure = measure_of(config, _token_grid(trajectories, job))
+    groups = parameter_groups(model, config)
+    taps = ExitStack()
+    if config.feature_weight and teacher is not None:
+        seen, wanted = (taps.enter_context(tapped(m, order)) for m in (model, teacher))
+        measure = with_features(measure, seen, wanted, config.feature_weight)
     train = functools.partial(
         distill_,
         lambda **kwargs: model(**kwargs, return_dict=False)[0],
-        parameter_groups(model, config),
+        groups,
         trajectories,
         config,
         work / "distilled",
         states=states,
-        measure=measure_of(config, _token_grid(trajectories, job)),
+        measure=measure,
         device=job.device,
         identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
         on_progress=lambda done, total, loss: progress("distill", done, total),
     )
-    with training_attention(job.device):
+    with training_attention(job.device), taps:
         if config.compile_blocks and job.device.type == "cuda" and (whole_here or ranks.world == 1):
             result = _compiled([model, *([] if teacher is None else [teacher])], train)
         else:

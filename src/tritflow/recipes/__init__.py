@@ -45,6 +45,7 @@ _LATER = {
         "retreats",
         "retreat_above",
         "freeze_share",
+        "feature_weight",
     ),
     "online": ("early_share", "early_steps", "mixed_share"),
 }
@@ -242,6 +243,10 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: smoothing_outliers and smoothing_skip need smoothing, such as 0.0")
     if d.damp_columns and d.optimizer != "muon":
         raise ConfigError(f'recipe {recipe.name}: distillation.damp_columns is for optimizer = "muon"')
+    if d.feature_weight < 0 or (d.feature_weight and not recipe.online.pool):
+        raise ConfigError(
+            f"recipe {recipe.name}: distillation.feature_weight is 0 or more, and needs the teacher of online.pool"
+        )
     if not 0 <= d.freeze_share < 1:
         raise ConfigError(f"recipe {recipe.name}: distillation.freeze_share is at least 0 and below 1")
     if a is not None and recipe.ternarizer == "absmean":
