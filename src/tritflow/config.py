@@ -189,8 +189,8 @@ class DistillationConfig(_Config):
         checkpoint_every: steps between resumable checkpoints, each with a validation (0: only the last).
         detail_weight: how much more the highest frequency of the velocity's error weighs than the lowest, minus 1.
         early_weight: how much more its first timestep weighs than its last, minus 1 (falling by the eighth power).
-        feature_weight: of the distance between the student's and the teacher's hidden states behind every block, beside
-            the velocity's error; needs online states (`features.distance`).
+        feature_weight: of the distance between the student's and the teacher's hidden states behind every block but the
+            last, beside the velocity's error; needs online states (`features.distance`).
         retreats: how often a run that diverges goes back to its best checkpoint, each time with half the rate.
         retreat_above: it diverges where the validation error is so many times the best one, or not finite.
         seed: of the batch order.

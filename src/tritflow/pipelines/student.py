@@ -298,7 +298,8 @@ def _distill(
     groups = parameter_groups(model, config)
     taps = ExitStack()
     if config.feature_weight and teacher is not None:
-        seen, wanted = (taps.enter_context(tapped(m, order)) for m in (model, teacher))
+        # The last block's states are the velocity, but for those of the text, which nothing reads any more.
+        seen, wanted = (taps.enter_context(tapped(m, order[:-1])) for m in (model, teacher))
         measure = with_features(measure, seen, wanted, config.feature_weight)
     train = functools.partial(
         distill_,
