@@ -106,17 +106,27 @@ def test_what_a_model_was_trained_on(two_models: tuple[Path, Path], tmp_path: Pa
     assert trained_prompts(str(student), tmp_path / "p.txt") == ["one", "two"]
 
 
-def test_the_shipped_student_knows_its_prompts() -> None:
-    """Its meta.json names captions of the built-in world, and their SHA-256."""
+def test_the_shipped_students_prompts_are_told_by_a_file(tmp_path: Path) -> None:
+    """Its meta.json names a set of the training's, by count and SHA-256, that a command makes again (model card)."""
     from tritflow.assets import student_path
+
+    recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
+    assert recorded["count"] == 98304
+    assert recorded["sha256"] in (student_path().parents[3] / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert trained_prompts("small-student") is None
+    told = tmp_path / "told.txt"
+    told.write_text("a red circle\ntwo redᚠ\n", encoding="utf-8")
+    assert trained_prompts("small-student", told) == ["a red circle", "two redᚠ"]
+
+
+def test_captions_of_the_world_are_known_by_their_number(tmp_path: Path) -> None:
+    from tritflow.pipelines.scene_prompts import scene_prompts
     from tritflow.scenes.training_set import training_captions
 
-    known = trained_prompts("small-student")
-    assert known is not None
-    assert known[:100] == training_captions(100)
-    recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
-    assert len(known or []) == recorded["count"]
-    assert trained_prompts(str(student_path())) == known
+    made = scene_prompts("scenes:300")
+    assert made is not None
+    (tmp_path / "meta.json").write_text(json.dumps({"kind": "ternary", "prompts": made.describe()}))
+    assert trained_prompts(str(tmp_path)) == training_captions(300)
 
 
 def test_a_quantized_model_names_its_prompts_by_hash(tmp_path: Path) -> None:
