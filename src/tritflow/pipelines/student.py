@@ -294,27 +294,25 @@ def _distill(
     if not whole_here:
         shard_(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
-    measure = measure_of(config, _token_grid(trajectories, job))
-    groups = parameter_groups(model, config)
-    taps = ExitStack()
-    if config.feature_weight and teacher is not None:
-        # The last block's states are the velocity, but for those of the text, which nothing reads any more.
-        seen, wanted = (taps.enter_context(tapped(m, order[:-1])) for m in (model, teacher))
-        measure = with_features(measure, seen, wanted, config.feature_weight)
-    train = functools.partial(
-        distill_,
-        lambda **kwargs: model(**kwargs, return_dict=False)[0],
-        groups,
-        trajectories,
-        config,
-        work / "distilled",
-        states=states,
-        measure=measure,
-        device=job.device,
-        identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
-        on_progress=lambda done, total, loss: progress("distill", done, total),
-    )
-    with training_attention(job.device), taps:
+    measure, groups = measure_of(config, _token_grid(trajectories, job)), parameter_groups(model, config)
+    with training_attention(job.device), ExitStack() as taps:
+        if config.feature_weight and teacher is not None:
+            # The last block's states are the velocity, but for those of the text, which nothing reads any more.
+            seen, wanted = (taps.enter_context(tapped(m, order[:-1])) for m in (model, teacher))
+            measure = with_features(measure, seen, wanted, config.feature_weight)
+        train = functools.partial(
+            distill_,
+            lambda **kwargs: model(**kwargs, return_dict=False)[0],
+            groups,
+            trajectories,
+            config,
+            work / "distilled",
+            states=states,
+            measure=measure,
+            device=job.device,
+            identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
+            on_progress=lambda done, total, loss: progress("distill", done, total),
+        )
         if config.compile_blocks and job.device.type == "cuda" and (whole_here or ranks.world == 1):
             result = _compiled([model, *([] if teacher is None else [teacher])], train)
         else:

@@ -32,7 +32,7 @@ from tritflow.scenes import COLORS, SHAPES, SceneBatch, weakest
 from tritflow.scenes.world import BACKGROUNDS, GRAY_LEVEL, HELD_OUT_COLORS, TEXTURES
 from tritflow.training import data, models, start, vae
 from tritflow.training.loop import rank, world_size
-from tritflow.training.options import check_shares
+from tritflow.training.options import check_shares, mixture_arguments, mixture_of
 
 SEED = 5_000_011  # scenes that neither the VAE nor the flow has seen
 # Held-out prompts that decide what is kept; the reported figures use others.
@@ -206,9 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--examples", type=int, default=60_000, help="pictures it is trained on")
-    parser.add_argument("--overlapping", type=float, default=0.5, help="share of them with an object in front")
-    parser.add_argument("--tinted", type=float, default=0.4, help="share of the others in hues that no word names")
-    parser.add_argument("--blended", type=float, default=0.4, help="share of the others in shapes that no word names")
+    mixture_arguments(parser, overlapping=0.5)
     parser.add_argument(
         "--focus", default="", metavar="WORDS", help="what half of the scenes show, such as 'green checkered black'"
     )
@@ -229,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, out = _source(args.source, args.out)
     except start.StartError as error:
         parser.error(str(error))
-    check_shares(parser, args, "overlapping", "tinted", "blended", "stained", "way")
+    mixture = mixture_of(parser, args)
+    check_shares(parser, args, "stained", "way")
     if args.encoder and args.way < 1:
         parser.error("--way is for a decoder alone: between two encoders lie latents that neither decoder knows")
     try:
@@ -238,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(SEED)
-    mixture = data.Mixture(args.tinted, args.blended, args.overlapping)
-    usual = data.Mixture(args.tinted, args.blended)
+    usual = dataclasses.replace(mixture, overlapping=0.0)
     with ProcessPoolExecutor(max(1, args.workers), mp_context=get_context("spawn")) as pool:
         report = train_further(
             model,

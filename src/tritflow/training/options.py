@@ -70,12 +70,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def mixture_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a `Mixture`."""
+def mixture_arguments(parser: argparse.ArgumentParser, overlapping: float = 0.0) -> None:
+    """The options of a `Mixture`, and the default of one."""
     parser.add_argument("--tinted", type=float, default=0.4, help="share of scenes in hues that no word names")
     parser.add_argument("--blended", type=float, default=0.4, help="share of scenes in shapes that no word names")
     parser.add_argument(
-        "--overlapping", type=float, default=0.0, help="share of scenes in front of each other, beyond the usual .08"
+        "--overlapping",
+        type=float,
+        default=overlapping,
+        help=f"share of scenes in front of each other, beyond the usual .08 (default: {overlapping:g})",
     )
     parser.add_argument("--counting", type=float, default=0.25, help="share of the blended scenes that only count")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any
@@ -34,14 +33,18 @@ READ = 25
 HUES_APART = 0.35
 
 
+def objects(image: Tensor) -> Tensor:
+    """Where objects are: bool [B, 1, H, W] of pictures [B, 3, H, W] in -1..1."""
+    return image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > OBJECT_CHROMA
+
+
 def two_hue_edges(image: Tensor) -> Tensor:
     """Where objects of two hues meet: bool [B, 1, H, W] of pictures [B, 3, H, W] in -1..1.
 
     A pixel whose 5 x 5 neighbourhood holds object pixels of hues that lie apart. Texture and ground have no part in it:
     they change brightness, not hue.
     """
-    away = image - image.mean(1, keepdim=True)
-    there = image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > OBJECT_CHROMA
+    away, there = image - image.mean(1, keepdim=True), objects(image)
     hue = away / away.norm(dim=1, keepdim=True).clamp(min=1e-6)
     nothing = -2.0 * torch.ones_like(hue)
     most = F.max_pool2d(torch.where(there, hue, nothing), 5, 1, 2)
@@ -56,7 +59,7 @@ def reconstruction_loss(
     """Mean absolute error with object pixels weighted up and, by `edges` more, those where two hues meet; plus that of
     horizontal and vertical differences: thin stripes and corners live in the differences. `marks`: weight of what the
     ground's pixels are off beyond what nobody sees."""
-    there = image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > OBJECT_CHROMA
+    there = objects(image)
     weight = 1 + OBJECT_WEIGHT * there.float()
     if edges:
         weight = weight + edges * two_hue_edges(image).float()
@@ -64,13 +67,12 @@ def reconstruction_loss(
     for axis in (-1, -2):
         loss = loss + 0.5 * (image.diff(dim=axis) - output.diff(dim=axis)).abs().mean()
     if marks:
-        loss = loss + marks * stains(image, output).mean()
+        loss = loss + marks * stains(image, output, there).mean()
     return loss
 
 
-def stains(image: Tensor, output: Tensor) -> Tensor:
-    """What each picture's ground is off beyond what nobody sees [B], of pictures [B, 3, H, W] in -1..1."""
-    there = image.amax(1, keepdim=True) - image.amin(1, keepdim=True) > OBJECT_CHROMA
+def stains(image: Tensor, output: Tensor, there: Tensor) -> Tensor:
+    """What each picture's ground, where no objects are, is off beyond what nobody sees [B]."""
     near = F.max_pool2d(there.float(), 5, 1, 2)  # soft edges are no marks
     return ((1 - near) * ((image - output).abs() - SEEN).clamp(min=0)).mean((1, 2, 3))
 
@@ -108,7 +110,7 @@ def train_vae(
 
     worst = None
     if stained:
-        stain = torch.cat([stains(x * 2 - 1, round_trip(vae, x).to(x) * 2 - 1) for x in _shown(pictures)])
+        stain = torch.cat([_stains_of(vae, part) for part in pictures.split(256)])
         worst = stain.topk(max(1, round(stained * len(pictures)))).indices
         log(f"vae: stains of {len(worst)} pictures {float(stain[worst].mean()):.2e}, of all {float(stain.mean()):.2e}")
 
@@ -142,9 +144,11 @@ def train_vae(
         set_latent_statistics(vae, shown[:4096])
 
 
-def _shown(pictures: Tensor) -> Iterator[Tensor]:
-    """Bytes [N, 3, H, W] as pictures in 0..1, some at a time."""
-    return (part.float() / 255 for part in pictures.split(256))
+def _stains_of(vae: Any, pictures: Tensor) -> Tensor:
+    """`stains` [B] of the round trip of bytes [B, 3, H, W]."""
+    shown = pictures.float() / 255
+    image, output = (x * 2 - 1 for x in (shown, round_trip(vae, shown).to(shown)))
+    return stains(image, output, objects(image))
 
 
 @torch.no_grad()
