@@ -14,6 +14,7 @@ from scipy.signal import convolve2d
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.images import ModelId
 from tritflow.evaluation.tasks import fidelity
+from tritflow.scenes import object_mask
 
 
 @pytest.fixture
@@ -122,6 +123,20 @@ def test_measure_and_summary(tmp_path: Path) -> None:
     assert result["psnr"]["prompts"] == 9
     assert result["psnr_object"] is None
     assert result["bands"]["top"]["coherence"]["value"] > 0.99
+
+
+def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = draw_set(tmp_path / "t"), draw_set(tmp_path / "s", model=ModelId("student", "s"))
+    assert teacher is not None
+    assert student is not None
+    alone = fidelity.measure(student, teacher, mask=object_mask)
+    monkeypatch.setattr(fidelity, "POOL_FROM", 1)
+    monkeypatch.setattr(fidelity, "_CHUNK", 7)
+    heard: list[tuple[int, int]] = []
+    together = fidelity.measure(student, teacher, object_mask, lambda *done: heard.append(done), workers=2)
+    assert together == alone
+    assert [m.sample for m in together] == [e["sample"] for e in student.entries]
+    assert heard == [(7, 18), (14, 18), (18, 18)]
 
 
 def test_sizes_must_agree(photo: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.drawing import draw_images
 from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, Settings
 from tritflow.evaluation.projection import BYTES_PER_PIXEL, Projection, duration, project
-from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
+from tritflow.evaluation.ranks import device_of_environment, shard_of_environment, workers_of_environment
 from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate, projections
 
 HERE = str(Path(__file__).parent)
@@ -115,9 +115,19 @@ def test_each_process_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of_environment(None) == device_of_environment("cuda") == "cuda:1"
     assert device_of_environment("cuda:0") == "cuda:0"
     assert device_of_environment("cpu") == "cpu"
+    # More processes than GPUs share them.
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(EvaluationError, match="there are 2 GPUs"):
-        device_of_environment(None)
+    assert device_of_environment(None) == "cuda:0"
+
+
+def test_processes_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (workers_of_environment(), workers_of_environment(most=4)) == (12, 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert workers_of_environment() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
+    assert workers_of_environment() == 1
 
 
 def test_projections(tmp_path: Path) -> None:

@@ -22,15 +22,21 @@ def shard_of_environment() -> tuple[int, int]:
 
 
 def device_of_environment(device: str | None) -> str | None:
-    """The GPU of this process (LOCAL_RANK) when a launcher started several and none was named by number."""
+    """The GPU of this process (LOCAL_RANK) when a launcher started several and none was named by number.
+
+    More processes than GPUs share them: small models are bound by what the processor does for them.
+    """
     import torch
 
     if "LOCAL_RANK" not in os.environ or device not in (None, "auto", "cuda") or not torch.cuda.is_available():
         return device
-    local = _number("LOCAL_RANK", 0)
-    if local >= torch.cuda.device_count():
-        raise EvaluationError(f"LOCAL_RANK={local}, but there are {torch.cuda.device_count()} GPUs here")
-    return f"cuda:{local}"
+    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+
+
+def workers_of_environment(most: int = 16) -> int:
+    """How many worker processes this one may start: its share of the processors, `most` at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(most, cores // max(1, _number("LOCAL_WORLD_SIZE", 1))))
 
 
 def _number(name: str, default: int) -> int:

@@ -11,12 +11,15 @@ Measured picture by picture, reported as medians with intervals over prompts:
 
 from __future__ import annotations
 
+import functools
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +29,13 @@ from scipy.ndimage import gaussian_filter
 from tritflow.evaluation import statistics
 from tritflow.evaluation.api import EvaluationError, Progress
 from tritflow.evaluation.images import ImageSet
+from tritflow.evaluation.ranks import workers_of_environment
 
 if TYPE_CHECKING:
     from tritflow.evaluation.scorers.lpips import Lpips
 
-WORKERS = min(8, os.cpu_count() or 1)
+# Below this many pixels starting worker processes costs more than it saves; pictures compared at a time.
+POOL_FROM, _CHUNK = 10_000_000, 64
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -147,41 +152,63 @@ def measure(
     mask: Mask | None = None,
     progress: Progress | None = None,
     perceptual: Lpips | None = None,
+    workers: int | None = None,
 ) -> list[PictureFidelity]:
     """Every picture of `student` against the teacher's of the same prompt and seed.
 
-    `mask` finds object pixels in the teacher's picture (`scenes.object_mask` for the built-in suite); without it
-    `psnr_object` is None, and `lpips` is without `perceptual`. Pictures are compared by threads, the numbers do not
-    depend on how many. Raises `ImageSetError` when the two sets do not match.
+    `mask` finds object pixels in the teacher's picture (`scenes.object_mask` for the built-in suite; a function that
+    other processes can import); without it `psnr_object` is None, and `lpips` is without `perceptual`. Many pictures
+    are compared by `workers` processes (default: `workers_of_environment`), the numbers do not depend on how many.
+    Raises `ImageSetError` when the two sets do not match.
     """
+    compare = functools.partial(_compare_chunk, student.folder, teacher.folder, mask)
+    pairs = student.pairs(teacher)
+    pixels = sum(mine["height"] * mine["width"] for mine, _ in pairs)
+    count = 1 if perceptual is not None or pixels < POOL_FROM else workers or workers_of_environment()
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    found: list[PictureFidelity] = []
+    with ExitStack() as stack:
+        each: Iterator[list[PictureFidelity]]
+        if count == 1:
+            each = map(functools.partial(compare, perceptual=perceptual), chunks)
+        else:
+            # spawn: forking a process that holds torch's threads and perhaps a GPU can deadlock.
+            pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+            each = stack.enter_context(pool).map(compare, chunks)
+        for some in each:
+            found += some
+            if progress is not None:
+                progress(len(found), len(pairs))
+    return found
 
-    def compare(pair: tuple[dict[str, Any], dict[str, Any]]) -> PictureFidelity:
-        mine, theirs = pair
-        a = student.pixels_of(student.folder, mine)
-        b = teacher.pixels_of(teacher.folder, theirs)
+
+def _compare_chunk(
+    mine: Path,
+    theirs: Path,
+    mask: Mask | None,
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    perceptual: Lpips | None = None,
+) -> list[PictureFidelity]:
+    """The pictures of some pairs, which lie in two folders."""
+    found = []
+    for entry, other in pairs:
+        a, b = ImageSet.pixels_of(mine, entry), ImageSet.pixels_of(theirs, other)
         whole = psnr(a, b)
         assert whole is not None
         energy, coherence = bands(a, b)
-        return PictureFidelity(
-            mine["prompt_id"],
-            mine["tag"],
-            mine["sample"],
-            whole,
-            psnr(a, b, mask(b)) if mask is not None else None,
-            ssim(a, b),
-            energy,
-            coherence,
-            perceptual.distance([a], [b])[0] if perceptual is not None else None,
+        found.append(
+            PictureFidelity(
+                entry["prompt_id"],
+                entry["tag"],
+                entry["sample"],
+                whole,
+                psnr(a, b, mask(b)) if mask is not None else None,
+                ssim(a, b),
+                energy,
+                coherence,
+                perceptual.distance([a], [b])[0] if perceptual is not None else None,
+            )
         )
-
-    found = []
-    pairs = student.pairs(teacher)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        # In pieces: 24,000 pictures of 1024x1024 must not all wait in memory.
-        for start in range(0, len(pairs), 8 * WORKERS):
-            found += list(pool.map(compare, pairs[start : start + 8 * WORKERS]))
-            if progress is not None:
-                progress(len(found), len(pairs))
     return found
 
 

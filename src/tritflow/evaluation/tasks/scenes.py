@@ -5,7 +5,6 @@ Overall is the mean of the six GenEval tags; texture and occlusion are reported 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.images import ImageSet
 from tritflow.evaluation.ledger import Ledger
+from tritflow.evaluation.ranks import workers_of_environment
 from tritflow.results import digest
 from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, marked, object_mask
 
@@ -111,7 +111,7 @@ class ScenesTask(Task):
 
     @staticmethod
     def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[_Verdict]:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16)
+        workers = workers_of_environment()
         folder = str(images.folder)
         chunks = [work[i : i + _CHUNK] for i in range(0, len(work), _CHUNK)]
         if len(work) < POOL_FROM or workers < 2:
