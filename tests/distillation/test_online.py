@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tritflow.calibration.trajectories import Batch
 from tritflow.distillation.online import OnlineStates
 
 STEPS, BATCH, BATCHES = 6, 4, 3
@@ -20,7 +21,8 @@ def states(student_share=0.0, seed=0, **kwargs):
 
 def one(made, number, student=None):
     draws = made.draws(number)
-    batch = made.batch(draws)
+    kwargs = made.inputs(draws)
+    batch = Batch(kwargs, made.velocity(kwargs))
     made.advance(draws, batch.velocity, batch.velocity if student is None else student(batch))
     return draws, batch
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritflow.calibration.trajectories import Batch, seed_of
+from tritflow.calibration.trajectories import seed_of
 
 Velocity = Callable[..., Tensor]
 # Rows of the teacher's forward while the pool is filled.
@@ -107,7 +107,7 @@ class OnlineStates:
         with torch.compiler.set_stance("force_eager"):  # its batches are of all sizes
             for done in range(int(wanted.max())):
                 for rows in (wanted > done).nonzero()[:, 0].split(FILL):
-                    velocity = self._velocity(self._kwargs(rows))
+                    velocity = self.velocity(self._kwargs(rows))
                     self.state["x"][rows] += self._width(rows) * velocity
                     self.state["step"][rows] += 1
 
@@ -122,12 +122,12 @@ class OnlineStates:
         return {"rows": rows, **self._draw(generator, self.batch_size)}
 
     @torch.no_grad()
-    def batch(self, draws: Mapping[str, Tensor]) -> Batch:
-        """The states of `draws` and the teacher's velocity there."""
-        kwargs = self._kwargs(draws["rows"])
-        return Batch(kwargs, self._velocity(kwargs))
+    def inputs(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The states of `draws`, as a transformer takes them."""
+        return self._kwargs(draws["rows"])
 
-    def _velocity(self, kwargs: Mapping[str, Tensor]) -> Tensor:
+    @torch.no_grad()
+    def velocity(self, kwargs: Mapping[str, Tensor]) -> Tensor:
         """The teacher's, in its own dtype: the student's autocast is not for it."""
         with torch.autocast(self.device.type, enabled=False):
             return self.teacher(**kwargs).float()

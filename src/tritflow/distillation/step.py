@@ -33,6 +33,25 @@ def training_attention(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+def beside(device: torch.device, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Begin `work` beside what follows, and return what waits for its result: a branch of the CUDA graph that is being
+    recorded. Elsewhere it is done at once. Tensors that it reads must be kept until it has been waited for.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        result = work()
+        return lambda: result
+    here, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(here)
+    with torch.cuda.stream(other):
+        result = work()
+
+    def waited() -> Tensor:
+        here.wait_stream(other)
+        return result
+
+    return waited
+
+
 class Step:
     """What is repeated in training.
 

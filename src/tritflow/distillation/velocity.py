@@ -25,7 +25,7 @@ from tritflow.distillation.losses import Measure, plain
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
-from tritflow.distillation.step import Step, autocast
+from tritflow.distillation.step import Step, autocast, beside
 
 Student = Callable[..., Tensor]
 VALIDATION_PAIRS = 512
@@ -105,10 +105,11 @@ def distill_(
 
     def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
         if states is not None:
-            here = states.batch(inputs)
-            predicted = student(**here.kwargs)
-            states.advance(inputs, here.velocity, predicted.detach())
-            return measure(predicted, here.velocity, here.kwargs)
+            kwargs = states.inputs(inputs)
+            taught = beside(device, lambda: states.velocity(kwargs))
+            predicted = student(**kwargs)
+            states.advance(inputs, velocity := taught(), predicted.detach())
+            return measure(predicted, velocity, kwargs)
         if PAIRS in inputs:
             inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
         kwargs = {n: t for n, t in inputs.items() if n != VELOCITY}

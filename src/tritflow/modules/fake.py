@@ -123,10 +123,19 @@ class FakeTernaryLinear(nn.Module):
         """int8 [N, K], those that the forward pass uses."""
         return _ternary(self.weight.detach()).to(torch.int8)
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is `F.linear` of `effective_weight` and no more: no column scales, activations as they are."""
+        return self.activation_bits == 16 and self.log_input_scale is None
+
+    def effective_weight(self) -> Tensor:
+        """s * T, float32 [N, K], differentiable."""
+        return self.scales()[0][:, None] * _through(self.weight, _ternary)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype that `F.linear` gives (x.dtype, or autocast's)."""
-        rows, columns = self.scales()
-        weight = rows[:, None] * _through(self.weight, _ternary)
+        _, columns = self.scales()
+        weight = self.effective_weight()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         scaled = x if columns is None else x.float() * columns
         if self.activation_bits == 16:

@@ -43,6 +43,7 @@ from tritflow.distillation.shelf import Shelf
 from tritflow.distillation.step import training_attention
 from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.formats.repacking import LATENTS
+from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
@@ -313,8 +314,11 @@ def _distill(
             identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},
             on_progress=lambda done, total, loss: progress("distill", done, total),
         )
+        models = [model, *([] if teacher is None else [teacher])]
+        if whole_here:
+            taps.enter_context(training_forward(*models))
         if config.compile_blocks and job.device.type == "cuda" and (whole_here or ranks.world == 1):
-            result = _compiled([model, *([] if teacher is None else [teacher])], train)
+            result = _compiled(models, train)
         else:
             result = train()
     rest = {n: whole(p).detach() for n, p in rest_parameters(model)} if _tunes_rest(job) else {}
