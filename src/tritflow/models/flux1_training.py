@@ -80,7 +80,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @contextmanager
 def training_forward(*models: nn.Module) -> Iterator[None]:
     """Let FLUX.1 models attend by `TrainingAttention`; other models and other processors stay as they are."""
-    changed = [
+    changed: list[Any] = [
         module
         for model in models
         for module in model.modules()
