@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,17 @@ def test_the_campaigns_of_the_package_name_commands_that_exist() -> None:
             assert shown.exit_code == 0, one
             for option in options:
                 assert option in shown.stdout, (one.name, option)
+
+
+def test_what_a_job_made_is_packed_at_once_and_nothing_else_with_it(tmp_path: Path) -> None:
+    make = "import os,sys; os.chdir(sys.argv[1]); os.mkdir('student'); [open('student/'+n,'w') for n in ('weights','scraps')]"
+    command = f'python -c "{make}" {{workdir}}'
+    kept = ("{workdir}/student/weights", "{workdir}/nowhere")
+    told: list[str] = []
+    jobs = [Job("student", command, 1.0, limit=60.0, keep=kept), Job("broken", 'python -c "1/0"', 1.0, keep=kept)]
+    assert run(jobs, tmp_path, tell=told.append) == {"student": "done", "broken": "failed"}
+    with tarfile.open(tmp_path / "work" / "kept" / "student.tar") as archive:
+        assert archive.getnames() == ["student/weights"]
+    assert [p.name for p in (tmp_path / "work" / "kept").iterdir()] == ["student.tar"]
+    (line,) = [t for t in told if "kept" in t]
+    assert line.endswith(f"student.tar; not there: {tmp_path / 'work' / 'nowhere'}")

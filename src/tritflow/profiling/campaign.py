@@ -3,7 +3,8 @@
 A campaign is a TOML file: jobs in order of worth, each one command with the seconds it is expected to take. Every free
 GPU takes the next job that still fits into the time; a job that must not be disturbed (a timing) waits until all GPUs
 are idle and has the machine to itself. What a job prints is kept in `WORKDIR/NAME.log`, how it ended in
-`WORKDIR/campaign.json`, written after every change, so a killed campaign goes on with what is not done.
+`WORKDIR/campaign.json`, written after every change, so a killed campaign goes on with what is not done. What a job made
+that must not be lost with the machine is packed at once, and nothing else with it: `WORKDIR/kept/NAME.tar`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ from tritflow.formats.atomic import write_atomic
 TICK, GRACE = 0.05, 5.0
 # A job is killed after this many times its expected seconds unless it says so itself.
 PATIENCE = 2.0
-STATE = "campaign.json"
+STATE, KEPT = "campaign.json", "kept"
 # How a job can have ended; the first is never run again.
 DONE, FAILED, LATE, CUT = "done", "failed", "late", "cut"
 
@@ -50,6 +52,7 @@ class Job:
         gpus: how many it takes, 0 for a command of the processor alone.
         alone: nothing else runs meanwhile.
         after: names of jobs that must be done before.
+        keep: files and folders to pack when it is done; `{workdir}` is filled in.
         environment: variables it sees beside the campaign's own.
     """
 
@@ -60,6 +63,7 @@ class Job:
     gpus: int = 1
     alone: bool = False
     after: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -117,7 +121,7 @@ def _job(entry: dict[str, Any], number: int) -> Job:
     for key in ("name", "command", "seconds"):
         if key not in entry:
             raise CampaignError(f"job {number + 1} ('{entry.get('name', '?')}') has no '{key}'")
-    job = Job(**entry | {"after": tuple(entry.get("after", ()))})
+    job = Job(**entry | {key: tuple(entry.get(key, ())) for key in ("after", "keep")})
     if not job.seconds > 0 or job.gpus < 0 or job.limit < 0:
         raise CampaignError(f"job '{job.name}': seconds must be positive, limit and gpus not negative")
     try:
@@ -258,6 +262,8 @@ class Campaign:
         for r in list(self.running):
             code, taken = r.process.poll(), time.monotonic() - r.begin
             if code is not None:
+                if code == 0 and r.job.keep:
+                    self._keep(r.job)
                 self._note(r.job, DONE if code == 0 else FAILED, taken, code)
             elif taken > r.job.patience:
                 self._stop(r)
@@ -268,6 +274,24 @@ class Campaign:
             else:
                 continue
             self.running.remove(r)
+
+    def _keep(self, job: Job) -> None:
+        """Pack what a job made, under its path inside of the working folder where it lies there."""
+        packed = self.workdir / KEPT / f"{job.name}.tar"
+        packed.parent.mkdir(exist_ok=True)
+        unfinished = packed.with_suffix(".tmp")
+        missing = []
+        with tarfile.open(unfinished, "w") as archive:
+            for name in job.keep:
+                path = Path(name.replace("{workdir}", str(self.workdir)))
+                inside = path.relative_to(self.workdir) if path.is_relative_to(self.workdir) else Path(path.name)
+                if path.exists():
+                    archive.add(path, inside)
+                else:
+                    missing.append(str(path))
+        os.replace(unfinished, packed)
+        lacking = f"; not there: {', '.join(missing)}" if missing else ""
+        self.tell(f"{job.name}: {packed.stat().st_size / 1e6:.1f} MB kept in {packed}{lacking}")
 
     def _stop(self, r: _Running) -> None:
         """End a job and all that it started."""
