@@ -189,7 +189,7 @@ def test_the_campaigns_of_the_package_name_commands_that_exist() -> None:
 
 
 def test_what_a_job_made_is_packed_at_once_and_nothing_else_with_it(tmp_path: Path) -> None:
-    make = "import os,sys; os.chdir(sys.argv[1]); os.mkdir('student'); [open('student/'+n,'w') for n in ('weights','x')]"
+    make = "import os,sys; os.chdir(sys.argv[1]);os.mkdir('student'); [open('student/'+n,'w') for n in ('weights','x')]"
     command = f'python -c "{make}" {{workdir}}'
     kept = ("{workdir}/student/weights", "{workdir}/nowhere")
     told: list[str] = []

@@ -66,7 +66,7 @@ def measure(
     with quiet():
         pipe = load_pipeline(model, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    chosen = _prompts(pipe, prompts)
+    chosen = prompts_of(pipe, prompts)
     config = CalibrationConfig(
         num_prompts=min(num_prompts, len(chosen)), num_inference_steps=num_inference_steps, batch_size=batch_size
     )
@@ -180,7 +180,8 @@ def _velocity(model: nn.Module, batch: Batch) -> Tensor:
     return velocity.float()
 
 
-def _prompts(pipe: Any, prompts: str | Path | Sequence[str] | None) -> PromptSet:
+def prompts_of(pipe: Any, prompts: str | Path | Sequence[str] | None) -> PromptSet:
+    """A file's, the texts given, or the model folder's `calibration_prompts.txt`; `SensitivityError` without any."""
     if isinstance(prompts, str | Path):
         return load_prompts(prompts)
     if prompts is not None:

@@ -1,4 +1,4 @@
-"""`tritflow bench storage|full-size|sensitivity`: bytes on disk, real size, sensitivity of layers."""
+"""`tritflow bench storage|full-size|sensitivity|exposure`: bytes, real size, and where a model's error comes from."""
 
 from __future__ import annotations
 
@@ -130,6 +130,55 @@ def sensitivity(
 
         write_bytes(plot, encode(draw(run), plot.suffix.removeprefix(".")))
         say(f"drew {plot}")
+    if json:
+        print_json(run)
+    else:
+        print(bench.table(run))
+
+
+_EXPOSURE = """Examples:
+
+\b
+  tritflow bench exposure                               # the shipped student
+  tritflow bench exposure --model OUT --against FLUX_DIR --device cuda --results benchmarks/results
+"""
+
+
+@app.command(epilog=_EXPOSURE)
+def exposure(
+    model: Annotated[str, typer.Option("--model", "-m", help="A student: folder or small-student.")] = "small-student",
+    against: Annotated[str, typer.Option(help="Its teacher.")] = "small",
+    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl (default: the teacher folder's own).")] = None,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Trajectories.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps of each.")] = 28,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Default: the teacher's own.")] = None,
+    mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8, of a ternary student.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs run at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of noise and choice of prompts.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    results: Results = None,
+    json: Json = False,
+) -> None:
+    """Velocity error of a student on its teacher's states and on its own, step by step."""
+    from tritflow.pipelines.loading import pick_device
+    from tritflow.profiling import exposure as bench
+
+    on = pick_device(device)
+    with progress("following teacher and student", shown=not json) as update:
+        run = bench.measure(
+            model,
+            against,
+            prompts=prompts,
+            num_prompts=num_prompts,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            batch_size=batch_size,
+            seed=seed,
+            mode=mode,
+            device=str(on),
+            progress=update,
+        )
+    store(results, "exposure", [run])
     if json:
         print_json(run)
     else:
