@@ -312,6 +312,20 @@ def test_a_table_of_others_is_of_the_newest_teacher_that_they_were_measured_agai
     assert [c[:2] for c in build(spec, newer).cells] == [("best", "0.600")]
 
 
+def test_a_table_of_the_teacher_is_its_run_of_most_pictures() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\ncurrent = 'teacher'\n" + QUALITY_COLUMNS)["q"]
+    few, many = (
+        {"hash": h, "samples": n, "base_seed": 0, "count": 8, "pictures": 8 * n} for h, n in (("p", 1), ("q", 4))
+    )
+    runs = [
+        {**scored("teacher", 0.7, "older", None, 1), "prompts": many | {"pictures": 99}},
+        {**scored("teacher", 0.8, "t", None, 1), "prompts": many},
+        {**scored("teacher", 0.9, "t", None, 1), "prompts": few},
+        {**scored("best", 0.5, "s", "t", 1), "prompts": few},
+    ]
+    assert [c[:2] for c in build(spec, runs).cells] == [("teacher", "0.800")]
+
+
 def test_the_packages_tables_of_scenes_are_of_what_is_current() -> None:
     assert all(s.current for s in load_specs().values() if s.topic == "scenes")
 

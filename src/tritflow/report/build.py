@@ -31,7 +31,7 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
         parts += [f"## {spec.title or spec.name}", body]
     for topic, runs in sources.runs.items():
         newest = _by_label(current_runs(runs))
-        compared = _by_label(current_runs(runs, others=True))
+        compared = _by_label(current_runs(runs, of="others"))
         drawn = (("scores", figures.tag_scores), ("bands", figures.band_detail), ("rivals", figures.rivals))
         for name, draw in drawn:
             try:

@@ -10,7 +10,8 @@ A spec lives in `tables.toml`:
     has = "quantizer"                             # optional: only runs that have this
     current = true                                # optional: only runs of the suite's newest version and of one
                                                   # teacher, that of the newest run labelled "teacher"; "others": the
-                                                  # newest one that other quantizers were measured against
+                                                  # newest one that other quantizers were measured against;
+                                                  # "teacher": the teacher's own runs, that of most pictures the newest
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone
@@ -138,13 +139,14 @@ def _matches(run: Run, wanted: dict[str, Any]) -> bool:
     return all(lookup(run, path) == value for path, value in wanted.items())
 
 
-def current_runs(runs: Sequence[Run], others: bool = False) -> list[Run]:
+def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
     """Those (oldest first) that compare with each other: of the suite's newest version, and of one teacher.
 
     Prompts change with a suite's version, and scores kept are a teacher's. The teacher is the model of the newest run
-    labelled "teacher", or, where there is none, the one that the newest run was measured against; with `others`, the
+    labelled "teacher", or, where there is none, the one that the newest run was measured against; `of` "others", the
     one that the newest run of another quantizer was measured against, if any was. Where others were measured against
-    it, its own runs on prompts that none of them had are left out.
+    it, its own runs on prompts that none of them had are left out; `of` "teacher", these are all that is left, and the
+    one of most pictures stands last.
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
@@ -153,8 +155,11 @@ def current_runs(runs: Sequence[Run], others: bool = False) -> list[Run]:
     if not own and not named:
         return runs
     foreign = [lookup(r, "against.model.hash") for r in runs if lookup(r, "quantizer.name") not in (None, "tritflow")]
-    teacher = foreign[-1] if others and foreign else (own or named)[-1]
+    teacher = foreign[-1] if of == "others" and foreign else (own or named)[-1]
     runs = [r for r in runs if teacher in (lookup(r, "against.model.hash"), lookup(r, "model.hash"))]
+    if of == "teacher":
+        own_runs = [r for r in runs if r.get("label") == "teacher"]
+        return sorted(own_runs, key=lambda r: lookup(r, "prompts.pictures") or 0)
     shown = [_drawn(r) for r in runs if r.get("against")]
     return [r for r in runs if not shown or r.get("against") or _drawn(r) in shown]
 
@@ -168,7 +173,7 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     if isinstance(spec.entries, str):
         runs = [r for r in runs if lookup(r, spec.entries)]  # one that measured other parts has no say here
     if spec.current:
-        runs = current_runs(runs, others=spec.current == "others")
+        runs = current_runs(runs, of=spec.current)
     if spec.has:
         runs = [r for r in runs if lookup(r, spec.has) is not None]
     if spec.rows:
