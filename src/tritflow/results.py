@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tritflow.formats.atomic import write_atomic
+from tritflow.formats.environment import usable_cores
 
 SCHEMA = 1
 _PACKAGES = ("tritflow", "torch", "diffusers", "transformers", "triton", "numpy", "pillow")
@@ -61,7 +62,7 @@ def device_name(device: str = "cpu") -> str:
         model = found.group(1).strip() if found else model
     except OSError:
         pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return f"{model}, {cores} core{'s' if cores != 1 else ''}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,14 @@ def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert together == alone
     assert [m.sample for m in together] == [e["sample"] for e in student.entries]
     assert heard == [(7, 18), (14, 18), (18, 18)]
+
+    class Darkness:
+        def distance(self, pictures: list[np.ndarray], references: list[np.ndarray]) -> list[float]:
+            return [float(pictures[0].sum()) - float(references[0].sum()) + int(pictures[0][0, 0, 0])]
+
+    perceived = fidelity.measure(student, teacher, object_mask, perceptual=Darkness(), workers=2)  # type: ignore[arg-type]
+    assert [m.lpips for m in perceived] == [int(p[0, 0, 0]) for _, p in student.pixels()]
+    assert [dataclasses.replace(m, lpips=None) for m in perceived] == alone
 
 
 def test_sizes_must_agree(photo: np.ndarray) -> None:

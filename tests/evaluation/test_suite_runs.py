@@ -18,8 +18,9 @@ from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.drawing import draw_images
 from tritflow.evaluation.images import ImageSet, ImageSetError, ModelId, Settings
 from tritflow.evaluation.projection import BYTES_PER_PIXEL, Projection, duration, project
-from tritflow.evaluation.ranks import device_of_environment, shard_of_environment, workers_of_environment
+from tritflow.evaluation.ranks import device_of_environment, shard_of_environment
 from tritflow.evaluation.run import Contender, Plan, Sampling, evaluate, projections
+from tritflow.evaluation.workers import workers_of_environment
 
 HERE = str(Path(__file__).parent)
 

@@ -68,7 +68,7 @@ def test_only_layers_that_are_alike_are_joined() -> None:
             torch.testing.assert_close(made, layer(x))
 
 
-def test_other_processors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_stay() -> None:
     model = tiny_flux_transformer()
 
     class Own:

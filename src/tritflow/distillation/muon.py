@@ -26,7 +26,7 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        # a x + (b gram + c gram^2) x, sums in the products: by themselves they are most of the kernels of a small step.
+        # a x + (b gram + c gram^2) x; the sums inside of the products, or they are five kernels more an iteration.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if transposed else x
 

@@ -108,7 +108,8 @@ def distill_(
             kwargs = states.inputs(inputs)
             taught = beside(device, lambda: states.velocity(kwargs))
             predicted = student(**kwargs)
-            states.advance(inputs, velocity := taught(), predicted.detach())
+            velocity = taught()
+            states.advance(inputs, velocity, predicted.detach())
             return measure(predicted, velocity, kwargs)
         if PAIRS in inputs:
             inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))

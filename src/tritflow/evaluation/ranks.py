@@ -12,8 +12,8 @@ def shard_of_environment() -> tuple[int, int]:
 
     Raises `EvaluationError` when they make no sense.
     """
-    world = _number("WORLD_SIZE", 1)
-    rank = _number("RANK", 0)
+    world = number_of_environment("WORLD_SIZE", 1)
+    rank = number_of_environment("RANK", 0)
     if world < 1 or not 0 <= rank < world:
         raise EvaluationError(f"RANK={rank} and WORLD_SIZE={world} do not go together; ranks run from 0 to size - 1")
     if world > 1 and "RANK" not in os.environ:
@@ -30,16 +30,11 @@ def device_of_environment(device: str | None) -> str | None:
 
     if "LOCAL_RANK" not in os.environ or device not in (None, "auto", "cuda") or not torch.cuda.is_available():
         return device
-    return f"cuda:{_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+    return f"cuda:{number_of_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
 
 
-def workers_of_environment(most: int = 16) -> int:
-    """How many worker processes this one may start: its share of the processors, `most` at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(most, cores // max(1, _number("LOCAL_WORLD_SIZE", 1))))
-
-
-def _number(name: str, default: int) -> int:
+def number_of_environment(name: str, default: int) -> int:
+    """A whole number in an environment variable; `default` where there is none. `EvaluationError` for anything else."""
     text = os.environ.get(name, "")
     try:
         return int(text) if text else default

@@ -10,6 +10,11 @@ import platform
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "peft", "numpy")
 
 
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, str]:
     """Facts for a bug report, label -> text. Reads versions from metadata; only torch is imported."""
     import torch
@@ -20,7 +25,7 @@ def environment() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["cpu cores"] = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}"
+    facts["cpu cores"] = str(usable_cores())
     facts["torch threads"] = str(torch.get_num_threads())
     facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():

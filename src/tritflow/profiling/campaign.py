@@ -263,7 +263,7 @@ class Campaign:
             code, taken = r.process.poll(), time.monotonic() - r.begin
             if code is not None:
                 if code == 0 and r.job.keep:
-                    self._keep(r.job)
+                    self._pack(r.job)
                 self._note(r.job, DONE if code == 0 else FAILED, taken, code)
             elif taken > r.job.patience:
                 self._stop(r)
@@ -275,23 +275,22 @@ class Campaign:
                 continue
             self.running.remove(r)
 
-    def _keep(self, job: Job) -> None:
-        """Pack what a job made, under its path inside of the working folder where it lies there."""
+    def _pack(self, job: Job) -> None:
+        """Keep what a job made, under its path inside of the working folder where it lies there."""
         packed = self.workdir / KEPT / f"{job.name}.tar"
         packed.parent.mkdir(exist_ok=True)
         unfinished = packed.with_suffix(".tmp")
-        missing = []
+        paths = [Path(name.replace("{workdir}", str(self.workdir))) for name in job.keep]
         with tarfile.open(unfinished, "w") as archive:
-            for name in job.keep:
-                path = Path(name.replace("{workdir}", str(self.workdir)))
+            for path in filter(Path.exists, paths):
                 inside = path.relative_to(self.workdir) if path.is_relative_to(self.workdir) else Path(path.name)
-                if path.exists():
-                    archive.add(path, inside)
-                else:
-                    missing.append(str(path))
+                archive.add(path, inside)
         os.replace(unfinished, packed)
-        lacking = f"; not there: {', '.join(missing)}" if missing else ""
-        self.tell(f"{job.name}: {packed.stat().st_size / 1e6:.1f} MB kept in {packed}{lacking}")
+        missing = ", ".join(str(path) for path in paths if not path.exists())
+        self.tell(
+            f"{job.name}: {packed.stat().st_size / 1e6:.1f} MB kept in {packed}"
+            + (f"; not there: {missing}" if missing else "")
+        )
 
     def _stop(self, r: _Running) -> None:
         """End a job and all that it started."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from tritflow.evaluation.images import ImageSet
+from tritflow.formats.environment import usable_cores
 
 Pixels = NDArray[np.uint8]
 Entry = dict[str, Any]
 
 # A thread decodes some forty pictures of 1024x1024 a second (zlib and PIL let others run meanwhile).
-WORKERS = max(2, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+WORKERS = max(2, min(16, usable_cores()))
 AHEAD = 3
 """Batches that are read before they are asked for."""
 

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 from tritflow.evaluation import statistics
 from tritflow.evaluation.api import EvaluationError, Progress
 from tritflow.evaluation.images import ImageSet
-from tritflow.evaluation.ranks import workers_of_environment
+from tritflow.evaluation.workers import by_chunks, workers_of_environment
 
 if TYPE_CHECKING:
     from tritflow.evaluation.scorers.lpips import Lpips
@@ -161,25 +158,28 @@ def measure(
     are compared by `workers` processes (default: `workers_of_environment`), the numbers do not depend on how many.
     Raises `ImageSetError` when the two sets do not match.
     """
-    compare = functools.partial(_compare_chunk, student.folder, teacher.folder, mask)
     pairs = student.pairs(teacher)
-    pixels = sum(mine["height"] * mine["width"] for mine, _ in pairs)
-    count = 1 if perceptual is not None or pixels < POOL_FROM else workers or workers_of_environment()
-    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    small = sum(mine["height"] * mine["width"] for mine, _ in pairs) < POOL_FROM
+    compare = functools.partial(_compare_chunk, student.folder, teacher.folder, mask)
     found: list[PictureFidelity] = []
-    with ExitStack() as stack:
-        each: Iterator[list[PictureFidelity]]
-        if count == 1:
-            each = map(functools.partial(compare, perceptual=perceptual), chunks)
-        else:
-            # spawn: forking a process that holds torch's threads and perhaps a GPU can deadlock.
-            pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-            each = stack.enter_context(pool).map(compare, chunks)
-        for some in each:
-            found += some
-            if progress is not None:
-                progress(len(found), len(pairs))
+    for some in by_chunks(compare, pairs, _CHUNK, 1 if small else workers or workers_of_environment()):
+        if perceptual is not None:  # a model: here, not once in every process
+            some = [
+                replace(one, lpips=_perceived(perceptual, student, teacher, *pair))
+                for one, pair in zip(some, pairs[len(found) :], strict=False)
+            ]
+        found += some
+        if progress is not None:
+            progress(len(found), len(pairs))
     return found
+
+
+def _perceived(
+    perceptual: Lpips, student: ImageSet, teacher: ImageSet, mine: dict[str, Any], theirs: dict[str, Any]
+) -> float:
+    """The perceptual distance of one pair."""
+    a, b = ImageSet.pixels_of(student.folder, mine), ImageSet.pixels_of(teacher.folder, theirs)
+    return perceptual.distance([a], [b])[0]
 
 
 def _compare_chunk(
@@ -187,7 +187,6 @@ def _compare_chunk(
     theirs: Path,
     mask: Mask | None,
     pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
-    perceptual: Lpips | None = None,
 ) -> list[PictureFidelity]:
     """The pictures of some pairs, which lie in two folders."""
     found = []
@@ -206,7 +205,6 @@ def _compare_chunk(
                 ssim(a, b),
                 energy,
                 coherence,
-                perceptual.distance([a], [b])[0] if perceptual is not None else None,
             )
         )
     return found

@@ -6,9 +6,8 @@ Overall is the mean of the six GenEval tags; texture and occlusion are reported 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.images import ImageSet
 from tritflow.evaluation.ledger import Ledger
-from tritflow.evaluation.ranks import workers_of_environment
+from tritflow.evaluation.workers import by_chunks, workers_of_environment
 from tritflow.results import digest
 from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, marked, object_mask
 
@@ -55,7 +54,7 @@ def _verdict(prompt: Prompt, pixels: NDArray[np.uint8]) -> _Verdict:
     return bool(verdict.passed), str(verdict.reason), round(marked(pixels), 6)
 
 
-def _chunk_verdicts(folder: str, chunk: list[tuple[dict[str, Any], Prompt]]) -> list[_Verdict]:
+def _chunk_verdicts(folder: str, chunk: Sequence[tuple[dict[str, Any], Prompt]]) -> list[_Verdict]:
     return [_verdict(prompt, ImageSet.pixels_of(folder, entry)) for entry, prompt in chunk]
 
 
@@ -111,14 +110,6 @@ class ScenesTask(Task):
 
     @staticmethod
     def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[_Verdict]:
-        workers = workers_of_environment()
-        folder = str(images.folder)
-        chunks = [work[i : i + _CHUNK] for i in range(0, len(work), _CHUNK)]
-        if len(work) < POOL_FROM or workers < 2:
-            for chunk in chunks:
-                yield from _chunk_verdicts(folder, chunk)
-            return
-        # spawn: forking a process that holds torch's threads and perhaps a GPU can deadlock.
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for verdicts in pool.map(_chunk_verdicts, [folder] * len(chunks), chunks):
-                yield from verdicts
+        workers = 1 if len(work) < POOL_FROM else workers_of_environment()
+        for verdicts in by_chunks(partial(_chunk_verdicts, str(images.folder)), work, _CHUNK, workers):
+            yield from verdicts
