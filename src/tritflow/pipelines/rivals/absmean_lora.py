@@ -4,8 +4,9 @@
     tritflow evaluate scenes --model SRC --rival absmean-lora=OUT --against SRC
 
 Trits are BitNet's and never move; a LoRA in bfloat16 beside every linear and the row scales are distilled on the
-teacher's velocity, on the very trajectories and with the very optimiser settings of the recipe that it is compared
-with. The rank keeps the reproduction's share of the width, 64 of 3072.
+teacher's velocity, on the very states, for the very steps and by the very schedule of the recipe that it is compared
+with. Only the branch's peak rate is its own: AdamW's for a LoRA, whatever the recipe's optimiser takes for weights.
+The rank keeps the reproduction's share of the width, 64 of 3072.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from tritflow.distillation.state import ParameterGroup
 from tritflow.distillation.step import training_attention
 from tritflow.distillation.velocity import distill_
 from tritflow.pipelines.dense import whole_teacher
+from tritflow.pipelines.online import online_states
 from tritflow.pipelines.quantize import Job, plan
 from tritflow.pipelines.rivals.registry import RivalError
 from tritflow.pipelines.teacher import record_trajectories
 from tritflow.quantization.ternarize import absmean
 
 WIDTH_PER_RANK = 48  # 3072 / 64
+BRANCH_RATE = 1e-3
 ADAPTER = "adapter.safetensors"
 
 
@@ -102,8 +105,20 @@ def apply(model: nn.Module, names: list[str], device: torch.device, dtype: torch
     return sum(layer.stored_bytes for layer in layers.values())
 
 
-def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
-    """Distil the branch on the recipe's trajectories; resumes. Returns `out/meta.json`.
+def train(
+    job: Job,
+    out: Path,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    *,
+    learning_rate: float = BRANCH_RATE,
+) -> dict[str, Any]:
+    """Distil the branch on the recipe's states; resumes. Returns `out/meta.json`.
+
+    Args:
+        job: the teacher, the prompts and the recipe.
+        out: the folder to write.
+        progress: called as (stage, done, total).
+        learning_rate: peak, of the branch.
 
     Raises:
         RivalError: the recipe trains nothing.
@@ -112,9 +127,11 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
     config = dataclasses.replace(job.recipe.distillation, weight_decay=0.0)
     if not config.steps or job.prompts is None:
         raise RivalError(f"recipe '{job.recipe.name}' has no distillation to train a LoRA by; take balanced or best")
-    if (out / "meta.json").is_file() and read_json(out / "meta.json").get("job") == job.id:
+    identity = {"job": job.id, "rival": "absmean-lora", "width_per_rank": WIDTH_PER_RANK, "branch_rate": learning_rate}
+    if (out / "meta.json").is_file():
         found: dict[str, Any] = read_json(out / "meta.json")
-        return found
+        if found.items() >= identity.items():
+            return found
     pipe = whole_teacher(job)
     trajectories = record_trajectories(
         pipe, job.prompts, out / "trajectories", job.recipe.calibration,
@@ -127,12 +144,13 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
         return {f"{n}.{name}": layer.get_parameter(name) for n, layer in layers.items()}
 
     groups = [
-        ParameterGroup("branch", part("down") | part("up"), config.learning_rate),
+        ParameterGroup("branch", part("down") | part("up"), learning_rate),
         ParameterGroup("scales", part("log_scale"), config.scale_learning_rate),
     ]
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
+    states = online_states(job)[0] if job.recipe.online.pool else None
     with training_attention(job.device):
         result = distill_(
             lambda **kwargs: model(**kwargs, return_dict=False)[0],
@@ -140,8 +158,9 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
             trajectories,
             config,
             out / "distilled",
+            states=states,
             device=job.device,
-            identity={"job": job.id, "rival": "absmean-lora", "width_per_rank": WIDTH_PER_RANK},
+            identity=identity,
             on_progress=lambda done, total, loss: progress("distill", done, total),
         )
     tensors: dict[str, Tensor] = {}
@@ -153,9 +172,8 @@ def train(job: Job, out: Path, progress: Callable[[str, int, int], None] = lambd
     write_tensors(out / ADAPTER, tensors)
     meta = {
         "kind": "absmean-lora",
-        "job": job.id,
+        **identity,
         "recipe": job.recipe.name,
-        "width_per_rank": WIDTH_PER_RANK,
         "adapter_sha256": file_sha256(out / ADAPTER),
         "validation_mse": {str(k): v for k, v in sorted(result.validation.items())},
         **provenance(job.device),
@@ -171,10 +189,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", help="the folder to write; an unfinished run resumes")
     parser.add_argument("--recipe", default="balanced", help="whose trajectories and optimiser settings (balanced)")
     parser.add_argument("--prompts", help="calibration prompts (the model folder's own)")
+    parser.add_argument("--learning-rate", type=float, default=BRANCH_RATE, help=f"of the branch ({BRANCH_RATE})")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     try:
-        meta = train(plan(args.src, args.recipe, prompts=args.prompts, device=args.device), Path(args.out))
+        job = plan(args.src, args.recipe, prompts=args.prompts, device=args.device)
+        meta = train(job, Path(args.out), learning_rate=args.learning_rate)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(json.dumps({"out": args.out, "validation_mse": meta["validation_mse"]}))
