@@ -111,7 +111,7 @@ def test_the_shipped_students_prompts_are_told_by_a_file(tmp_path: Path) -> None
     from tritflow.assets import student_path
 
     recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
-    assert recorded["count"] == 98304
+    assert recorded["count"] == 131072
     assert recorded["sha256"] in (student_path().parents[3] / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert trained_prompts("small-student") is None
     told = tmp_path / "told.txt"

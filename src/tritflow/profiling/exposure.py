@@ -61,7 +61,8 @@ def measure(
 
     with quiet():
         teacher = load_pipeline(against, device=device, dtype=dtype)
-        student = load_pipeline(model, device=device, dtype=dtype, mode=mode)
+        # Whose text encoders it has does not matter: only its transformer runs.
+        student = load_pipeline(model, base=against, device=device, dtype=dtype, mode=mode)
     for pipe in (teacher, student):
         pipe.set_progress_bar_config(disable=True)
     guidance = generation_defaults(teacher).guidance_scale if guidance_scale is None else guidance_scale
