@@ -11,7 +11,8 @@ A spec lives in `tables.toml`:
     current = true                                # optional: only runs of the suite's newest version and of one
                                                   # teacher, that of the newest run labelled "teacher"; "others": the
                                                   # newest one that other quantizers were measured against;
-                                                  # "teacher": the teacher's own runs, that of most pictures the newest
+                                                  # "teacher": the teacher's own runs, that of most pictures the newest;
+                                                  # "student": what was measured against its newest run labelled "best"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone
@@ -146,7 +147,8 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
     labelled "teacher", or, where there is none, the one that the newest run was measured against; `of` "others", the
     one that the newest run of another quantizer was measured against, if any was. Where others were measured against
     it, its own runs on prompts that none of them had are left out; `of` "teacher", these are all that is left, and the
-    one of most pictures stands last.
+    one of most pictures stands last. `of` "student", those measured against the teacher's newest student, labelled
+    "best".
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
@@ -156,7 +158,11 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
         return runs
     foreign = [lookup(r, "against.model.hash") for r in runs if lookup(r, "quantizer.name") not in (None, "tritflow")]
     teacher = foreign[-1] if of == "others" and foreign else (own or named)[-1]
+    every = runs
     runs = [r for r in runs if teacher in (lookup(r, "against.model.hash"), lookup(r, "model.hash"))]
+    if of == "student":
+        student = [lookup(r, "model.hash") for r in runs if r.get("label") == "best"][-1:]
+        return [r for r in every if lookup(r, "against.model.hash") in student]
     if of == "teacher":
         own_runs = [r for r in runs if r.get("label") == "teacher"]
         return sorted(own_runs, key=lambda r: lookup(r, "prompts.pictures") or 0)
