@@ -15,6 +15,7 @@ from scipy.signal import convolve2d
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.images import ModelId
 from tritflow.evaluation.tasks import fidelity
+from tritflow.evaluation.tasks.detail import Detail, edge_sharpness
 from tritflow.scenes import object_mask
 
 
@@ -124,6 +125,47 @@ def test_measure_and_summary(tmp_path: Path) -> None:
     assert result["psnr"]["prompts"] == 9
     assert result["psnr_object"] is None
     assert result["bands"]["top"]["coherence"]["value"] > 0.99
+
+
+def brightness(picture: np.ndarray) -> float:
+    return float(picture.mean())
+
+
+def nothing(picture: np.ndarray) -> None:
+    return None
+
+
+def test_details_are_the_pictures_own_and_the_teachers(tmp_path: Path) -> None:
+    teacher, student = draw_set(tmp_path / "t"), draw_set(tmp_path / "s", model=ModelId("student", "s"))
+    assert teacher is not None
+    assert student is not None
+    tag = student.entries[0]["tag"]
+    details = (Detail("mean", brightness), Detail("one tag", brightness, (tag,)), Detail("never", nothing))
+    measured = fidelity.measure(student, teacher, details=details)
+    pictures = {(e["prompt_id"], e["sample"]): float(p.mean()) for e, p in student.pixels()}
+    for m in measured:
+        assert m.details["mean"][0] == pictures[m.prompt_id, m.sample]
+        assert ("one tag" in m.details) == (m.tag == tag)
+        assert "never" not in m.details
+    found = fidelity.summary(measured)["details"]
+    assert set(found) == {"mean", "one tag"}
+    assert found["mean"]["own"]["value"] == pytest.approx(np.median(list(pictures.values())), abs=1e-5)
+    assert found["mean"]["ratio"]["n"] == len(measured) > found["one tag"]["ratio"]["n"] > 0
+
+
+def test_edge_sharpness_falls_with_blur_and_not_with_contrast() -> None:
+    step = np.zeros((48, 48, 3))
+    step[:, 24:] = 200.0
+    sharp = [edge_sharpness(gaussian_filter(step, (s, s, 0)).round().astype(np.uint8)) for s in (0, 0.5, 1, 2, 3)]
+    assert sharp[0] == 1.0
+    assert sharp == sorted(sharp, reverse=True)
+    assert sharp[2] == pytest.approx(0.64, abs=0.02)
+    assert sharp[3] == pytest.approx(0.44, abs=0.02)
+    faint = gaussian_filter(step / 4, (1, 1, 0)).round().astype(np.uint8)
+    assert edge_sharpness(faint) == pytest.approx(sharp[2], abs=0.05)
+    turned = gaussian_filter(step, (1, 1, 0)).round().astype(np.uint8).swapaxes(0, 1)
+    assert edge_sharpness(turned) == sharp[2]
+    assert edge_sharpness(np.full((32, 32, 3), 90, np.uint8)) is None
 
 
 def test_processes_measure_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

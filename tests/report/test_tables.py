@@ -326,6 +326,25 @@ def test_a_table_of_the_teacher_is_its_run_of_most_pictures() -> None:
     assert [c[:2] for c in build(spec, runs).cells] == [("teacher", "0.800")]
 
 
+def test_a_row_is_the_newest_models_run_of_most_pictures() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\neach = ['label']\n" + QUALITY_COLUMNS)["q"]
+    rows = load_specs("[q]\ntopic = 'toy'\nrows = [{label = 'best'}]\n" + QUALITY_COLUMNS)["q"]
+
+    def drawn(run: dict, pictures: int) -> dict:
+        return {**run, "prompts": {"pictures": pictures}}
+
+    runs = [
+        drawn(scored("best", 0.1, "older", "t", 1), 99),
+        drawn(scored("best", 0.2, "s", "t", 1), 8),
+        drawn(scored("best", 0.3, "s", "t", 1), 8),
+        drawn(scored("best", 0.4, "s", "other", 1), 50),
+        drawn(scored("best", 0.5, "s", "t", 1), 4),
+    ]
+    for one in (spec, rows):
+        assert [c[:2] for c in build(one, runs).cells] == [("best", "0.300")]
+    assert [c[:2] for c in build(spec, [*runs, scored("best", 0.6, "newer", "t", 1)]).cells] == [("best", "0.600")]
+
+
 def test_a_table_of_the_student_is_of_what_was_measured_against_its_newest_run() -> None:
     spec = load_specs("[q]\ntopic = 'toy'\ncurrent = 'student'\nrows = [{label = 'off'}]\n" + QUALITY_COLUMNS)["q"]
     runs = [scored("teacher", 0.9, "t", None, 1), scored("best", 0.4, "s1", "t", 1), scored("off", 0.3, "s1", "s1", 1)]

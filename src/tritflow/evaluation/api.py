@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from tritflow.evaluation.images import ImageSet
     from tritflow.evaluation.ledger import Ledger
+    from tritflow.evaluation.tasks.detail import Detail
 
 Draw = Callable[[list[str], list[int]], "list[Image]"]
 """`draw(prompts, seeds)`: one picture for each (prompt, seed), the same whatever else is in the batch."""
@@ -188,6 +189,12 @@ class Task(ABC):
     def object_mask(self) -> Callable[[Any], Any] | None:
         """What finds object pixels (bool [H, W]) in a uint8 [H, W, 3] picture of the suite; None: nothing does."""
         return None
+
+    def details(self) -> tuple[Detail, ...]:
+        """Measures of fine detail in single pictures, which `fidelity` sets beside the teacher's pictures'."""
+        from tritflow.evaluation.tasks.detail import EDGE_SHARPNESS
+
+        return (EDGE_SHARPNESS,)
 
     def check_tags(self, tags: Sequence[str] | None) -> tuple[str, ...]:
         """`tags`, or all of them; raises `EvaluationError` for one that the suite does not have."""

@@ -234,7 +234,7 @@ def evaluate(
             run["paired_without_overlap"] = compare(task, unseen, kept_baseline)
         if plan.fidelity:
             with clock("fidelity", "measuring fidelity") as report:
-                measured = fidelity.measure(mine, theirs, mask, report, plan.perceptual)
+                measured = fidelity.measure(mine, theirs, mask, report, plan.perceptual, details=task.details())
             _write_lines(out / f"{student.folder_name}.fidelity.jsonl", [asdict(m) for m in measured])
             run["fidelity"] = fidelity.summary(measured)
             if plan.perceptual is not None:

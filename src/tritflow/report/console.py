@@ -87,6 +87,9 @@ def _fidelity(found: dict[str, Any]) -> Table:
         table.add_row("LPIPS", interval(found["lpips"]))
     table.add_row("energy of the top octave", interval(found["bands"]["top"]["energy"]))
     table.add_row("coherence of the top octave", interval(found["bands"]["top"]["coherence"]))
+    for name, detail in found.get("details", {}).items():
+        if detail["ratio"]:
+            table.add_row(f"{name.replace('_', ' ')}, of the teacher's", interval(detail["ratio"]))
     return table
 
 

@@ -15,7 +15,8 @@ A spec lives in `tables.toml`:
                                                   # "student": what was measured against its newest run labelled "best"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
-                                                  # the two: the newest run alone
+                                                  # the two: the newest run alone. Of the newest one's model and teacher
+                                                  # the run of most pictures stands for it, the newest of these
     teachers = true                               # optional: a row for each teacher that runs were measured against
                                                   # and that has no run of its own, above its first student's row
     entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run; or
@@ -183,14 +184,27 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     if spec.has:
         runs = [r for r in runs if lookup(r, spec.has) is not None]
     if spec.rows:
-        newest = [next((r for r in reversed(runs) if _matches(r, row)), None) for row in spec.rows]
-        return [r for r in newest if r is not None]
-    if spec.each:
-        groups: dict[str, Run] = {}
+        matching = [[r for r in runs if _matches(r, row)] for row in spec.rows]
+    elif spec.each:
+        groups: dict[str, list[Run]] = {}
         for run in runs:
-            groups[repr([lookup(run, path) for path in spec.each])] = run
-        return list(groups.values())
-    return list(runs[-1:])
+            groups.setdefault(repr([lookup(run, path) for path in spec.each]), []).append(run)
+        matching = list(groups.values())
+    else:
+        matching = [list(runs)]
+    return [_foremost(some) for some in matching if some]
+
+
+def _foremost(runs: Sequence[Run]) -> Run:
+    """Of runs (oldest first) the newest, or one of the same model and teacher with more pictures."""
+
+    def of(run: Run) -> list[Any]:
+        return [lookup(run, path) for path in ("model.hash", "against.model.hash")]
+
+    known = lookup(runs[-1], "model.hash") is not None
+    same = [r for r in runs if known and of(r) == of(runs[-1])] or runs[-1:]
+    most = max(lookup(r, "prompts.pictures") or 0 for r in same)
+    return next(r for r in reversed(same) if (lookup(r, "prompts.pictures") or 0) == most)
 
 
 def _with_teachers(runs: Sequence[Run]) -> list[Run]:

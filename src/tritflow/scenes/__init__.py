@@ -6,7 +6,7 @@ nothing else of the house.
 """
 
 from tritflow.scenes.detector import Detection, detect, object_mask
-from tritflow.scenes.fidelity import GHOSTS, marked, weakest
+from tritflow.scenes.fidelity import GHOSTS, marked, texture_contrast, weakest
 from tritflow.scenes.grammar import GENEVAL_TAGS, TAGS, Clause, Prompt
 from tritflow.scenes.held_out import evaluation_prompts, scene_of
 from tritflow.scenes.render import SceneBatch, render
@@ -35,6 +35,7 @@ __all__ = [
     "object_mask",
     "render",
     "scene_of",
+    "texture_contrast",
     "training_captions",
     "training_examples",
     "weakest",

@@ -7,6 +7,7 @@ Measured picture by picture, reported as medians with intervals over prompts:
 - Per octave of spatial frequency: the ratio of the student's spectral energy to the teacher's (1 is right, less is
   blur, more is noise) and their coherence (1 is the same detail, 0 is unrelated detail).
 - LPIPS (0 is the same), where its weights are at hand.
+- Fine detail that either picture shows by itself (`detail`): the student's over the teacher's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from scipy.ndimage import gaussian_filter
 from tritflow.evaluation import statistics
 from tritflow.evaluation.api import EvaluationError, Progress
 from tritflow.evaluation.images import ImageSet
+from tritflow.evaluation.tasks.detail import Detail
 from tritflow.evaluation.workers import by_chunks, workers_of_environment
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 @dataclass(frozen=True)
 class PictureFidelity:
     """One picture's distance from its teacher's. `psnr_object` is None where the teacher drew no object; a band's
-    numbers are None where the teacher's band is empty. Bands in the order of `BANDS`."""
+    numbers are None where the teacher's band is empty. Bands in the order of `BANDS`. `details` by name: the picture's
+    own and the teacher's, of those that both show."""
 
     prompt_id: str
     tag: str
@@ -62,6 +65,7 @@ class PictureFidelity:
     energy: tuple[float | None, ...]
     coherence: tuple[float | None, ...]
     lpips: float | None = None
+    details: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def luma(pixels: Pixels) -> Floats:
@@ -150,17 +154,19 @@ def measure(
     progress: Progress | None = None,
     perceptual: Lpips | None = None,
     workers: int | None = None,
+    details: Sequence[Detail] = (),
 ) -> list[PictureFidelity]:
     """Every picture of `student` against the teacher's of the same prompt and seed.
 
     `mask` finds object pixels in the teacher's picture (`scenes.object_mask` for the built-in suite; a function that
-    other processes can import); without it `psnr_object` is None, and `lpips` is without `perceptual`. Many pictures
-    are compared by `workers` processes (default: `workers_of_environment`), the numbers do not depend on how many.
+    other processes can import); without it `psnr_object` is None, and `lpips` is without `perceptual`. `details` are
+    measured in both pictures (`Task.details`). Many pictures are compared by `workers` processes (default:
+    `workers_of_environment`), the numbers do not depend on how many.
     Raises `ImageSetError` when the two sets do not match.
     """
     pairs = student.pairs(teacher)
     small = sum(mine["height"] * mine["width"] for mine, _ in pairs) < POOL_FROM
-    compare = functools.partial(_compare_chunk, student.folder, teacher.folder, mask)
+    compare = functools.partial(_compare_chunk, student.folder, teacher.folder, mask, tuple(details))
     found: list[PictureFidelity] = []
     for some in by_chunks(compare, pairs, _CHUNK, 1 if small else workers or workers_of_environment()):
         if perceptual is not None:  # a model: here, not once in every process
@@ -186,6 +192,7 @@ def _compare_chunk(
     mine: Path,
     theirs: Path,
     mask: Mask | None,
+    details: Sequence[Detail],
     pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
 ) -> list[PictureFidelity]:
     """The pictures of some pairs, which lie in two folders."""
@@ -205,9 +212,15 @@ def _compare_chunk(
                 ssim(a, b),
                 energy,
                 coherence,
+                details=_details_of(a, b, [d for d in details if not d.tags or entry["tag"] in d.tags]),
             )
         )
     return found
+
+
+def _details_of(picture: Pixels, reference: Pixels, details: Sequence[Detail]) -> dict[str, tuple[float, float]]:
+    found = {d.name: (d.measure(picture), d.measure(reference)) for d in details}
+    return {name: (a, b) for name, (a, b) in found.items() if a is not None and b}
 
 
 def summary(pictures: Sequence[PictureFidelity], seed: int = 0) -> dict[str, Any]:
@@ -231,8 +244,20 @@ def summary(pictures: Sequence[PictureFidelity], seed: int = 0) -> dict[str, Any
             }
             for i, name in enumerate(BANDS)
         },
+        "details": {
+            name: {
+                "ratio": median([_ratio(p.details.get(name)) for p in pictures]),
+                "own": median([p.details[name][0] if name in p.details else None for p in pictures]),
+                "teacher": median([p.details[name][1] if name in p.details else None for p in pictures]),
+            }
+            for name in dict.fromkeys(name for p in pictures for name in p.details)
+        },
         "psnr_ceiling": PSNR_CEILING,
     }
+
+
+def _ratio(pair: tuple[float, float] | None) -> float | None:
+    return None if pair is None else pair[0] / pair[1]
 
 
 def _check_shapes(picture: Pixels, reference: Pixels) -> None:

@@ -16,9 +16,21 @@ from numpy.typing import NDArray
 from tritflow.evaluation.api import EvaluationError, Judgement, Progress, PromptRecord, Task
 from tritflow.evaluation.images import ImageSet
 from tritflow.evaluation.ledger import Ledger
+from tritflow.evaluation.tasks.detail import Detail
 from tritflow.evaluation.workers import by_chunks, workers_of_environment
 from tritflow.results import digest
-from tritflow.scenes import GENEVAL_TAGS, TAGS, Clause, Prompt, detect, evaluation_prompts, judge, marked, object_mask
+from tritflow.scenes import (
+    GENEVAL_TAGS,
+    TAGS,
+    Clause,
+    Prompt,
+    detect,
+    evaluation_prompts,
+    judge,
+    marked,
+    object_mask,
+    texture_contrast,
+)
 
 # Below this many pictures starting worker processes costs more than it saves.
 POOL_FROM = 600
@@ -107,6 +119,9 @@ class ScenesTask(Task):
 
     def object_mask(self) -> Callable[[Any], Any]:
         return object_mask
+
+    def details(self) -> tuple[Detail, ...]:
+        return (*super().details(), Detail("texture_contrast", texture_contrast, ("texture",)))
 
     @staticmethod
     def _verdicts(images: ImageSet, work: list[tuple[dict[str, Any], Prompt]]) -> Iterator[_Verdict]:
