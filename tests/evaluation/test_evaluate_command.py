@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tritflow.cli.main import app
 from tritflow.evaluation.contenders import contender, stored_mode, trained_prompts
 from tritflow.evaluation.images import ImageSet
+from tritflow.formats.checkpoint import TernaryFolder
 from tritflow.results import read
 
 
@@ -110,7 +111,9 @@ def test_the_shipped_students_prompts_are_told_by_a_file(tmp_path: Path) -> None
     """Its meta.json names a set of the training's, by count and SHA-256, that a command makes again (model card)."""
     from tritflow.assets import student_path
 
-    recorded = json.loads((student_path() / "meta.json").read_text())["prompts"]
+    meta = json.loads((student_path() / "meta.json").read_text())
+    assert meta["digest"] == TernaryFolder(student_path() / "transformer").digest
+    recorded = meta["prompts"]
     assert recorded["count"] == 131072
     assert recorded["sha256"] in (student_path().parents[3] / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert trained_prompts("small-student") is None

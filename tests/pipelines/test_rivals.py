@@ -1,11 +1,14 @@
 """Other quantizers on a tiny FLUX. Libraries that are not installed are skipped; what stands in for them is not."""
 
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
 
-from tritflow.config import CalibrationConfig, DistillationConfig, Recipe
+from tritflow.config import CalibrationConfig, DistillationConfig, OnlineConfig, Recipe
+from tritflow.distillation.guard import DistillationError
+from tritflow.distillation.online import OnlineStates
 from tritflow.models import FLUX1
 from tritflow.pipelines.quantize import plan
 from tritflow.pipelines.rivals import (
@@ -111,6 +114,31 @@ LEARN = Recipe(
     calibration=CalibrationConfig(num_inference_steps=4, batch_size=9),
     distillation=DistillationConfig(steps=60, batch_size=16, learning_rate=1e-3, warmup_steps=2, checkpoint_every=0),
 )
+
+
+def test_absmean_with_a_lora_learns_on_the_recipes_own_states_at_its_own_rate(tiny_flux, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{n} {c} {s}" for n in COUNTS for c in COLORS for s in SHAPES))
+    steps = dataclasses.replace(LEARN.distillation, steps=6, learning_rate=1e3)  # of other weights than the branch's
+    recipe = dataclasses.replace(LEARN, distillation=steps, online=OnlineConfig(pool=2, num_inference_steps=4))
+    job = plan(tiny_flux, recipe, prompts=prompts, device="cpu")
+    seen = []
+    distill = absmean_lora.distill_
+
+    def watched(*args, **kwargs):
+        seen.append((args[1][0].learning_rate, kwargs["states"]))
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(absmean_lora, "distill_", watched)
+    slow = absmean_lora.train(job, tmp_path / "lora", learning_rate=1e-5)
+    assert slow["branch_rate"] == 1e-5
+    fast = absmean_lora.train(job, tmp_path / "other", learning_rate=1e-3)
+    assert fast["validation_mse"]["6"] < slow["validation_mse"]["6"]
+    assert [rate for rate, _ in seen] == [1e-5, 1e-3]
+    assert all(isinstance(states, OnlineStates) for _, states in seen)
+    assert absmean_lora.train(job, tmp_path / "lora", learning_rate=1e-5) == slow  # nothing left to do
+    with pytest.raises(DistillationError, match="another run"):
+        absmean_lora.train(job, tmp_path / "lora", learning_rate=1e-4)
 
 
 def test_absmean_with_a_lora_is_trained_resumed_and_applied(tiny_flux, tmp_path):

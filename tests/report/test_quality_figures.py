@@ -3,8 +3,10 @@
 import pytest
 
 from tritflow.report import figures
-from tritflow.report.sources import ReportError
+from tritflow.report.build import write_report
+from tritflow.report.sources import ReportError, collect
 from tritflow.report.tables import build, load_specs
+from tritflow.results import append
 
 
 def score(value, spread=0.02):
@@ -29,6 +31,41 @@ RUNS = [
     rival("GGUF Q4_K (simulated)", "q4_k-simulated", 4.5, 0.99, 31.0, True),
     rival("HQQ 2 bits, group 64", "hqq-2", 3.0, 0.12, 9.0),
 ]
+
+
+def exposed(label, error, device="cpu"):
+    states = {whose: {"mean": [error, factor * error]} for whose, factor in (("teacher", 2), ("student", 3))}
+    return {
+        "label": label, "against": "small", "mode": "w2a16", "device": device, "trajectories": 4, "seed": 0,
+        "guidance_scale": 3.0, "num_inference_steps": 2, "prompts": {"sha256": "p"}, "timesteps": [1.0, 0.5],
+        "states": states,
+    }  # fmt: skip
+
+
+def test_a_report_draws_what_the_measuring_commands_left(tmp_path):
+    layer = {
+        "block": "transformer_blocks.0",
+        "kind": "attn.to_q",
+        "stream": "image",
+        "error": {"all": 0.1, "bins": [0.1]},
+    }
+    append(tmp_path / "e.json", "exposure", exposed("a", 0.1))
+    append(tmp_path / "s.json", "sensitivity", {"label": "x", "device": "cpu", "bins": [0, 1], "layers": [layer]})
+    append(tmp_path / "c.json", "scaling", {"label": "x", "device": "cpu", "layers": []})
+    written = {p.name for p in write_report(collect([tmp_path]), tmp_path / "report")}
+    assert {"exposure.svg", "sensitivity.svg"} <= written
+    assert "scaling.svg" not in written  # no run of it can be drawn
+
+
+def test_exposure_shows_what_compares_with_the_newest_run():
+    runs = [exposed("a", 0.1), exposed("b", 0.2, "cuda"), exposed("a", 0.3), exposed("c", 0.4)]
+    lines = figures.exposure(runs).axes[0].get_lines()
+    assert [line.get_label() for line in lines] == [
+        "a, on its teacher's states", "a, on its own", "c, on its teacher's states", "c, on its own"
+    ]  # fmt: skip
+    assert list(lines[1].get_ydata()) == pytest.approx([0.3, 0.9])
+    with pytest.raises(ReportError, match="no run"):
+        figures.exposure([])
 
 
 def test_rivals_are_drawn_and_tabled_by_bits():

@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tritflow.evaluation.api import EvaluationError
+from tritflow.formats.repacking import LATENTS
 
 _KINDS = (".safetensors", ".json", ".txt", ".model")
 # Files up to this size are hashed whole; of larger ones the first and last piece and many between them.
 _WHOLE = 64 << 20
 _PIECE = 64 << 10
 _PIECES = 256
-# Notes of the run that made a folder say nothing about its pictures.
-_IGNORED = {"meta.json", "README.md", "prompts.jsonl"}
+# Notes of the run that made a folder, and what a further run would start from, say nothing about its pictures.
+_IGNORED = {"meta.json", "README.md", "prompts.jsonl", LATENTS}
 
 
 def fingerprint(folders: Iterable[str | Path]) -> str:

@@ -34,6 +34,7 @@ def measure(
     batch_size: int = 16,
     seed: int = 0,
     mode: str | None = None,
+    label: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -47,6 +48,7 @@ def measure(
         batch_size: pairs run at once.
         seed: of noise and choice of prompts.
         mode: w2a16 or w2a8 of a ternary student.
+        label: name of the run in figures (None: the student's).
         progress: called as (trajectories done, of how many), both kinds together.
 
     Returns:
@@ -95,7 +97,7 @@ def measure(
             )
             errors[whose], timesteps = velocity_errors(student.transformer, trajectories, batch_size)
     return {
-        "label": Path(model).name,
+        "label": label or Path(model).name,
         "model": Path(model).name,
         "against": Path(against).name,
         "mode": mode,

@@ -19,6 +19,7 @@ from tritflow.calibration.prompts import PromptSet, from_texts, load_prompts
 from tritflow.calibration.trajectories import Batch
 from tritflow.config import CalibrationConfig, Ternarizer
 from tritflow.models import family_of
+from tritflow.pipelines.scene_prompts import held_out_prompts
 from tritflow.quantization.rounding import round_weight
 from tritflow.quantization.ternarize import dequantize
 from tritflow.results import provenance
@@ -181,9 +182,10 @@ def _velocity(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def prompts_of(pipe: Any, prompts: str | Path | Sequence[str] | None) -> PromptSet:
-    """A file's, the texts given, or the model folder's `calibration_prompts.txt`; `SensitivityError` without any."""
+    """A file's, `held-out:N`'s, the texts given, or the model folder's `calibration_prompts.txt`; `SensitivityError`
+    without any."""
     if isinstance(prompts, str | Path):
-        return load_prompts(prompts)
+        return held_out_prompts(str(prompts)) or load_prompts(prompts)
     if prompts is not None:
         return from_texts(prompts)
     folder = pipe.config.get("_name_or_path") or ""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tritflow.evaluation.api import TASKS, get_task
 from tritflow.evaluation.images import ImageSet, read_verdicts
 from tritflow.report import figures
 from tritflow.report.gallery import verdicts, write_gallery
 from tritflow.report.sources import ReportError, Run, Sources
-from tritflow.report.tables import Spec, build, current_runs, load_specs, lookup, markdown
+from tritflow.report.tables import Spec, build, current_runs, foremost, load_specs, lookup, markdown
 from tritflow.results import slug, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GRID_ROWS = 6
 
@@ -42,11 +46,20 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
             write_atomically(path, figures.encode(figure))
             written.append(path)
             parts.append(f"![{topic}: {name}]({path.name})")
-    if sources.runs.get("scaling"):
-        path = out / "scaling.svg"
-        write_atomically(path, figures.encode(figures.scaling(sources.runs["scaling"])))
+    others: tuple[tuple[str, Callable[[Sequence[Run]], Figure], str], ...] = (
+        ("scaling", figures.scaling, "What is kept against size and steps"),
+        ("exposure", figures.exposure, "Error on the teacher's states and on the student's own"),
+        ("sensitivity", figures.sensitivity, "Error of each linear alone"),
+    )
+    for topic, draw_all, title in others:
+        try:
+            figure = draw_all(sources.runs.get(topic, ()))
+        except ReportError:
+            continue
+        path = out / f"{topic}.svg"
+        write_atomically(path, figures.encode(figure))
         written.append(path)
-        parts.append(f"![What is kept against size and steps]({path.name})")
+        parts.append(f"![{title}]({path.name})")
     if sources.runs.get("training"):
         path = write_curve(sources, out / "training-curve.svg")
         written.append(path)
@@ -70,8 +83,11 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
 
 
 def _by_label(runs: Sequence[Run]) -> list[Run]:
-    """The newest run of each label."""
-    return list({str(r.get("label")): r for r in runs}.values())
+    """The run of each label that tables show."""
+    labels: dict[str, list[Run]] = {}
+    for run in runs:
+        labels.setdefault(str(run.get("label")), []).append(run)
+    return [foremost(same) for same in labels.values()]
 
 
 def write_curve(sources: Sources, path: Path) -> Path:

@@ -156,11 +156,40 @@ def _psnr(run: Run) -> dict[str, Any] | None:
     return (run.get("fidelity") or {}).get("psnr")
 
 
-def sensitivity(run: Run) -> Figure:
-    """A map of layers by block, coloured by the error of each alone, and each stream's sum over the timesteps."""
-    layers = run.get("layers")
+def exposure(runs: Sequence[Run]) -> Figure:
+    """A student's velocity error step by step, where its teacher goes and where it goes itself; a colour a student.
+
+    Drawn are the newest run and those that compare with it, the newest of each label: of the same prompts, noise and
+    sampler on the same device.
+    """
+    if not runs:
+        raise ReportError("no run holds errors along a trajectory to draw")
+
+    def asked(run: Run) -> list[Any]:
+        names = ("device", "against", "mode", "trajectories", "seed", "guidance_scale", "num_inference_steps")
+        return [run["prompts"]["sha256"], *(run[name] for name in names)]
+
+    runs = list({str(run["label"]): run for run in runs if asked(run) == asked(runs[-1])}.values())
+    figure, axes = _figure(6.0, 3.4)
+    for i, run in enumerate(runs):
+        color = _COLORS[i % len(_COLORS)]
+        for whose, style, states in (("teacher", "-", "its teacher's states"), ("student", "--", "its own")):
+            found = run["states"][whose]["mean"]
+            axes.plot(run["timesteps"], found, style, color=color, linewidth=1.3, label=f"{run['label']}, on {states}")
+    axes.set_xlim(1, 0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("timestep (1 is noise)")
+    axes.set_ylabel("mean square error of the velocity")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def sensitivity(runs: Sequence[Run]) -> Figure:
+    """The newest run: layers by block, coloured by the error of each alone, and each stream's sum over timesteps."""
+    layers = runs[-1].get("layers") if runs else None
     if not layers:
         raise ReportError("the run holds no layers to draw")
+    run = runs[-1]
     from tritflow.profiling.sensitivity import by_stream
 
     blocks = list(dict.fromkeys(layer["block"] for layer in layers))

@@ -15,8 +15,8 @@ A spec lives in `tables.toml`:
                                                   # "student": what was measured against its newest run labelled "best"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
-                                                  # the two: the newest run alone. Of the newest one's model and teacher
-                                                  # the run of most pictures stands for it, the newest of these
+                                                  # the two: the newest run alone. Of those of the newest one's model,
+                                                  # teacher and settings the one of most pictures stands for it
     teachers = true                               # optional: a row for each teacher that runs were measured against
                                                   # and that has no run of its own, above its first student's row
     entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run; or
@@ -192,14 +192,14 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
         matching = list(groups.values())
     else:
         matching = [list(runs)]
-    return [_foremost(some) for some in matching if some]
+    return [foremost(some) for some in matching if some]
 
 
-def _foremost(runs: Sequence[Run]) -> Run:
-    """Of runs (oldest first) the newest, or one of the same model and teacher with more pictures."""
+def foremost(runs: Sequence[Run]) -> Run:
+    """Of runs (oldest first) the newest, or one of the same model, teacher and settings with more pictures."""
 
     def of(run: Run) -> list[Any]:
-        return [lookup(run, path) for path in ("model.hash", "against.model.hash")]
+        return [lookup(run, path) for path in ("model.hash", "against.model.hash", "settings")]
 
     known = lookup(runs[-1], "model.hash") is not None
     same = [r for r in runs if known and of(r) == of(runs[-1])] or runs[-1:]

@@ -11,6 +11,8 @@ from tritflow.cli.bench.app import app
 from tritflow.cli.bench.options import Json, Note, Results, store
 from tritflow.cli.console import print_json, progress, say
 
+_PROMPTS = "A .txt or .jsonl, or held-out:N: N a tag of the suite scenes (default: the {} folder's own)."
+
 _STORAGE = """Examples:
 
 \b
@@ -92,7 +94,7 @@ _SENSITIVITY = """Examples:
 @app.command(epilog=_SENSITIVITY)
 def sensitivity(
     model: Annotated[str, typer.Option("--model", "-m", help="A dense model: folder, hub id or small.")] = "small",
-    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl (default: the model folder's own).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=_PROMPTS.format("model"))] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Trajectories.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of each.")] = 8,
     bins: Annotated[int, typer.Option(min=1, help="Parts of the timesteps.")] = 4,
@@ -122,13 +124,13 @@ def sensitivity(
             device=str(on),
             progress=update,
         )
-    store(results, f"sensitivity-{on.type}", [run])
+    store(results, "sensitivity", [run])
     if plot is not None:
         from tritflow.calibration.artifacts import write_bytes
         from tritflow.report.figures import encode
         from tritflow.report.figures import sensitivity as draw
 
-        write_bytes(plot, encode(draw(run), plot.suffix.removeprefix(".")))
+        write_bytes(plot, encode(draw([run]), plot.suffix.removeprefix(".")))
         say(f"drew {plot}")
     if json:
         print_json(run)
@@ -148,11 +150,12 @@ _EXPOSURE = """Examples:
 def exposure(
     model: Annotated[str, typer.Option("--model", "-m", help="A student: folder or small-student.")] = "small-student",
     against: Annotated[str, typer.Option(help="Its teacher.")] = "small",
-    prompts: Annotated[Path | None, typer.Option(help="A .txt or .jsonl (default: the teacher folder's own).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=_PROMPTS.format("teacher"))] = None,
     num_prompts: Annotated[int, typer.Option(min=2, help="Trajectories.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps of each.")] = 28,
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: the teacher's own.")] = None,
     mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8, of a ternary student.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name in figures (default: the student's).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs run at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of noise and choice of prompts.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -175,6 +178,7 @@ def exposure(
             batch_size=batch_size,
             seed=seed,
             mode=mode,
+            label=label,
             device=str(on),
             progress=update,
         )

@@ -5,8 +5,9 @@
 
 Trits are BitNet's and never move; a LoRA in bfloat16 beside every linear and the row scales are distilled on the
 teacher's velocity, on the very states, for the very steps and by the very schedule of the recipe that it is compared
-with. Only the branch's peak rate is its own: AdamW's for a LoRA, whatever the recipe's optimiser takes for weights.
-The rank keeps the reproduction's share of the width, 64 of 3072.
+with. The branch's peak rate is its own: AdamW's for a LoRA, whatever the recipe's optimiser takes for weights. All else
+stays the teacher's, biases too, and the loss is the plain mean square. The rank keeps the reproduction's share of the
+width, 64 of 3072.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tritflow.pipelines.rivals.absmean_lora")
     parser.add_argument("src", help="a dense pipeline folder, or small")
     parser.add_argument("out", help="the folder to write; an unfinished run resumes")
-    parser.add_argument("--recipe", default="balanced", help="whose trajectories and optimiser settings (balanced)")
+    parser.add_argument("--recipe", default="balanced", help="whose states, steps and schedule (balanced)")
     parser.add_argument("--prompts", help="calibration prompts (the model folder's own)")
     parser.add_argument("--learning-rate", type=float, default=BRANCH_RATE, help=f"of the branch ({BRANCH_RATE})")
     parser.add_argument("--device", default="auto")
