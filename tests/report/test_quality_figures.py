@@ -61,7 +61,8 @@ def test_exposure_shows_what_compares_with_the_newest_run():
     runs = [exposed("a", 0.1), exposed("b", 0.2, "cuda"), exposed("a", 0.3), exposed("c", 0.4)]
     lines = figures.exposure(runs).axes[0].get_lines()
     assert [line.get_label() for line in lines] == [
-        "a, on its teacher's states", "a, on its own", "c, on its teacher's states", "c, on its own"
+        "a; measured on its teacher's states", "a; measured on its own",
+        "c; measured on its teacher's states", "c; measured on its own",
     ]  # fmt: skip
     assert list(lines[1].get_ydata()) == pytest.approx([0.3, 0.9])
     with pytest.raises(ReportError, match="no run"):

@@ -175,7 +175,14 @@ def exposure(runs: Sequence[Run]) -> Figure:
         color = _COLORS[i % len(_COLORS)]
         for whose, style, states in (("teacher", "-", "its teacher's states"), ("student", "--", "its own")):
             found = run["states"][whose]["mean"]
-            axes.plot(run["timesteps"], found, style, color=color, linewidth=1.3, label=f"{run['label']}, on {states}")
+            axes.plot(
+                run["timesteps"],
+                found,
+                style,
+                color=color,
+                linewidth=1.3,
+                label=f"{run['label']}; measured on {states}",
+            )
     axes.set_xlim(1, 0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("timestep (1 is noise)")
