@@ -177,6 +177,28 @@ def test_scores_of_this_very_model(folder: Path, tmp_path: Path) -> None:
         ready(folder, results=[tmp_path / "other.json"])
 
 
+def test_scores_of_the_shipped_student_which_is_a_transformer_alone(tmp_path: Path) -> None:
+    from tritflow.evaluation.contenders import contender
+    from tritflow.results import append
+
+    shutil.copytree(tritflow.assets.student_path(), tmp_path / "student")
+    drew = contender("small-student", device="cpu").model
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    run = {
+        "label": "best", "device": "cpu", "model": {"name": drew.name, "hash": drew.hash},
+        "task": {"name": "scenes", "scored_by": "tritflow"}, "settings": {"extra": {"mode": "w2a16"}},
+        "scores": {"overall": score}, "prompts": {"count": 8, "samples": 1},
+    }  # fmt: skip
+    append(tmp_path / "results.json", "scenes", run)
+    prepare(tmp_path / "student", "me/small", results=[tmp_path / "results.json"])
+    assert "| scenes | w2a16 |" in (tmp_path / "student" / "README.md").read_text()
+    meta = json.loads((tmp_path / "student" / "meta.json").read_text())
+    meta["parents"]["source"] = "0" * 16  # of another model, which is not here
+    (tmp_path / "student" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(PushError, match="leave out --results"):
+        prepare(tmp_path / "student", "me/x", base_model="a/b", license="mit", results=[tmp_path / "results.json"])
+
+
 def damage_bit(folder: Path) -> None:
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     data = bytearray(path.read_bytes())

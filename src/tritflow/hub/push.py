@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tritflow.assets import teacher_path
 from tritflow.calibration.artifacts import read_json
 from tritflow.formats.accounting import account
 from tritflow.formats.atomic import write_atomic
@@ -108,7 +109,7 @@ def prepare(
         (config["_class_name"], str(pipeline)),
         complete,
         read_json(generation) if generation.is_file() else {},
-        _runs_of(folder, results, base_folder),
+        _runs_of(folder, results, teacher_path() if own and base_folder is None else base_folder),
     )
     card = model_card(facts).encode()
     write_atomic(folder / CARD, card)
@@ -246,10 +247,16 @@ def _runs_of(folder: Path, results: Sequence[str | Path], base: Path | None) -> 
     if not results:
         return []
     from tritflow.evaluation.models import fingerprint
-    from tritflow.pipelines.loading import resolve_model
+    from tritflow.pipelines.loading import ModelError, resolve_model
     from tritflow.results import read
 
-    source = resolve_model(folder, base)
+    try:
+        source = resolve_model(folder, base)
+    except ModelError:
+        raise PushError(
+            f"{folder} holds a transformer alone and tells of no base on this machine, so results cannot be told to be "
+            "of it; leave out --results"
+        ) from None
     parts: list[str | Path] = [source.pipeline]
     if source.transformer is not None:
         parts.insert(0, source.transformer)
