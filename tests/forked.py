@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -107,6 +108,15 @@ def run_ranks(arguments: Sequence[object], count: int, timeout: float = 300) -> 
                 rank.send_signal(signal.SIGKILL)
         time.sleep(0.02)
     return ranks
+
+
+def torchrun(arguments: Sequence[object], count: int, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`count` processes by torchrun's own launcher, and what they printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [*launch, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
 
 
 def _begin(arguments: list[str], env: dict[str, str], folder: str) -> None:

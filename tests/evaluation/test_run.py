@@ -28,7 +28,11 @@ SAMPLING = Sampling(samples=4, batch_size=8)
 
 
 def test_a_run_says_everything(tmp_path: Path) -> None:
-    task = ToyTask()
+    class Masked(ToyTask):
+        def object_mask(self):  # type: ignore[no-untyped-def]
+            return lambda pixels: pixels[..., 0] > 100
+
+    task = Masked()
     records = task.prompts(per_tag=6)
     stages: dict[str, tuple[int, int]] = {}
     run = evaluate(
@@ -39,7 +43,6 @@ def test_a_run_says_everything(tmp_path: Path) -> None:
         teacher=TEACHER,
         sampling=SAMPLING,
         label="distilled",
-        mask=lambda p: p[..., 0] > 100,
         stage=lambda name, done, total: stages.__setitem__(name, (done, total)),
     )
     assert run["label"] == "distilled"

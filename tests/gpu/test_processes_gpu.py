@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forked
 from tritflow.formats.checkpoint import verify_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
@@ -41,13 +39,8 @@ REPLICATED = f'{CALIBRATION}{ONLINE}{DISTILLATION}optimizer = "muon"\n'
 
 def quantized(source: Path, out: Path, recipe: Path, prompts: Path, processes: int) -> dict[str, Any]:
     """The report of `tritflow quantize` by so many processes, a GPU each."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = ["-m", "tritflow.cli.main", "quantize", str(source), str(out), "--recipe", str(recipe)]
-    command += ["--prompts", str(prompts), "--device", "cuda", "--json"]
-    done = subprocess.run(
-        [sys.executable, *launch, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = forked.torchrun([*command, "--prompts", str(prompts), "--device", "cuda", "--json"], processes)
     assert done.returncode == 0, done.stderr[-3000:]
     report: dict[str, Any] = json.loads(done.stdout)
     verify_folder(out / "transformer")

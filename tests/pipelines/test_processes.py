@@ -1,9 +1,6 @@
 """`torchrun ... tritflow quantize`: the first process does all but distillation, which is spread over all."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -38,10 +35,7 @@ def test_two_processes_make_one_student(tiny_flux, tmp_path):
 
     command = ["-m", "tritflow.cli.main", "quantize", str(tiny_flux), str(tmp_path / "two")]
     command += ["--recipe", str(recipe), "--prompts", str(prompts), "--device", "cpu", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = forked.torchrun(command, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(done.stdout)  # one process speaks
     one = quantize(tiny_flux, tmp_path / "one", str(recipe), prompts=prompts, device="cpu")

@@ -74,7 +74,7 @@ def test_the_figure_is_the_same_from_the_same_run(run):
     assert encode(draw([run])) == encode(draw([run]))
     assert encode(draw([run]), "png")[:4] == b"\x89PNG"
     with pytest.raises(ReportError, match="no layers"):
-        draw({})
+        draw([{}])
 
 
 def test_what_cannot_be_measured_is_said(tiny_flux, tmp_path):

@@ -159,7 +159,6 @@ def _score(
             sampling=sampling,
             label=label,
             trained_on=trained_prompts(model),
-            mask=task.object_mask(),
             stage=stage,
         )
         runs.append(append(out / "results.json", "scenes", run))

@@ -234,7 +234,6 @@ def evaluate(
             sampling=sampling,
             label=label,
             trained_on=known,
-            mask=task.object_mask(),
             stage=stage if shard[0] == 0 else None,
             plan=plan,
         )

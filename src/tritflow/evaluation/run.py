@@ -133,7 +133,6 @@ def evaluate(
     sampling: Sampling = Sampling(),
     label: str | None = None,
     trained_on: Sequence[str] | None = None,
-    mask: fidelity.Mask | None = None,
     stage: Stage | None = None,
     plan: Plan = PLAIN,
 ) -> dict[str, Any]:
@@ -146,7 +145,6 @@ def evaluate(
         teacher: whom the student is compared with, picture by picture.
         label: name of the run in tables; the model's name by default.
         trained_on: prompts the student was trained on; None when that is not known, which the run then says.
-        mask: finds object pixels in a teacher's picture, for `fidelity`.
         stage: hears of the progress.
 
     Returns the run: plain JSON for `results.append`; empty on ranks other than 0 and with `draw_only`.
@@ -234,7 +232,9 @@ def evaluate(
             run["paired_without_overlap"] = compare(task, unseen, kept_baseline)
         if plan.fidelity:
             with clock("fidelity", "measuring fidelity") as report:
-                measured = fidelity.measure(mine, theirs, mask, report, plan.perceptual, details=task.details())
+                measured = fidelity.measure(
+                    mine, theirs, task.object_mask(), report, plan.perceptual, details=task.details()
+                )
             _write_lines(out / f"{student.folder_name}.fidelity.jsonl", [asdict(m) for m in measured])
             run["fidelity"] = fidelity.summary(measured)
             if plan.perceptual is not None:

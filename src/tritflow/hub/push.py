@@ -80,8 +80,8 @@ def prepare(
     files, left_out = _files(folder)
     transformer = _verified(folder, meta)
     config = read_json(folder / "transformer" / "config.json")
-    base_folder = _base_folder(meta)
     own = _is_built_in(meta)
+    base_folder = teacher_path() if own else _base_folder(meta)
     places = [folder, *([base_folder] if base_folder else [])]
     licence = licence_of(config, [place / CARD for place in places], own, license)
     base = None if own else base_model or _base_model(folder, meta)
@@ -109,7 +109,7 @@ def prepare(
         (config["_class_name"], str(pipeline)),
         complete,
         read_json(generation) if generation.is_file() else {},
-        _runs_of(folder, results, teacher_path() if own and base_folder is None else base_folder),
+        _runs_of(folder, results, base_folder),
     )
     card = model_card(facts).encode()
     write_atomic(folder / CARD, card)

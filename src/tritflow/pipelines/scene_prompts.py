@@ -18,10 +18,8 @@ def scene_prompts(name: str) -> PromptSet | None:
     Raises:
         PromptsError: `scenes:` with something else than a number from 1 on.
     """
-    found = re.fullmatch(r"scenes:([1-9]\d{0,6})", name)
-    if found is None and name.startswith("scenes:"):
-        raise PromptsError(f"--prompts {name}: write scenes:N with N from 1 to 9999999, for instance scenes:4096")
-    return None if found is None else from_texts(training_captions(int(found[1])), name)
+    count = _count(name, "scenes", 7)
+    return None if count is None else from_texts(training_captions(count), name)
 
 
 def held_out_prompts(name: str) -> PromptSet | None:
@@ -31,7 +29,14 @@ def held_out_prompts(name: str) -> PromptSet | None:
     Raises:
         PromptsError: `held-out:` with something else than a number from 1 on.
     """
-    found = re.fullmatch(r"held-out:([1-9]\d{0,3})", name)
-    if found is None and name.startswith("held-out:"):
-        raise PromptsError(f"--prompts {name}: write held-out:N with N prompts a tag from 1 to 9999")
-    return None if found is None else from_texts((p.text for p in evaluation_prompts(int(found[1]))), name)
+    count = _count(name, "held-out", 4)
+    return None if count is None else from_texts((p.text for p in evaluation_prompts(count)), name)
+
+
+def _count(name: str, kind: str, digits: int) -> int | None:
+    found = re.fullmatch(rf"{kind}:([1-9]\d{{0,{digits - 1}}})", name)
+    if found is None and name.startswith(f"{kind}:"):
+        raise PromptsError(
+            f"--prompts {name}: write {kind}:N with N from 1 to {'9' * digits}, for instance {kind}:4096"
+        )
+    return None if found is None else int(found[1])

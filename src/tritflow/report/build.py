@@ -12,13 +12,21 @@ from tritflow.evaluation.images import ImageSet, read_verdicts
 from tritflow.report import figures
 from tritflow.report.gallery import verdicts, write_gallery
 from tritflow.report.sources import ReportError, Run, Sources
-from tritflow.report.tables import Spec, build, current_runs, foremost, load_specs, lookup, markdown
+from tritflow.report.tables import Spec, build, current_runs, foremost_each, load_specs, lookup, markdown
 from tritflow.results import slug, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Draw = Callable[[Sequence[Run]], "Figure"]
+
 GRID_ROWS = 6
+# Topics whose runs make one figure, and its title.
+_MEASURED: dict[str, tuple[Draw, str]] = {
+    "scaling": (figures.scaling, "What is kept against size and steps"),
+    "exposure": (figures.exposure, "Error on the teacher's states and on the student's own"),
+    "sensitivity": (figures.sensitivity, "Error of each linear alone"),
+}
 
 
 def write_report(sources: Sources, out: str | Path) -> list[Path]:
@@ -33,30 +41,21 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     parts = ["# Report"]
     for spec, body in tables_with_results(sources):
         parts += [f"## {spec.title or spec.name}", body]
+    drawn: list[tuple[str, Draw, Sequence[Run], str]] = []
     for topic, runs in sources.runs.items():
-        newest = _by_label(current_runs(runs))
-        compared = _by_label(current_runs(runs, of="others"))
-        drawn = (("scores", figures.tag_scores), ("bands", figures.band_detail), ("rivals", figures.rivals))
-        for name, draw in drawn:
-            try:
-                figure = draw(compared if name == "rivals" else newest)
-            except ReportError:
-                continue
-            path = out / f"{slug(topic)}-{name}.svg"
-            write_atomically(path, figures.encode(figure))
-            written.append(path)
-            parts.append(f"![{topic}: {name}]({path.name})")
-    others: tuple[tuple[str, Callable[[Sequence[Run]], Figure], str], ...] = (
-        ("scaling", figures.scaling, "What is kept against size and steps"),
-        ("exposure", figures.exposure, "Error on the teacher's states and on the student's own"),
-        ("sensitivity", figures.sensitivity, "Error of each linear alone"),
-    )
-    for topic, draw_all, title in others:
+        newest, compared = (foremost_each(current_runs(runs, of), ["label"]) for of in (True, "others"))
+        drawn += [
+            (f"{slug(topic)}-scores", figures.tag_scores, newest, f"{topic}: scores"),
+            (f"{slug(topic)}-bands", figures.band_detail, newest, f"{topic}: bands"),
+            (f"{slug(topic)}-rivals", figures.rivals, compared, f"{topic}: rivals"),
+        ]
+    drawn += [(topic, draw, sources.runs.get(topic, ()), title) for topic, (draw, title) in _MEASURED.items()]
+    for name, draw, these, title in drawn:
         try:
-            figure = draw_all(sources.runs.get(topic, ()))
+            figure = draw(these)
         except ReportError:
             continue
-        path = out / f"{topic}.svg"
+        path = out / f"{name}.svg"
         write_atomically(path, figures.encode(figure))
         written.append(path)
         parts.append(f"![{title}]({path.name})")
@@ -80,14 +79,6 @@ def write_report(sources: Sources, out: str | Path) -> list[Path]:
     page = out / "report.md"
     write_atomically(page, ("\n\n".join(parts) + "\n").encode())
     return [page, *written]
-
-
-def _by_label(runs: Sequence[Run]) -> list[Run]:
-    """The run of each label that tables show."""
-    labels: dict[str, list[Run]] = {}
-    for run in runs:
-        labels.setdefault(str(run.get("label")), []).append(run)
-    return [foremost(same) for same in labels.values()]
 
 
 def write_curve(sources: Sources, path: Path) -> Path:

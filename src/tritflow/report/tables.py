@@ -11,7 +11,7 @@ A spec lives in `tables.toml`:
     current = true                                # optional: only runs of the suite's newest version and of one
                                                   # teacher, that of the newest run labelled "teacher"; "others": the
                                                   # newest one that other quantizers were measured against;
-                                                  # "teacher": the teacher's own runs, that of most pictures the newest;
+                                                  # "teacher": the teacher's own runs;
                                                   # "student": what was measured against its newest run labelled "best"
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
@@ -147,9 +147,8 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
     Prompts change with a suite's version, and scores kept are a teacher's. The teacher is the model of the newest run
     labelled "teacher", or, where there is none, the one that the newest run was measured against; `of` "others", the
     one that the newest run of another quantizer was measured against, if any was. Where others were measured against
-    it, its own runs on prompts that none of them had are left out; `of` "teacher", these are all that is left, and the
-    one of most pictures stands last. `of` "student", those measured against the teacher's newest student, labelled
-    "best".
+    it, its own runs on prompts that none of them had are left out; `of` "teacher", its own are all that is left. `of`
+    "student", those measured against the teacher's newest student, labelled "best".
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
@@ -165,8 +164,7 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
         student = [lookup(r, "model.hash") for r in runs if r.get("label") == "best"][-1:]
         return [r for r in every if lookup(r, "against.model.hash") in student]
     if of == "teacher":
-        own_runs = [r for r in runs if r.get("label") == "teacher"]
-        return sorted(own_runs, key=lambda r: lookup(r, "prompts.pictures") or 0)
+        return [r for r in runs if r.get("label") == "teacher"]
     shown = [_drawn(r) for r in runs if r.get("against")]
     return [r for r in runs if not shown or r.get("against") or _drawn(r) in shown]
 
@@ -183,19 +181,21 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
         runs = current_runs(runs, of=spec.current)
     if spec.has:
         runs = [r for r in runs if lookup(r, spec.has) is not None]
-    if spec.rows:
-        matching = [[r for r in runs if _matches(r, row)] for row in spec.rows]
-    elif spec.each:
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(repr([lookup(run, path) for path in spec.each]), []).append(run)
-        matching = list(groups.values())
-    else:
-        matching = [list(runs)]
-    return [foremost(some) for some in matching if some]
+    if spec.each:
+        return foremost_each(runs, spec.each)
+    matching = [[r for r in runs if _matches(r, row)] for row in spec.rows] if spec.rows else [runs]
+    return [_foremost(some) for some in matching if some]
 
 
-def foremost(runs: Sequence[Run]) -> Run:
+def foremost_each(runs: Sequence[Run], paths: Sequence[str]) -> list[Run]:
+    """For each different value at `paths` its newest run, or one of more pictures that is of the same."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(repr([lookup(run, path) for path in paths]), []).append(run)
+    return [_foremost(same) for same in groups.values()]
+
+
+def _foremost(runs: Sequence[Run]) -> Run:
     """Of runs (oldest first) the newest, or one of the same model, teacher and settings with more pictures."""
 
     def of(run: Run) -> list[Any]:

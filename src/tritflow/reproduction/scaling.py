@@ -103,7 +103,6 @@ def _student(
         sampling=Sampling(1, seed, 64),
         label=f"{name}, {count:,} steps",
         trained_on=trained_prompts(str(student)),
-        mask=task.object_mask(),
     )
     return {
         "label": run["label"],

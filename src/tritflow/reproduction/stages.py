@@ -198,7 +198,6 @@ def _score(request: Request, suite: str, who: str) -> Stage:
             sampling=request.sampling(task),
             label=request.contenders[who],
             trained_on=None if who == "teacher" else _trained_on(request),
-            mask=task.object_mask(),
             stage=report,
         )
         path.unlink(missing_ok=True)

@@ -41,6 +41,8 @@ MIXING, MIXED = 8, 0.65
 MAX_MIXED = 4
 # Pieces of a part smaller than this share of its largest are left out: rims, but not what a ring's hole shows.
 KEEP = 0.03
+# Fewer pixels than these, away from an object's edge, say nothing of its texture.
+INNER = 24
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -272,6 +274,13 @@ def _shrunk(mask: np.ndarray) -> np.ndarray:
     return out
 
 
+def inner(mask: np.ndarray) -> np.ndarray:
+    """What of a mask is away from its edge, where colours mix: by a pixel, in larger pictures by more."""
+    for _ in range(max(1, max(mask.shape) // 64)):
+        mask = _shrunk(mask)
+    return mask
+
+
 def _grown(mask: np.ndarray) -> np.ndarray:
     """Set pixels and their eight neighbours."""
     return ~_shrunk(np.pad(~mask, 1, constant_values=True))[1:-1, 1:-1]
@@ -279,10 +288,8 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 def _texture(value: np.ndarray, part: np.ndarray) -> str:
     """Solid, striped (bands across y) or checkered, from the brightness inside the silhouette."""
-    core = part
-    for _ in range(max(1, max(part.shape) // 64)):
-        core = _shrunk(core)
-    if core.sum() < 24:
+    core = inner(part)
+    if core.sum() < INNER:
         core = part
     inside = value[core]
     if inside.std() < PATTERN * inside.mean():

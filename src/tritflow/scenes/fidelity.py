@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from tritflow.scenes.detector import object_mask
+from tritflow.scenes.detector import INNER, inner, object_mask
 from tritflow.scenes.render import SceneBatch, render
 from tritflow.scenes.training_set import training_examples
 from tritflow.scenes.world import BACKGROUNDS, COLORS, GRAY_LEVEL, TEXTURES
@@ -23,9 +23,8 @@ _CHROMA = 0.1
 # Pixels around an object that are not looked at for marks, as a share of the picture's side; how far a mark's pixels
 # are off the ground's median, of 255.
 _AROUND, _MARK = 5 / 128, 5
-# Quantiles of a texture's brightness that stand for its tones, each of which covers half of it, and the fewest pixels
-# inside an object that say anything.
-_TONES, _INSIDE = (0.1, 0.9), 24
+# Quantiles of a texture's brightness that stand for its tones, each of which covers half of it.
+_TONES = (0.1, 0.9)
 # A picture has ghosts if more than this share of its ground is marked.
 GHOSTS = 0.0025
 
@@ -91,8 +90,8 @@ def texture_contrast(image: np.ndarray) -> float | None:
     Returns:
         0..1; None where there is no object.
     """
-    inside = ndimage.binary_erosion(object_mask(image), np.ones((3, 3)), iterations=max(1, max(image.shape) // 64))
-    if inside.sum() < _INSIDE:
+    inside = inner(object_mask(image))
+    if inside.sum() < INNER:
         return None
     dark, bright = np.quantile(image[inside].max(-1).astype(np.float64), _TONES)
     return float((bright - dark) / max(bright + dark, 1.0))

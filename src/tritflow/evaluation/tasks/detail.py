@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, minimum_filter
 
-Pixels = NDArray[np.uint8]
+from tritflow.evaluation.tasks.fidelity import Pixels, luma
 
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 # Pixels around an edge among which its step is looked for, grey levels that a step has at least, and the least share of
 # it within two pixels: flat pixels beside a perfect step have no slope and still the greatest of their neighbours.
 _AROUND, _STEP, _LEAST = 7, 24, 0.15
@@ -40,10 +38,9 @@ def edge_sharpness(picture: Pixels) -> float | None:
     local maximum and the range 24 levels or more. 1 for a step between two pixels, .64 and .44 after a Gaussian blur of
     1 and 2 pixels.
     """
-    luma = picture.astype(np.float64) @ _LUMA
-    across, along = np.gradient(luma)
-    slope = np.hypot(across, along)
-    step = maximum_filter(luma, _AROUND, mode="nearest") - minimum_filter(luma, _AROUND, mode="nearest")
+    levels = luma(picture)
+    slope = np.hypot(*np.gradient(levels))
+    step = maximum_filter(levels, _AROUND, mode="nearest") - minimum_filter(levels, _AROUND, mode="nearest")
     crest = slope >= maximum_filter(slope, 3, mode="nearest")
     edge = crest & (step >= _STEP) & (2 * slope >= _LEAST * step)
     if not edge.any():

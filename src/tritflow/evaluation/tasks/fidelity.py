@@ -27,11 +27,11 @@ from scipy.ndimage import gaussian_filter
 from tritflow.evaluation import statistics
 from tritflow.evaluation.api import EvaluationError, Progress
 from tritflow.evaluation.images import ImageSet
-from tritflow.evaluation.tasks.detail import Detail
 from tritflow.evaluation.workers import by_chunks, workers_of_environment
 
 if TYPE_CHECKING:
     from tritflow.evaluation.scorers.lpips import Lpips
+    from tritflow.evaluation.tasks.detail import Detail
 
 # Below this many pixels starting worker processes costs more than it saves; pictures compared at a time.
 POOL_FROM, _CHUNK = 10_000_000, 64
@@ -232,6 +232,14 @@ def summary(pictures: Sequence[PictureFidelity], seed: int = 0) -> dict[str, Any
             return None
         return statistics.clustered_median([v for v, _ in kept], [c for _, c in kept], seed=seed).to_dict()
 
+    def detail(name: str) -> dict[str, Any]:
+        pairs = [p.details.get(name) for p in pictures]
+        return {
+            "ratio": median([pair and pair[0] / pair[1] for pair in pairs]),
+            "own": median([pair and pair[0] for pair in pairs]),
+            "teacher": median([pair and pair[1] for pair in pairs]),
+        }
+
     return {
         "psnr": median([p.psnr for p in pictures]),
         "psnr_object": median([p.psnr_object for p in pictures]),
@@ -244,20 +252,9 @@ def summary(pictures: Sequence[PictureFidelity], seed: int = 0) -> dict[str, Any
             }
             for i, name in enumerate(BANDS)
         },
-        "details": {
-            name: {
-                "ratio": median([_ratio(p.details.get(name)) for p in pictures]),
-                "own": median([p.details[name][0] if name in p.details else None for p in pictures]),
-                "teacher": median([p.details[name][1] if name in p.details else None for p in pictures]),
-            }
-            for name in dict.fromkeys(name for p in pictures for name in p.details)
-        },
+        "details": {name: detail(name) for name in dict.fromkeys(name for p in pictures for name in p.details)},
         "psnr_ceiling": PSNR_CEILING,
     }
-
-
-def _ratio(pair: tuple[float, float] | None) -> float | None:
-    return None if pair is None else pair[0] / pair[1]
 
 
 def _check_shapes(picture: Pixels, reference: Pixels) -> None:
