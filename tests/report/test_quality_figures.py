@@ -96,7 +96,7 @@ def test_a_rival_of_a_teacher_that_scored_nothing_has_its_distance_all_the_same(
     assert len(right.containers) == 1
 
 
-def test_sizes_are_lines_over_steps_the_newest_run_of_each():
+def test_sizes_are_lines_over_steps_and_steps_over_sizes_the_newest_run_of_each():
     runs = [
         {"size": size, "parameters": parameters, "steps": steps, "paired": {"overall": {"kept": score(kept)}},
          "psnr": score(20 + kept)}
@@ -105,10 +105,14 @@ def test_sizes_are_lines_over_steps_the_newest_run_of_each():
             ("2M", 2_200_000, 2000, 0.6),
         )
     ]  # fmt: skip
-    left, _ = figures.scaling(runs).axes
+    left, right, below, _ = figures.scaling(runs).axes
     lines = [c[0] for c in left.containers]
     assert [c.get_label() for c in left.containers] == ["2M", "5M"]
     assert list(lines[0].get_xdata()) == [500, 2000]
     assert list(lines[0].get_ydata()) == pytest.approx([30, 60])
+    assert [c.get_label() for c in right.containers] == ["500 steps", "2,000 steps"]
+    assert list(right.containers[1][0].get_xdata()) == pytest.approx([2.2, 4.9])
+    assert list(right.containers[1][0].get_ydata()) == pytest.approx([60, 50])
+    assert list(below.containers[0][0].get_ydata()) == pytest.approx([20.3, 20.6])
     with pytest.raises(ReportError, match="no run holds sizes"):
         figures.scaling([])

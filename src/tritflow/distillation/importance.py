@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.trajectories import Trajectories
 from tritflow.distillation.blocks import Blocks
+from tritflow.distillation.step import training_attention
 
 
 def stream_importance(
@@ -68,7 +69,7 @@ def stream_importance(
     try:
         for indices in chosen.split(batch_size):
             place = 0
-            with torch.enable_grad():
+            with torch.enable_grad(), training_attention(device):
                 out = blocks.run(**trajectories.pairs(indices, "train", device).kwargs)
                 velocity = out[0] if isinstance(out, tuple) else out
                 signs = torch.randint(0, 2, velocity.shape, generator=generator).to(velocity) * 2 - 1

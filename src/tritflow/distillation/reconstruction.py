@@ -40,7 +40,7 @@ from tritflow.distillation.importance import stream_importance
 from tritflow.distillation.overlap import Overlap
 from tritflow.distillation.shelf import Room, Shelf, spread
 from tritflow.distillation.state import ParameterGroup, TrainingState
-from tritflow.distillation.step import Step
+from tritflow.distillation.step import Step, training_attention
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.modules.swap import swap_linears_
 from tritflow.quantization.convert import twin_of, twin_rounding
@@ -277,7 +277,8 @@ class _Work:
             errors = [(streams[n].float() - batch[_TARGET + n].float()).square() * weights[n] for n in names]
             return torch.stack([error.mean() for error in errors]).sum()
 
-        self._loop(Step(loss_of, state, self.config.grad_clip), inputs[1], targets, names, window.first)
+        with training_attention(self.device):
+            self._loop(Step(loss_of, state, self.config.grad_clip), inputs[1], targets, names, window.first)
         entry["loss"] = [float(f"{x:.5g}") for x in state.losses[:: max(1, self.config.steps // 50)].tolist()]
         if not math.isfinite(entry["loss"][-1]) or not all(bool(torch.isfinite(p).all()) for p in state.parameters):
             raise ReconstructionError(

@@ -362,7 +362,8 @@ def _load_noting(who: Contender, out: Path, folder: str) -> Draw:
                 f"{out / folder} holds pictures that were drawn another way ({told}); finish them there, "
                 "or give another --out"
             )
-        write_atomically(_flags_path(out, folder), canonical(flags).encode())
+        if before is None:
+            write_atomically(_flags_path(out, folder), canonical(flags).encode())
     return draw
 
 

@@ -51,8 +51,12 @@ def atomic_file(path: str | Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `atomic_file` writes before the rename: fixed, so that a killed run's leftover is overwritten."""
-    return path.with_name(f".{path.name}.tmp")
+    """Where `atomic_file` writes before the rename: fixed, so that a killed run's leftover is overwritten.
+
+    Processes of one launcher (RANK) may write the same file at once, so that each has a name of its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    return path.with_name(f".{path.name}.tmp" if rank == "0" else f".{path.name}.{rank}.tmp")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -237,18 +237,17 @@ def _reconstruct(
 ) -> None:
     start: Mapping[str, Rounded] = compensated if len(compensated) else _Rounding(job)
     samples = job.recipe.reconstruction.samples
-    with training_attention(job.device):
-        reconstruct_blocks(
-            blocks,
-            trajectories,
-            start,
-            store,
-            job.recipe.reconstruction,
-            activation_dtype=job.ternary.activation_dtype,
-            shelf=shelf,
-            on_samples=lambda room, train, held: records.add("reconstruct", samples, room, train=train, holdout=held),
-            on_progress=lambda done, total: progress("reconstruct", done, total),
-        )
+    reconstruct_blocks(
+        blocks,
+        trajectories,
+        start,
+        store,
+        job.recipe.reconstruction,
+        activation_dtype=job.ternary.activation_dtype,
+        shelf=shelf,
+        on_samples=lambda room, train, held: records.add("reconstruct", samples, room, train=train, holdout=held),
+        on_progress=lambda done, total: progress("reconstruct", done, total),
+    )
 
 
 class _Rounding(Mapping[str, Rounded]):

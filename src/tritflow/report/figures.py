@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tritflow.evaluation.tasks.fidelity import BANDS
@@ -113,34 +113,57 @@ def rivals(runs: Sequence[Run]) -> Figure:
 
 
 def scaling(runs: Sequence[Run]) -> Figure:
-    """Score kept and PSNR against the steps of distillation, a line a size of transformer, with 95 % intervals."""
-    newest = {(r["size"], r["steps"]): r for r in runs if r.get("paired")}
+    """Score kept (above) and PSNR (below) with 95 % intervals, against steps of distillation (left, a line a size) and
+    against the transformer's size (right, a line a number of steps)."""
+    newest = {(r["parameters"], r["steps"]): r for r in runs if r.get("paired")}
     if not newest:
         raise ReportError("no run holds sizes and steps to draw")
-    sizes = sorted({(r["parameters"], r["size"]) for r in newest.values()})
-    figure, panels = _figure(9.0, 3.4, 2)
-    for axes, path, name in zip(
+    names = {r["parameters"]: str(r["size"]) for r in newest.values()}
+    figure, panels = _figure(9.0, 6.0, 2, rows=2)
+    for row, path, label in zip(
         panels, (_kept, _own_psnr), ("score kept (%)", "PSNR to the teacher (dB)"), strict=True
     ):
-        for i, (_, size) in enumerate(sizes):
-            found = [(steps, path(r)) for (of, steps), r in sorted(newest.items(), key=lambda e: e[0][1]) if of == size]
-            shown = [(steps, score) for steps, score in found if score and score.get("value") is not None]
-            axes.errorbar(
-                [steps for steps, _ in shown],
-                [s["value"] for _, s in shown],
-                yerr=[[_end(s, "low") for _, s in shown], [_end(s, "high") for _, s in shown]],
-                color=_COLORS[i % len(_COLORS)],
-                marker="o",
-                markersize=3.5,
-                linewidth=1.2,
-                capsize=2,
-                label=size,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("steps of distillation")
-        axes.set_ylabel(name)
-    panels[0].legend(frameon=False, fontsize=8)
+        found = {
+            key: score for key, r in sorted(newest.items()) if (score := path(r)) and score.get("value") is not None
+        }
+        _lines(row[0], {(names[size], steps): score for (size, steps), score in found.items()})
+        _lines(
+            row[1],
+            {
+                (f"{steps:,} steps", size / 1e6): score
+                for (size, steps), score in sorted(found.items(), key=lambda e: e[0][1])
+            },
+        )
+        row[0].set_ylabel(label)
+    for axes, title in zip(
+        panels[1], ("steps of distillation", "parameters of the transformer (millions)"), strict=True
+    ):
+        axes.set_xlabel(title)
+    sizes = [size / 1e6 for size in sorted(names)]
+    for axes in panels[:, 1]:
+        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        axes.minorticks_off()
+    for axes in panels[0]:
+        axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _lines(axes: Any, found: Mapping[tuple[str, float], dict[str, Any]]) -> None:
+    """A line with 95 % intervals for each name of (name, place on a logarithmic axis)."""
+    for i, name in enumerate(dict.fromkeys(name for name, _ in found)):
+        shown = sorted(((at, score) for (of, at), score in found.items() if of == name), key=lambda e: e[0])
+        axes.errorbar(
+            [at for at, _ in shown],
+            [s["value"] for _, s in shown],
+            yerr=[[_end(s, end) for _, s in shown] for end in ("low", "high")],
+            color=_COLORS[i % len(_COLORS)],
+            marker="o",
+            markersize=3.5,
+            linewidth=1.2,
+            capsize=2,
+            label=name,
+        )
+    axes.set_xscale("log")
 
 
 def _own_psnr(run: Run) -> dict[str, Any] | None:
@@ -289,13 +312,13 @@ def encode(figure: Figure, kind: str = "svg") -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, panels: int = 1, *, rows: int = 1) -> tuple[Figure, Any]:
     # Figure alone, not pyplot: no global state, no display.
     from matplotlib.figure import Figure as _Figure
 
     figure = _Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels)
-    for one in [axes] if panels == 1 else axes:
+    axes = figure.subplots(rows, panels)
+    for one in figure.axes:
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=8)
         one.title.set_fontsize(9)
