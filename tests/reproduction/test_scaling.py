@@ -58,7 +58,8 @@ def test_stages_are_made_once_and_told(tmp_path, monkeypatch):
     for run in runs:
         append(tmp_path / "scaling.json", "scaling", run)
     table = build(load_specs()["scaling"], read(tmp_path / "scaling.json"))
-    assert [row[2] for row in table.cells] == ["2", "4"]
+    steps = table.header.index("steps")
+    assert [row[steps] for row in table.cells] == ["2", "4"]
     assert figures.encode(figures.scaling(read(tmp_path / "scaling.json"))).startswith(b"<?xml")
 
 
