@@ -23,6 +23,15 @@ def test_append_keeps_what_was_there(tmp_path: Path) -> None:
     assert path.read_text().startswith(text[: text.rindex("}\n ]")].rstrip())
 
 
+def test_the_same_run_is_not_added_twice(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    run = {"label": "x", "value": 1.5}
+    first = results.append(path, "speed", run)
+    assert results.append(path, "speed", dict(run)) == first
+    results.append(path, "speed", {**run, "value": 1.25})
+    assert [r["value"] for r in results.read(path)] == [1.5, 1.25]
+
+
 def test_edited_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     results.append(path, "scenes", {"score": 0.5})

@@ -146,6 +146,8 @@ def _locked(path: Path) -> Iterator[None]:
 def append(path: str | Path, topic: str, run: dict[str, Any]) -> dict[str, Any]:
     """Add one run to a results file (made when missing), atomically; returns the run with its `id`.
 
+    A run that is there already, to the last digit, is not added again: commands that resume may tell what they know.
+
     Raises `ResultsError` when the file is damaged or of another topic, ValueError on NaN or infinity.
     """
     path = Path(path)
@@ -154,6 +156,8 @@ def append(path: str | Path, topic: str, run: dict[str, Any]) -> dict[str, Any]:
     entry = {"id": digest(body), **body}
     with _locked(path):
         runs = [{k: v for k, v in r.items() if k != "topic"} for r in read(path, topic)] if path.exists() else []
+        if any(run["id"] == entry["id"] for run in runs):
+            return entry
         data = {"schema": SCHEMA, "topic": topic, "runs": [*runs, entry]}
         write_atomically(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
     return entry

@@ -218,6 +218,15 @@ reference = [["theirs", "official scorer", 0.5876], ["nothing", "", ""]]
 )["paper"]
 
 
+def test_rows_stand_in_the_order_of_their_values_and_those_without_one_last() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\neach = ['label']\norder = ['width', 'steps']\n" + QUALITY_COLUMNS)["q"]
+    runs = [
+        run(label, 0.5, width=width, steps=steps)
+        for label, width, steps in (("c", 2, 10), ("d", None, 1), ("b", 1, 20), ("a", 1, 3))
+    ]
+    assert [row[0] for row in build(spec, runs).cells] == ["a", "b", "c", "d"]
+
+
 def test_published_rows_stand_above_ours_and_never_alone() -> None:
     assert build(REFERENCE, []).cells == ()
     task = {"scored_by": "substitutes", "scorers": {"detector": "one"}, "substitutes": {"detector": "another"}}

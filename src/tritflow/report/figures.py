@@ -139,11 +139,14 @@ def scaling(runs: Sequence[Run]) -> Figure:
         panels[1], ("steps of distillation", "parameters of the transformer (millions)"), strict=True
     ):
         axes.set_xlabel(title)
-    sizes = [size / 1e6 for size in sorted(names)]
-    for axes in panels[:, 1]:
-        axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
-        axes.minorticks_off()
+    counts, sizes = sorted({steps for _, steps in newest}), [size / 1e6 for size in sorted(names)]
+    for left, right in panels:
+        left.set_xticks(counts, [f"{steps:,}" for steps in counts])
+        right.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+        left.minorticks_off()
+        right.minorticks_off()
     for axes in panels[0]:
+        axes.axhline(100, color="0.8", linewidth=0.8, zorder=0)
         axes.legend(frameon=False, fontsize=8)
     return figure
 

@@ -17,6 +17,7 @@ A spec lives in `tables.toml`:
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone. Of those of the newest one's model,
                                                   # teacher and settings the one of most pictures stands for it
+    order = ["parameters", "steps"]               # optional, with `each`: rows in increasing order of these values
     teachers = true                               # optional: a row for each teacher that runs were measured against
                                                   # and that has no run of its own, above its first student's row
     entries = "scores.tags"                       # optional: a row for each item of this list or dict of the run; or
@@ -69,6 +70,7 @@ class Spec:
     current: bool | str = False
     rows: tuple[dict[str, Any], ...] = ()
     each: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
     teachers: bool = False
     entries: str | tuple[str, ...] | None = None
     reference: tuple[tuple[Any, ...], ...] = ()
@@ -115,11 +117,11 @@ def load_specs(source: str | None = None) -> dict[str, Spec]:
         rest = {k: data[k] for k in ("title", "where", "has", "current", "teachers", "entries", "note") if k in data}
         if isinstance(data.get("entries"), list):
             rest["entries"] = tuple(data["entries"])
-        rows, each = tuple(data.get("rows", ())), tuple(data.get("each", ()))
+        rows, each, order = (tuple(data.get(key, ())) for key in ("rows", "each", "order"))
         reference = tuple(tuple(r) for r in data.get("reference", ()))
         if any(len(r) != len(columns) for r in reference):
             raise ReportError(f"table '{name}': a reference row needs a value for each of the {len(columns)} columns")
-        specs[name] = Spec(name, data["topic"], columns, rows=rows, each=each, reference=reference, **rest)
+        specs[name] = Spec(name, data["topic"], columns, rows=rows, each=each, order=order, reference=reference, **rest)
     return specs
 
 
@@ -182,7 +184,8 @@ def _chosen(spec: Spec, runs: Sequence[Run]) -> list[Run]:
     if spec.has:
         runs = [r for r in runs if lookup(r, spec.has) is not None]
     if spec.each:
-        return foremost_each(runs, spec.each)
+        found = foremost_each(runs, spec.each)
+        return sorted(found, key=lambda r: [(v is None, v) for v in (lookup(r, path) for path in spec.order)])
     matching = [[r for r in runs if _matches(r, row)] for row in spec.rows] if spec.rows else [runs]
     return [_foremost(some) for some in matching if some]
 

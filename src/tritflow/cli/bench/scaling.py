@@ -24,7 +24,7 @@ def scaling(
     out: Annotated[Path, typer.Option(help="Keeps every stage; the same command goes on after a kill.")],
     sizes: Annotated[str, typer.Option(help="Of 2M, 5M, 14M and 40M, joined by commas.")] = "2M,5M,14M,40M",
     steps: Annotated[str, typer.Option(help="Of distillation, joined by commas.")] = "500,2000,8000",
-    seconds: Annotated[float, typer.Option(min=1, help="Of training each teacher.")] = 180.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Of training each teacher.")] = 300.0,
     recipe: Annotated[str, typer.Option(help="Of the students; its steps are overridden.")] = "best",
     mode: Annotated[str | None, typer.Option(help="w2a16 or w2a8 (default: the recipe's).")] = None,
     per_tag: Annotated[int, typer.Option(min=1, help="Held-out prompts a tag, a picture each.")] = 128,
@@ -59,6 +59,6 @@ def scaling(
         ):  # fmt: skip
             runs.append(run)
             say(f"{run['label']}: {percent(run['paired']['overall'].get('kept'))} kept, {decibel(run['psnr'])} dB")
-    store(results, "scaling", runs)
+            store(results, "scaling", [run])
     if json:
         print_json(runs)
