@@ -195,6 +195,8 @@ class DistillationConfig(_Config):
         retreat_above: it diverges where the validation error is so many times the best one, or not finite.
         seed: of the batch order.
         compile_blocks: `torch.compile` the blocks first (CUDA alone; it takes a minute, which long runs win back).
+        lean: 4 bytes a latent weight instead of 12, for a model that barely fits its GPU (muon alone): bf16, rounded by
+            chance; each matrix steps as soon as its gradient is there; blocks run again in the backward pass.
     """
 
     version: int = FORMAT_VERSION
@@ -221,6 +223,7 @@ class DistillationConfig(_Config):
     retreat_above: float = 4.0
     seed: int = 0
     compile_blocks: bool = False
+    lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,7 @@ class ReconstructionConfig(_Config):
         stride: blocks finished by each window; below `window`, windows overlap.
         samples: recorded (x_t, v) pairs whose activations are kept, teacher's and student's.
         batch_size: samples a step.
+        optimizer: of latent weights, as in distillation.
         importance_samples: pairs from which channels and streams are weighed by the velocity's gradient (0: every
             stream counts alike, by what a window adds to it).
         importance_batch: of those, how many run at once; activations of all blocks are alive then.
@@ -279,6 +283,7 @@ class ReconstructionConfig(_Config):
     stride: int = 1
     samples: int = 512
     batch_size: int = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"
     importance_samples: int = 64
     importance_batch: int = 4
     learning_rate: float = 0.01

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 names = ["transformer_blocks.0", "single_transformer_blocks.0"]
 config = DistillationConfig(
     steps=8, batch_size=4, warmup_steps=2, learning_rate=1e-2, rest_learning_rate=1e-3, checkpoint_every=3,
-    optimizer=optimizer,
+    optimizer="adamw" if optimizer == "adamw" else "muon", lean=optimizer == "lean",
 )
 
 def progress(step, steps, loss):
@@ -40,7 +40,7 @@ def progress(step, steps, loss):
 
 with processes("cpu") as ranks:
     model = tiny_flux_transformer(double=1, single=1, seed=3).requires_grad_(False)
-    prepare_(model, TernaryConfig())
+    prepare_(model, TernaryConfig(), latent_dtype=torch.bfloat16 if config.lean else torch.float32)
     total = sum(p.numel() for p in model.parameters())
     if optimizer == "adamw":
         shard_(model, names, "cpu")
@@ -135,17 +135,18 @@ def test_two_processes_distil_what_one_does(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_whole_students_learn_what_one_does_by_muon(data, tmp_path):
-    one, alone = distil(data, tmp_path / "one", 1, optimizer="muon")
-    two, together = distil(data, tmp_path / "two", 2, optimizer="muon")
+@pytest.mark.parametrize("optimizer", ["muon", "lean"])
+def test_two_whole_students_learn_what_one_does_by_muon(data, tmp_path, optimizer):
+    one, alone = distil(data, tmp_path / "one", 1, optimizer=optimizer)
+    two, together = distil(data, tmp_path / "two", 2, optimizer=optimizer)
     assert two["held"] == two["total"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)  # Muon's products are in bfloat16
     assert two["validation"]["8"] < two["validation"]["0"]
     trits = [name for name in alone if name.endswith("trits")]
     moved = sum(int((alone[n] != together[n]).sum()) for n in trits)
     assert moved <= 0.005 * sum(alone[n].numel() for n in trits)
-    distil(data, tmp_path / "cut", 2, stop=5, optimizer="muon")
-    again, resumed = distil(data, tmp_path / "cut", 2, optimizer="muon")
+    distil(data, tmp_path / "cut", 2, stop=5, optimizer=optimizer)
+    again, resumed = distil(data, tmp_path / "cut", 2, optimizer=optimizer)
     assert again["loss"] == two["loss"]
     assert all(torch.equal(tensor, together[name]) for name, tensor in resumed.items())
 

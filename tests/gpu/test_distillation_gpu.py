@@ -11,7 +11,8 @@ from tritflow.calibration.trajectories import Trajectories, TrajectoryWriter
 from tritflow.config import DistillationConfig, TernaryConfig
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.parameters import parameter_groups
-from tritflow.distillation.step import training_attention
+from tritflow.distillation.state import TrainingState
+from tritflow.distillation.step import Step, training_attention
 from tritflow.distillation.velocity import distill_
 from tritflow.models.flux1_training import training_forward
 from tritflow.quantization.convert import prepare_
@@ -82,3 +83,42 @@ def test_a_captured_step_is_the_eager_one(tmp_path: Path) -> None:
         assert float((parameters[name] - value).abs().mean()) < 2e-3, name
     assert torch.equal(states["step"], there["step"])
     torch.testing.assert_close(states["x"], there["x"], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_lean_run_learns_as_the_other_does(tmp_path: Path, compiled: bool) -> None:
+    def run(lean: bool) -> tuple[list[float], int]:
+        teacher = tiny_flux_transformer(double=2, single=2, seed=1).to(CUDA, torch.bfloat16).requires_grad_(False)
+        student = tiny_flux_transformer(double=2, single=2, seed=1).to(CUDA)
+        prepare_(student, TernaryConfig(), latent_dtype=torch.bfloat16 if lean else torch.float32)
+        config = DistillationConfig(
+            steps=40, batch_size=BATCH, optimizer="muon", learning_rate=2e-2, warmup_steps=1, lean=lean
+        )
+        if lean:
+            student.enable_gradient_checkpointing()
+        inputs = {
+            n: t
+            for n, t in transformer_inputs(teacher, batch=BATCH, dtype=torch.bfloat16).items()
+            if n != "return_dict"
+        }
+        inputs = {n: t.to(CUDA) for n, t in inputs.items()}
+        with torch.no_grad():
+            target = teacher(**inputs, return_dict=False)[0].float()
+        state = TrainingState(parameter_groups(student, config), config, CUDA)
+        losses = []
+        with training_attention(CUDA), training_forward(student):
+            if compiled:
+                student.compile_repeated_blocks(fullgraph=True)
+            step = Step(lambda x: (student(**x, return_dict=False)[0].float() - target).square().mean(), state, 1.0)
+            for number in range(config.steps):
+                state.set_learning_rates(number)
+                losses.append(float(step.eager(inputs)))
+        left = sum(p.grad is not None for g in state.groups if g.matrices for p in g.parameters.values())
+        return losses, left
+
+    lean, kept = run(True)
+    other, _ = run(False)
+    assert kept == 0
+    assert lean[0] == pytest.approx(other[0], rel=0.05)
+    assert lean[-1] < 0.5 * lean[0]
+    assert lean[-1] == pytest.approx(other[-1], rel=0.3)

@@ -20,7 +20,9 @@ from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
 from tritflow.pipelines import quantize as module
 from tritflow.pipelines.quantize import QuantizeError, quantize
+from tritflow.pipelines.quantize_job import check_memory
 from tritflow.quantization.ternarize import absmean, mse_optimal
+from tritflow.recipes import load_recipe
 
 LINEARS = 20  # one double block and one single block
 
@@ -344,7 +346,8 @@ ONLINE = dataclasses.replace(
 )
 
 
-def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path):
+@pytest.mark.parametrize("lean", [False, True])
+def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path, lean):
     """Killed on the way, it resumes to the same bytes; all that is not ternary is trained as well, and written."""
 
     from diffusers import FluxTransformer2DModel
@@ -354,13 +357,15 @@ def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path):
             raise KeyboardInterrupt
 
     options = {"prompts": prompts, "device": "cpu", "keep_work": True}
+    learning = dataclasses.replace(ONLINE.distillation, lean=lean, feature_weight=0.0 if lean else 0.1)
+    online = dataclasses.replace(ONLINE, distillation=learning)
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_flux, tmp_path / "cut", ONLINE, on_progress=kill, **options)
-    report = quantize(tiny_flux, tmp_path / "cut", ONLINE, **options)
-    whole = quantize(tiny_flux, tmp_path / "whole", ONLINE, **options)
+        quantize(tiny_flux, tmp_path / "cut", online, on_progress=kill, **options)
+    report = quantize(tiny_flux, tmp_path / "cut", online, **options)
+    whole = quantize(tiny_flux, tmp_path / "whole", online, **options)
     assert report.digest == whole.digest
     assert whole.validation[24] < whole.validation[0]
-    alone = dataclasses.replace(ONLINE, distillation=dataclasses.replace(ONLINE.distillation, rest_learning_rate=0.0))
+    alone = dataclasses.replace(online, distillation=dataclasses.replace(learning, rest_learning_rate=0.0))
     quantize(tiny_flux, tmp_path / "alone", alone, **options)
     source, student, frozen = (
         FluxTransformer2DModel.from_pretrained(folder / "transformer").proj_out.weight
@@ -368,6 +373,20 @@ def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path):
     )
     assert torch.equal(source, frozen)
     assert not torch.equal(source, student)
+
+
+def test_a_student_too_large_for_the_gpu_is_refused_before_any_work(monkeypatch):
+    class Card:
+        total_memory = 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    weights, cuda = 12 * 10**9, torch.device("cuda")
+    with pytest.raises(QuantizeError, match=r"144 GB, and 1 x cuda has 80 GB; take --recipe large-distilled \(48 GB\)"):
+        check_memory(load_recipe("best"), weights, cuda)  # Muon: every process holds all of it
+    check_memory(load_recipe("large-distilled"), weights, cuda)
+    check_memory(load_recipe("reconstructed"), weights, cuda)  # 192 GB over four
+    check_memory(load_recipe("best"), weights, torch.device("cpu"))
 
 
 def test_captions_of_the_built_in_world_are_prompts(tiny_flux):

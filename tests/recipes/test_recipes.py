@@ -77,7 +77,7 @@ def test_recipes_that_only_round_say_what_keeps_the_pictures():
         said = advice(name, 10**7)
         assert (said is not None) == (name in ("absmean", "fast")), name
     assert "--recipe balanced" in advice("fast", 10**7)
-    assert "--recipe large" in advice("fast", 12 * 10**9)
+    assert "--recipe large (one 24-80 GB GPU) or large-distilled" in advice("fast", 12 * 10**9)
 
 
 def test_settings_that_came_later_leave_older_hashes_alone():
@@ -97,6 +97,11 @@ def test_settings_that_came_later_leave_older_hashes_alone():
         ("smoothing_outliers = 20.0", "need smoothing"),
         ("smoothing = 0.0\nsmoothing_skip = [3]", "list of patterns"),
         ("[distillation]\nsteps = 1\ndamp_columns = true", 'optimizer = "muon"'),
+        ("[distillation]\nsteps = 1\nlean = true", 'lean is for optimizer = "muon"'),
+        (
+            "[distillation]\nsteps = 1\nlean = true\noptimizer = 'muon'\nfeature_weight = 0.1\n[online]\npool = 2",
+            "no hidden states for feature_weight",
+        ),
         ("[distillation]\nsteps = 1\nfeature_weight = 1.0", "needs the teacher of online.pool"),
         ("[distillation]\nsteps = 1\nfreeze_share = 1.0", "at least 0 and below 1"),
         ("[distillation]\nsteps = 1\nretreats = -1", "retreats is 0 or more"),

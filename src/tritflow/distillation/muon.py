@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+MOMENTUM = 0.95
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
@@ -31,6 +32,11 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     return x.mT if transposed else x
 
 
+def step_size(matrix: Tensor) -> float:
+    """By which an orthogonalised update [N, K] is multiplied, beside the learning rate."""
+    return 0.2 * max(matrix.shape[-2:]) ** 0.5
+
+
 class Muon:
     """Muon over 2-D parameters.
 
@@ -46,7 +52,7 @@ class Muon:
         self,
         parameters: Iterable[Tensor],
         lr: Tensor,
-        momentum: float = 0.95,
+        momentum: float = MOMENTUM,
         weight_decay: float = 0.0,
         factors: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -75,7 +81,7 @@ class Muon:
             grad = torch.stack([p.grad for p in group])  # type: ignore[misc]
             buffer.lerp_(grad, 1 - self.momentum)
             update = orthogonalize(torch.lerp(grad, buffer, self.momentum)).float()
-            update = update * (0.2 * max(update.shape[-2:]) ** 0.5)
+            update = update * step_size(update)
             if factor is not None:
                 update = update * factor
             if self.weight_decay:

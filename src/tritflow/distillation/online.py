@@ -18,7 +18,7 @@ from torch import Tensor
 from tritflow.calibration.trajectories import seed_of
 
 Velocity = Callable[..., Tensor]
-# Rows of the teacher's forward while the pool is filled.
+# Rows of the teacher's forward while the pool is filled, and at most four batches.
 FILL = 1024
 
 
@@ -106,7 +106,7 @@ class OnlineStates:
         wanted = number % self.ends
         with torch.compiler.set_stance("force_eager"):  # its batches are of all sizes
             for done in range(int(wanted.max())):
-                for rows in (wanted > done).nonzero()[:, 0].split(FILL):
+                for rows in (wanted > done).nonzero()[:, 0].split(min(FILL, 4 * self.batch_size)):
                     velocity = self.velocity(self._kwargs(rows))
                     self.state["x"][rows] += self._width(rows) * velocity
                     self.state["step"][rows] += 1

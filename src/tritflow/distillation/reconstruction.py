@@ -341,7 +341,7 @@ def _parameter_groups(window: Mapping[str, nn.Module], config: ReconstructionCon
             if config.train_biases and twin.bias is not None:
                 biases[f"{name}.bias"] = twin.bias
     groups = [
-        ParameterGroup("latent weights", latents, config.learning_rate),
+        ParameterGroup("latent weights", latents, config.learning_rate, matrices=True),
         ParameterGroup("scales", scales, config.scale_learning_rate),
         ParameterGroup("biases", biases, config.scale_learning_rate),
     ]
@@ -358,7 +358,12 @@ def streams_alive(window: int) -> int:
 
 def _training(config: ReconstructionConfig) -> DistillationConfig:
     """What `TrainingState` wants to know."""
-    return DistillationConfig(steps=config.steps, batch_size=config.batch_size, warmup_steps=config.warmup_steps)
+    return DistillationConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        warmup_steps=config.warmup_steps,
+        optimizer=config.optimizer,
+    )
 
 
 def _order(samples: int, config: ReconstructionConfig, first: int) -> Tensor:

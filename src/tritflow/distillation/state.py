@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import write_tensors
 from tritflow.config import DistillationConfig
+from tritflow.distillation.lean import LeanMuon
 from tritflow.distillation.muon import Muon
 from tritflow.distillation.sharded import Ranks, put_, whole
 
@@ -30,7 +31,7 @@ class ParameterGroup:
 
     Attributes:
         name: for messages.
-        parameters: name -> fp32 parameter; names are unique over all groups.
+        parameters: name -> fp32 parameter (bf16 for a lean run's matrices); names are unique over all groups.
         learning_rate: peak of the schedule.
         weight_decay: decoupled.
         matrices: whether they are weight matrices, which Muon may take.
@@ -93,21 +94,21 @@ class TrainingState:
         by_muon = [g for g in self.groups if g.matrices and config.optimizer == "muon"]
         by_adam = [g for g in self.groups if g not in by_muon]
         self._rates = {g.name: torch.zeros((), device=device) for g in self.groups}
-        self._muon = [
-            Muon(
-                g.parameters.values(),
-                self._rates[g.name],
-                weight_decay=g.weight_decay,
-                factors={id(g.parameters[name]): f.to(device) for name, f in g.factors.items()},
-            )
-            for g in by_muon
-        ]
+        self._muon = [self._muon_of(g) for g in by_muon]
         self._momenta = {id(p): m for muon in self._muon for p, m in muon.momenta()}
         self._adam = self._adamw(by_adam) if by_adam else None
         self._adam_groups = by_adam
         self.clipped = [p for g in by_adam for p in g.parameters.values()]
         self.losses = torch.zeros(config.steps, device=device)
         self.rate = 1.0  # by which the schedule is multiplied
+
+    def _muon_of(self, group: ParameterGroup) -> Muon | LeanMuon:
+        rate = self._rates[group.name]
+        factors = {id(group.parameters[name]): f.to(self.device) for name, f in group.factors.items()}
+        settings: dict[str, Any] = {"weight_decay": group.weight_decay, "factors": factors}
+        if self.config.lean:
+            return LeanMuon(group.parameters.values(), rate, seed=self.config.seed, **settings)
+        return Muon(group.parameters.values(), rate, **settings)
 
     def _adamw(self, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
         on_gpu = self._on_gpu
@@ -157,6 +158,9 @@ class TrainingState:
         }
         for name, rate in rates.items():
             self._rates[name].fill_(rate)  # in place: a captured graph reads this tensor
+        for muon in self._muon:
+            if isinstance(muon, LeanMuon):
+                muon.begin(step)
         if self._adam is not None and not self._on_gpu:
             for group, settings in zip(self._adam_groups, self._adam.param_groups, strict=True):
                 settings["lr"] = rates[group.name]

@@ -99,7 +99,8 @@ def distill_(
     if saved is None and (out_dir / "checkpoint.safetensors").exists():
         raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
     start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
-    _settle(trajectories, device)
+    if not config.lean:
+        _settle(trajectories, device)
     if states is not None and not start:
         states.fill()
 
@@ -132,7 +133,7 @@ def distill_(
             return {PAIRS: rows}  # gathered by the step itself
         return _inputs(trajectories.pairs(rows, "train", device))
 
-    if cuda_graph and not state.sharded and device.type == "cuda" and start < config.steps:
+    if cuda_graph and not config.lean and not state.sharded and device.type == "cuda" and start < config.steps:
         run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
     judged = trajectories.size("holdout") > 0
     guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)

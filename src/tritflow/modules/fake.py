@@ -34,6 +34,7 @@ class FakeTernaryLinear(nn.Module):
         column_scale: whether there is an input scale a column (`log_input_scale`, a parameter).
         activation_bits: 16 (off) or 8.
         activation_dtype: of 8-bit activations.
+        latent_dtype: of the latent weight; bf16 halves it, for optimisers that round by chance.
         device: of all tensors.
 
     Raises:
@@ -52,6 +53,7 @@ class FakeTernaryLinear(nn.Module):
         column_scale: bool = False,
         activation_bits: int = 16,
         activation_dtype: ActivationDtype = "int8",
+        latent_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class FakeTernaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activation_bits: int = activation_bits
         self.activation_dtype: ActivationDtype = activation_dtype
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device))
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=latent_dtype, device=device))
         self.log_weight_scale = nn.Parameter(torch.zeros(out_features, device=device))
         self.log_input_scale = nn.Parameter(torch.zeros(in_features, device=device)) if column_scale else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
@@ -79,12 +81,12 @@ class FakeTernaryLinear(nn.Module):
         """A twin that starts from a dense layer and its first scales.
 
         Args:
-            linear: gives latent weight, divided by its scales, and bias (copied, float32).
+            linear: gives latent weight, divided by its scales, and bias (copied).
             weight_scale: positive [N].
             input_scale: positive [K] or None.
             trits: int8 [N, K] to start from, where they are not simply the nearest ones (after error compensation):
                 latents on the wrong side of a threshold start just inside of the right one.
-            **kwargs: `activation_bits`, `activation_dtype`.
+            **kwargs: `activation_bits`, `activation_dtype`, `latent_dtype`.
         """
         self = cls(
             linear.in_features,

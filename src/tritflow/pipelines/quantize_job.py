@@ -120,7 +120,7 @@ def plan(
             "take --recipe fast or absmean"
         )
     on = pick_device(device)
-    _check_memory(chosen, sum(n * k for n, k in linears.values()), on)
+    check_memory(chosen, sum(n * k for n, k in linears.values()), on)
     found = _calibration_prompts(location, prompts) if needs_teacher(chosen) else None
     return Job(
         location=location,
@@ -171,27 +171,39 @@ def needs_teacher(recipe: Recipe) -> bool:
     return recipe.compensation or recipe.smoothing is not None or trained
 
 
+def replicated(recipe: Recipe) -> bool:
+    """Whether each of several processes holds the whole student: Muon takes whole matrices, and the teacher of a pool
+    is whole beside it anyway."""
+    return recipe.online.pool > 0 or recipe.distillation.optimizer == "muon"
+
+
 def training_bytes(recipe: Recipe, weights: int) -> int:
     """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
 
-    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW).
+    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW); lean, latent weights and one moment in bf16,
+    and the teacher's weights where it trains on states made meanwhile.
     """
+    if recipe.distillation.lean:
+        return (6 if recipe.online.pool else 4) * weights if recipe.distillation.steps else 0
     copies = 3 if recipe.distillation.optimizer == "muon" else 4
     return 4 * copies * weights if recipe.distillation.steps else 0
 
 
-def _check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
-    """Say before hours of calibration that distillation will not fit."""
+def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
+    """Say before hours of calibration that distillation will not fit.
+
+    Raises `QuantizeError` with what it takes, what there is, and which recipe fits.
+    """
     needed = training_bytes(recipe, weights)
     if not needed or device.type != "cuda":
         return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = 1 if replicated(recipe) else int(os.environ.get("WORLD_SIZE", "1"))
     there = torch.cuda.get_device_properties(device).total_memory
     if needed > world * there:
         raise QuantizeError(
             f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
-            f"GB, and {world} x {device} has {world * there / 1e9:.0f} GB; take --recipe large (block reconstruction), "
-            "a copy of the recipe with distillation.steps = 0, or more GPUs by torchrun"
+            f"GB, and {world} x {device} has {world * there / 1e9:.0f} GB; take --recipe large-distilled "
+            f"({4e-9 * weights:.0f} GB) or large (block by block)"
         )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from tritflow.calibration.artifacts import file_sha256, read_json, write_json, write_tensors
 from tritflow.calibration.ranges import InputRange, input_ranges, read_ranges, write_ranges
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.config import Recipe, TernaryConfig
+from tritflow.config import TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.features import tapped, with_features
@@ -47,6 +47,7 @@ from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
+from tritflow.pipelines.quantize_job import replicated
 from tritflow.pipelines.records import RECORDS, Records
 from tritflow.pipelines.start import Start, pack_latent
 from tritflow.pipelines.teacher import record_trajectories
@@ -276,7 +277,8 @@ def _distill(
     progress: Progress,
 ) -> tuple[dict[int, float], list[dict[str, Any]]]:
     config, ranks = job.recipe.distillation, Ranks.here()
-    model.float()
+    if not config.lean:
+        model.float()
     if len(start):
         restore_(model, list(job.linears), _weight_of(job))
     prepare_(
@@ -285,7 +287,12 @@ def _distill(
         ternarizer=job.recipe.ternarizer,
         rounded=start,
         activation_bits=config.activation_bits,
+        latent_dtype=torch.bfloat16 if config.lean else torch.float32,
     )
+    if config.lean:
+        for _, parameter in rest_parameters(model):
+            parameter.data = parameter.data.float()
+        model.enable_gradient_checkpointing()
     if isinstance(start, Start):
         twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
         start.fill_(dict(rest_parameters(model)), {n: m.weight for n, m in twins.items()})
@@ -335,12 +342,6 @@ def _distill(
     if latents:
         write_tensors(work / LATENTS, latents, {"job": job.id})
     return result.validation, result.retreats
-
-
-def replicated(recipe: Recipe) -> bool:
-    """Whether each of several processes holds the whole student: Muon takes whole matrices, and the teacher of a pool
-    is whole beside it anyway."""
-    return recipe.online.pool > 0 or recipe.distillation.optimizer == "muon"
 
 
 def _token_grid(trajectories: Trajectories, job: Job) -> tuple[int, int]:

@@ -55,16 +55,17 @@ def project(run: dict[str, Any], recipe: Recipe, prompts: int = 7232) -> dict[st
         weighing = min(r.importance_samples, pairs)
         plan = windows(len(kinds), r.window, r.stride)
         trained = sum(s[kinds[i]]["train_sample"] for w in plan for i in range(w.first, w.stop))
-        again = len([i for w in plan for i in range(w.first, w.stop)]) / len(kinds)  # blocks of overlapping windows
-        through = (samples["reconstruct"] + HOLDOUT_SAMPLES) * all_pass * (1 + again)
+        twice = len([i for w in plan for i in range(w.first, w.stop)]) / len(kinds)  # blocks of overlapping windows
+        through = (samples["reconstruct"] + HOLDOUT_SAMPLES) * all_pass * (1 + twice)
         seconds["reconstruct"] = (
             r.steps * min(r.batch_size, samples["reconstruct"]) * trained
             + through
             + weighing * sum(s[kind]["importance"] for kind in kinds)
-            + (2 * -(-weighing // r.importance_batch) + 3 * again) * all_read
+            + (2 * -(-weighing // r.importance_batch) + 3 * twice) * all_read
         )
     if d.steps:
-        seconds["distill"] = d.steps * d.batch_size * all_train
+        again = all_pass if d.lean else 0.0  # blocks run again in the backward pass
+        seconds["distill"] = d.steps * d.batch_size * (all_train + again)
     seconds["round" if not pairs else "write"] = sum(s[kind]["round"] for kind in kinds)
     weights = sum(run["parameters"][kind] for kind in kinds)
     rounded = sum(run["bytes"][f"rounded_{kind}"] for kind in kinds)

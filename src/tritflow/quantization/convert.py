@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from tritflow.config import Ternarizer, TernaryConfig
@@ -21,6 +22,7 @@ def prepare_(
     ternarizer: Ternarizer = "mse",
     rounded: Mapping[str, Rounded] | None = None,
     activation_bits: int | None = None,
+    latent_dtype: torch.dtype = torch.float32,
 ) -> list[str]:
     """Replace every linear that `config` matches by a `FakeTernaryLinear` that starts from its rounding.
 
@@ -30,6 +32,7 @@ def prepare_(
         ternarizer: how linears are rounded that `rounded` does not name.
         rounded: roundings made elsewhere (error compensation), by module name.
         activation_bits: 8 or 16, overriding the mode.
+        latent_dtype: of the twins' latent weights.
 
     Returns:
         Names of the replaced linears, in the model's order.
@@ -41,7 +44,9 @@ def prepare_(
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         q = _rounding(name, linear, config, ternarizer, rounded)
-        return twin_of(linear, q, activation_bits=bits, activation_dtype=config.activation_dtype)
+        return twin_of(
+            linear, q, activation_bits=bits, activation_dtype=config.activation_dtype, latent_dtype=latent_dtype
+        )
 
     return _swap(model, config, make)
 
@@ -52,7 +57,7 @@ def twin_of(linear: nn.Linear, q: Rounded, **kwargs: Any) -> FakeTernaryLinear:
     Args:
         linear: gives the latent weight, and the bias where `q` has none.
         q: a rounding of it.
-        **kwargs: `activation_bits`, `activation_dtype`.
+        **kwargs: `activation_bits`, `activation_dtype`, `latent_dtype`.
     """
     device = linear.weight.device
     twin = FakeTernaryLinear.from_linear(

@@ -46,7 +46,9 @@ _LATER = {
         "retreat_above",
         "freeze_share",
         "feature_weight",
+        "lean",
     ),
+    "reconstruction": ("optimizer",),
     "online": ("early_share", "early_steps", "mixed_share"),
 }
 
@@ -162,7 +164,8 @@ def advice(name: str | Path, weights: int) -> str | None:
     steps = recipe.reconstruction.steps + recipe.distillation.steps
     if recipe.compensation or steps or recipe.smoothing is not None:
         return None
-    better = "large (one 24-80 GB GPU)" if weights >= LARGE_FROM else "balanced (a GPU), or demo (minutes on a CPU)"
+    large = "large (one 24-80 GB GPU) or large-distilled (one of 80 GB)"
+    better = large if weights >= LARGE_FROM else "balanced (a GPU), or demo (minutes on a CPU)"
     return (
         f"recipe {recipe.name} only rounds, and rounding alone breaks pictures; to keep them, into another OUT: "
         f"--recipe {better}; prompts come from the model folder, --prompts FILE or `tritflow prompts fetch`; "
@@ -243,6 +246,11 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"recipe {recipe.name}: smoothing_outliers and smoothing_skip need smoothing, such as 0.0")
     if d.damp_columns and d.optimizer != "muon":
         raise ConfigError(f'recipe {recipe.name}: distillation.damp_columns is for optimizer = "muon"')
+    if d.lean and (d.optimizer != "muon" or d.feature_weight):
+        raise ConfigError(
+            f'recipe {recipe.name}: distillation.lean is for optimizer = "muon", whose matrices step one by one, and '
+            "keeps no hidden states for feature_weight"
+        )
     if d.feature_weight < 0 or (d.feature_weight and not recipe.online.pool):
         raise ConfigError(
             f"recipe {recipe.name}: distillation.feature_weight is 0 or more, and needs the teacher of online.pool"

@@ -1,0 +1,95 @@
+"""Muon inside of the backward pass, in bfloat16: end-to-end distillation of a model that barely fits its GPU.
+
+A matrix steps as soon as its gradient is there, and the gradient is forgotten at once (Lv et al. 2023, "Full parameter
+fine-tuning for large language models with limited resources"), so that of 12 G gradients one block's are alive. Latent
+weight and momentum are bfloat16, 4 bytes a weight where float32 with gradients takes 12. Steps are smaller than what
+bfloat16 resolves, so the new latent weight is rounded up or down by chance, right on average (Gupta et al. 2015, "Deep
+learning with limited numerical precision").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tritflow.calibration.trajectories import seed_of
+from tritflow.distillation.muon import MOMENTUM, orthogonalize, step_size
+from tritflow.distillation.sharded import Ranks
+
+
+class LeanMuon:
+    """Muon over 2-D parameters, of which each steps in its own gradient hook.
+
+    Args:
+        parameters: [N, K] each, bfloat16; they are given hooks.
+        lr: a tensor that holds the rate of the step under way.
+        seed: of rounding; what is drawn in a step depends on it and the step's number alone.
+        weight_decay: decoupled.
+        factors: id of a parameter -> [K], by which the columns of its orthogonalised step are multiplied.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: Tensor,
+        *,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        factors: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        if any(p.ndim != 2 or p.dtype != torch.bfloat16 for p in self.parameters):
+            raise ValueError("lean Muon takes bfloat16 matrices")
+        self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.lr, self.seed, self.weight_decay, self.factors = lr, seed, weight_decay, factors or {}
+        self._number = 0
+        for place, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(lambda p, place=place: self._step(p, place))
+
+    def momenta(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter with its momentum."""
+        return list(zip(self.parameters, self.buffers, strict=True))
+
+    def begin(self, number: int) -> None:
+        """Say which step the next backward pass is."""
+        self._number = number
+
+    def step(self) -> None:
+        """Nothing: every matrix has stepped already."""
+
+    @torch.no_grad()
+    def _step(self, parameter: Tensor, place: int) -> None:
+        assert parameter.grad is not None
+        grad, parameter.grad = parameter.grad.float(), None
+        ranks = Ranks.here()
+        if ranks.world > 1:
+            dist.all_reduce(grad)
+            grad /= ranks.world
+        mean = torch.lerp(self.buffers[place].float(), grad, 1 - MOMENTUM)
+        self.buffers[place].copy_(mean)
+        update = orthogonalize(torch.lerp(grad, mean, MOMENTUM)[None])[0].float() * step_size(parameter)
+        factor = self.factors.get(id(parameter))
+        if factor is not None:
+            update *= factor
+        latent = parameter.float()
+        if self.weight_decay:
+            update += self.weight_decay * latent
+        generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, 3, self._number, place))
+        put_stochastic_(parameter, latent - self.lr * update, generator)
+
+
+@torch.no_grad()
+def put_stochastic_(into: Tensor, value: Tensor, generator: torch.Generator) -> None:
+    """Write float32 values into a bfloat16 tensor, each rounded to one of its two neighbours, right on average.
+
+    Args:
+        into: bfloat16.
+        value: float32 of the same shape, finite.
+        generator: on the tensors' device.
+    """
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    into.copy_(((bits + noise) & -(1 << 16)).view(torch.float32))

@@ -1,0 +1,185 @@
+"""What a step of end-to-end distillation costs at a model's real size: seconds, and the most memory it takes.
+
+The student has the model's shapes and random trits; a step runs forward, backward and both optimisers as `quantize`
+does, on random inputs and targets. What is not in it: the teacher, whose velocities a recipe without a pool reads from
+disk, and reading them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritflow import results
+from tritflow.config import DistillationConfig
+from tritflow.distillation.parameters import parameter_groups, rest_parameters
+from tritflow.distillation.state import TrainingState
+from tritflow.distillation.step import Step, training_attention
+from tritflow.formats.architecture import FLUX1_DEV
+from tritflow.models import FLUX1
+from tritflow.models.flux1_training import training_forward
+from tritflow.modules.fake import FakeTernaryLinear
+from tritflow.modules.swap import swap_linears_
+from tritflow.profiling.storage import peak_memory
+
+Progress = Callable[[int, int], None]
+
+
+def measure_steps(
+    config: Mapping[str, Any] = FLUX1_DEV,
+    settings: DistillationConfig | None = None,
+    *,
+    model: str = "FLUX.1-dev",
+    device: str = "cuda",
+    pixels: int = 1024,
+    text_tokens: int = 512,
+    batches: Sequence[int] = (1, 8),
+    steps: int = 3,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Time optimiser steps of a whole random student; a run a batch size, for `results.append`.
+
+    Args:
+        config: a `FluxTransformer2DModel` config.
+        settings: optimiser, `lean`, `compile_blocks` (None: Muon, lean).
+        model: its name in tables.
+        device: where to train.
+        pixels: height and width of the pictures (16 pixels a token).
+        text_tokens: of each prompt.
+        batches: pairs a step, one measurement each.
+        steps: that are timed, after one that is not.
+        progress: called as (measurements done, of how many).
+
+    Returns:
+        For each batch size: `seconds` (median of the steps) and `peak_bytes` of the GPU (of the process on a CPU), or
+        `fits`: false where memory ran out; `latent_bytes` of latent weights and `moment_bytes` of what their optimiser
+        remembers.
+    """
+    on = torch.device(device)
+    settings = settings or DistillationConfig(optimizer="muon", lean=True)
+    student = random_student(config, on, settings)
+    state = TrainingState(parameter_groups(student, settings), settings, on)
+    latents = [m.weight for m in student.modules() if isinstance(m, FakeTernaryLinear)]
+    common = {
+        **results.provenance(device),
+        "model": model,
+        "random": True,
+        "weights": sum(p.numel() for p in latents),
+        "latent_bytes": sum(p.nbytes for p in latents),
+        "moment_bytes": sum(t.nbytes for t in state.tensors()[len(state.parameters) :]),
+        "settings": {name: getattr(settings, name) for name in ("optimizer", "lean", "compile_blocks")},
+        "pixels": pixels,
+        "text_tokens": text_tokens,
+        "peak_of": "GPU" if on.type == "cuda" else "process",
+    }
+    runs: list[dict[str, Any]] = []
+    with training_attention(on), training_forward(student):
+        if settings.compile_blocks and on.type == "cuda":
+            student.compile_repeated_blocks(fullgraph=True)
+        for batch in batches:
+            inputs = _inputs(config, on, batch, pixels, text_tokens)
+            try:
+                found: dict[str, Any] = {"fits": True, **_timed(student, state, inputs, settings, steps)}
+            except torch.OutOfMemoryError:
+                found = {"fits": False, "seconds": None, "peak_bytes": None}
+                state.zero_grad()
+                torch.cuda.empty_cache()
+            runs.append({**common, "batch_size": batch, **found})
+            if progress is not None:
+                progress(len(runs), len(batches))
+    return runs
+
+
+def random_student(config: Mapping[str, Any], device: torch.device, settings: DistillationConfig) -> Any:
+    """A student of the config's shapes, made on the device without ever being dense."""
+    from diffusers import FluxTransformer2DModel
+
+    inside = set(FLUX1.block_linears(config))
+    dtype = torch.bfloat16 if settings.lean else torch.float32
+
+    def make(name: str, linear: Any) -> FakeTernaryLinear:
+        twin = FakeTernaryLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            activation_bits=settings.activation_bits,
+            latent_dtype=dtype,
+            device=device,
+        )
+        with torch.no_grad():
+            twin.weight.normal_(std=0.7)
+            twin.log_weight_scale.fill_(-0.5 * torch.log(torch.tensor(0.5 * linear.in_features)))
+        return twin
+
+    with torch.device("meta"):
+        model: Any = FluxTransformer2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    swap_linears_(model, lambda name, _: name in inside, make)
+    rest = {}
+    for name, parameter in rest_parameters(model):
+        value = torch.zeros(parameter.shape, device=device)
+        if parameter.ndim > 1:
+            value.normal_(std=parameter.shape[1] ** -0.5)
+        elif "norm_" in name and name.endswith("weight"):
+            value.fill_(1.0)
+        rest[name] = value
+    model.load_state_dict(rest, assign=True, strict=False)
+    if settings.lean:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def _inputs(config: Mapping[str, Any], device: torch.device, batch: int, pixels: int, text: int) -> dict[str, Tensor]:
+    side = max(1, pixels // 16)
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    ids = torch.zeros(side, side, 3, device=device)
+    ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+    found = {
+        "hidden_states": normal(batch, side * side, config["in_channels"]),
+        "encoder_hidden_states": normal(batch, text, config["joint_attention_dim"]),
+        "pooled_projections": normal(batch, config["pooled_projection_dim"]),
+        "timestep": torch.linspace(0.1, 0.9, batch, device=device).to(dtype),
+        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
+        "img_ids": ids.reshape(-1, 3).to(dtype),
+    }
+    return found | ({"guidance": torch.full((batch,), 3.5, device=device)} if config.get("guidance_embeds") else {})
+
+
+def _timed(
+    student: Any, state: TrainingState, inputs: dict[str, Tensor], settings: DistillationConfig, steps: int
+) -> dict[str, Any]:
+    device = state.device
+    target = torch.zeros_like(inputs["hidden_states"], dtype=torch.float32)
+
+    def loss(kwargs: Mapping[str, Tensor]) -> Tensor:
+        return (student(**kwargs, return_dict=False)[0].float() - target).square().mean()
+
+    step, seconds = Step(loss, state, settings.grad_clip), []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with peak_memory() as resident:
+        for number in range(steps + 1):
+            state.set_learning_rates(number)
+            begin = _now(device)
+            step.eager(inputs)
+            seconds.append(_now(device) - begin)
+    on_gpu = device.type == "cuda"
+    return {
+        "seconds": float(f"{statistics.median(seconds[1:]):.4g}"),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else resident(),
+    }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
