@@ -7,14 +7,14 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 import tritflow
-from tritflow.formats.atomic import write_atomic
+from tritflow.formats.atomic import atomic_file, write_atomic
+from tritflow.formats.safetensors_file import dtype_name, layout, raw_bytes, write_header
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -29,16 +29,31 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> str:
-    """A safetensors file, atomically. `metadata` is any JSON value. Returns the hex SHA-256 of its bytes.
+    """A safetensors file, atomically, a tensor at a time: those on a GPU are never all in memory. `metadata` is any
+    JSON value. Returns the hex SHA-256 of its bytes.
 
     It is kept as one string, since several keys come out in an order that changes from run to run, and the same
     content is to give the same bytes.
     """
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = None if metadata is None else {"tritflow": json.dumps(metadata, sort_keys=True)}
-    data = save(ready, header)
-    write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
+    entries = layout({name: (dtype_name(t), tuple(t.shape)) for name, t in tensors.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        hashing = _Hashing(file)
+        write_header(hashing, entries, {} if metadata is None else {"tritflow": json.dumps(metadata, sort_keys=True)})
+        for name in entries:
+            hashing.write(raw_bytes(tensors[name]))
+    return hashing.digest.hexdigest()
+
+
+class _Hashing:
+    """Writes to a file and hashes what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self.file.write(data)
 
 
 def read_json(path: Path) -> Any:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -235,7 +235,13 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Entr
     return entries
 
 
-def write_header(file: BinaryIO, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+class Writable(Protocol):
+    """What takes bytes."""
+
+    def write(self, data: bytes | memoryview, /) -> Any: ...
+
+
+def write_header(file: Writable, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
     """Write length and JSON header, padded with spaces to a multiple of 8. The same input gives the same bytes."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     for name, entry in entries.items():
