@@ -171,7 +171,8 @@ class DistillationConfig(_Config):
         steps: optimiser steps (0: no distillation).
         batch_size: (x_t, v) pairs a step, drawn over all trajectories.
         optimizer: of latent weights; `muon` (orthogonalised momentum) learns twice as fast as `adamw`.
-        learning_rate: peak of the cosine schedule for latent weights, in trits a step.
+        learning_rate: peak of the cosine schedule for latent weights, in trits a step (0: trits stand still and take a
+            byte each; scales, biases and the dense rest learn around them).
         scale_learning_rate: peak for the log row scales and biases.
         column_learning_rate: peak for the log column scales; nothing holds them, so a long run wants little (0: they
             stay as calibration gave them).

@@ -91,6 +91,27 @@ def test_given_trits_are_kept_and_other_latents_left_alone():
     assert_close(natural.weight * rows[:, None], linear.weight, 1e-6)
 
 
+def test_trits_that_stand_still_take_a_byte_and_learn_nothing():
+    moving = _fake(columns=True)
+    linear, (rows, columns) = random_linear(120, 48), moving.scales()
+    linear.weight = torch.nn.Parameter(linear.weight.to("meta"))
+    still = FakeTernaryLinear.from_linear(
+        linear, rows.detach(), columns.detach(), trits=moving.trits(), latent_dtype=torch.int8, device="cpu"
+    )
+    assert still.weight.nbytes == 120 * 48
+    assert torch.equal(still.trits(), moving.trits())
+    x = torch.randn(5, 120)
+    for fake in (still, moving):
+        fake(x).square().sum().backward()
+    assert torch.equal(still(x), moving(x))
+    assert torch.equal(still.to_ternary()(x), moving.to_ternary()(x))
+    assert still.weight.grad is None
+    assert_close(still.log_weight_scale.grad, moving.log_weight_scale.grad, 5e-3)  # of scales before their rounding
+    assert still.float().weight.dtype == torch.int8
+    with pytest.raises(ValueError, match="have to be given"):
+        FakeTernaryLinear.from_linear(linear, rows.detach(), latent_dtype=torch.int8, device="cpu")
+
+
 def test_a_row_of_zeros_stays_zero():
     linear = random_linear(16, 4)
     with torch.no_grad():

@@ -346,6 +346,37 @@ ONLINE = dataclasses.replace(
 )
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_all_but_the_trits_learns_at_a_rate_of_nothing(tiny_flux, prompts, tmp_path, compensated):
+    """No weight of a linear is read for it but to be rounded; killed on the way, it resumes to the same bytes."""
+
+    def kill(stage, done, total):
+        if stage == "distill" and done > 12:
+            raise KeyboardInterrupt
+
+    still = dataclasses.replace(
+        LEARN.distillation, learning_rate=0.0, scale_learning_rate=1e-3, optimizer="muon", lean=True
+    )
+    recipe = dataclasses.replace(LEARN, name="s", compensation=compensated, distillation=still)
+    options = {"prompts": prompts, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_flux, tmp_path / "cut", recipe, on_progress=kill, **options)
+    report = quantize(tiny_flux, tmp_path / "cut", recipe, **options)
+    whole = quantize(tiny_flux, tmp_path / "whole", recipe, **options)
+    assert report.digest == whole.digest
+    if not compensated:  # compensation leaves this random model next to nothing to learn
+        assert whole.validation[24] < whole.validation[0]
+    short = dataclasses.replace(recipe, distillation=DistillationConfig())
+    quantize(tiny_flux, tmp_path / "before", short if compensated else "fast", **options)
+    before, after = (TernaryFolder(tmp_path / name / "transformer") for name in ("before", "whole"))
+    moved = 0
+    for name in before.linears:
+        was, now = before.linear(name), after.linear(name)
+        assert torch.equal(was.packed, now.packed)
+        moved += not torch.equal(was.weight_scale, now.weight_scale)
+    assert moved == LINEARS
+
+
 @pytest.mark.parametrize("lean", [False, True])
 def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path, lean):
     """Killed on the way, it resumes to the same bytes; all that is not ternary is trained as well, and written."""
@@ -386,6 +417,8 @@ def test_a_student_too_large_for_the_gpu_is_refused_before_any_work(monkeypatch)
         check_memory(load_recipe("best"), weights, cuda)  # Muon: every process holds all of it
     check_memory(load_recipe("large-distilled"), weights, cuda)
     check_memory(load_recipe("reconstructed"), weights, cuda)  # 192 GB over four
+    Card.total_memory = 24 * 10**9
+    check_memory(load_recipe("large"), weights, cuda)  # trits that stand still: a byte each
     check_memory(load_recipe("best"), weights, torch.device("cpu"))
 
 

@@ -97,11 +97,11 @@ def test_a_projection_is_the_sum_of_its_parts():
 
 
 def test_the_table_says_what_is_projected():
-    text = table(MADE, [project(MADE, load_recipe(name)) for name in ("fast", "balanced", "large")])
+    text = table(MADE, [project(MADE, load_recipe(name)) for name in ("fast", "balanced", "compensated")])
     assert "a sum of the parts above" in text
     assert "by bf16 peak, not measured" in text
-    assert "end-to-end training needs" in text.split("balanced")[1].split("large")[0]
-    assert "end-to-end training" not in text.split("large")[1]
+    assert "end-to-end training needs" in text.split("balanced")[1].split("compensated")[0]
+    assert "end-to-end training" not in text.split("compensated")[1]
     assert scaled("NVIDIA H200", 1.0)["A100"] == pytest.approx(989 / 312)
     assert scaled("some CPU", 1.0) == {}
 

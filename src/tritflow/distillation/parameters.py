@@ -28,9 +28,10 @@ def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[Param
     columns: dict[str, nn.Parameter] = {}
     biases: dict[str, nn.Parameter] = {}
     for name, twin in twins.items():
-        latents[f"{name}.weight"] = twin.weight
+        if twin.moves and config.learning_rate > 0:
+            latents[f"{name}.weight"] = twin.weight
         columns_now = twin.scales()[1]
-        if config.damp_columns and columns_now is not None:
+        if f"{name}.weight" in latents and config.damp_columns and columns_now is not None:
             factors[f"{name}.weight"] = columns_now.detach().reciprocal().clamp_max(1.0)
         if config.train_scales:
             scales[f"{name}.log_weight_scale"] = twin.log_weight_scale

@@ -34,7 +34,8 @@ class FakeTernaryLinear(nn.Module):
         column_scale: whether there is an input scale a column (`log_input_scale`, a parameter).
         activation_bits: 16 (off) or 8.
         activation_dtype: of 8-bit activations.
-        latent_dtype: of the latent weight; bf16 halves it, for optimisers that round by chance.
+        latent_dtype: of the latent weight; bf16 halves it, for optimisers that round by chance; int8 holds trits that
+            stand still, while scales and bias are trained around them.
         device: of all tensors.
 
     Raises:
@@ -64,7 +65,8 @@ class FakeTernaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activation_bits: int = activation_bits
         self.activation_dtype: ActivationDtype = activation_dtype
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=latent_dtype, device=device))
+        latent = torch.zeros(out_features, in_features, dtype=latent_dtype, device=device)
+        self.weight = nn.Parameter(latent, requires_grad=latent_dtype.is_floating_point)
         self.log_weight_scale = nn.Parameter(torch.zeros(out_features, device=device))
         self.log_input_scale = nn.Parameter(torch.zeros(in_features, device=device)) if column_scale else None
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
@@ -81,32 +83,42 @@ class FakeTernaryLinear(nn.Module):
         """A twin that starts from a dense layer and its first scales.
 
         Args:
-            linear: gives latent weight, divided by its scales, and bias (copied).
+            linear: gives latent weight, divided by its scales, and bias (copied). Of int8 latents its weight is not
+                looked at, and may be on the meta device.
             weight_scale: positive [N].
             input_scale: positive [K] or None.
             trits: int8 [N, K] to start from, where they are not simply the nearest ones (after error compensation):
                 latents on the wrong side of a threshold start just inside of the right one.
-            **kwargs: `activation_bits`, `activation_dtype`, `latent_dtype`.
+            **kwargs: `activation_bits`, `activation_dtype`, `latent_dtype`, and `device` (default: the layer's).
+
+        Raises:
+            ValueError: int8 latents without trits.
         """
+        kwargs = {"device": linear.weight.device, **kwargs}
         self = cls(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             column_scale=input_scale is not None,
-            device=linear.weight.device,
             **kwargs,
         )
+        if not self.moves and trits is None:
+            raise ValueError("trits that stand still have to be given")
         with torch.no_grad():
             # A row of zeros has scale 0, whose logarithm would be lost to training; any scale gives it trits of 0.
             self.log_weight_scale.copy_(weight_scale.float().clamp_min(1e-8).log())
             if self.log_input_scale is not None and input_scale is not None:
                 self.log_input_scale.copy_(input_scale.float().clamp_min(1e-8).log())
+            if self.bias is not None:
+                self.bias.copy_(linear.bias)
+            if not self.moves:
+                assert trits is not None
+                self.weight.copy_(trits)
+                return self
             rows, columns = self.scales()
             self.weight.copy_(linear.weight / rows[:, None])
             if columns is not None:
                 self.weight.div_(columns)
-            if self.bias is not None:
-                self.bias.copy_(linear.bias)
             if trits is not None:
                 low = torch.where(trits < 0, -torch.inf, trits - _EDGE)
                 high = torch.where(trits > 0, torch.inf, trits + _EDGE)
@@ -123,7 +135,12 @@ class FakeTernaryLinear(nn.Module):
 
     def trits(self) -> Tensor:
         """int8 [N, K], those that the forward pass uses."""
-        return _ternary(self.weight.detach()).to(torch.int8)
+        return _ternary(self.weight.detach()).to(torch.int8) if self.moves else self.weight.detach()
+
+    @property
+    def moves(self) -> bool:
+        """Whether its trits can be trained."""
+        return self.weight.is_floating_point()
 
     @property
     def plain(self) -> bool:
@@ -132,7 +149,8 @@ class FakeTernaryLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """s * T, float32 [N, K], differentiable."""
-        return self.scales()[0][:, None] * _through(self.weight, _ternary)
+        trits = _through(self.weight, _ternary) if self.moves else self.weight
+        return self.scales()[0][:, None] * trits
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype that `F.linear` gives (x.dtype, or autocast's)."""

@@ -64,10 +64,14 @@ def whole_teacher(job: Job) -> Any:
     return _pipeline(job, whole_transformer(job, dtype), dtype)
 
 
-def whole_transformer(job: Job, dtype: torch.dtype) -> Any:
-    """A stock model filled tensor by tensor, whatever the source looks like on disk."""
+def whole_transformer(job: Job, dtype: torch.dtype, *, linears: bool = True) -> Any:
+    """A stock model filled tensor by tensor, whatever the source looks like on disk.
+
+    Without `linears` the weights of those that become ternary stay on the meta device.
+    """
     model = _empty(job.source, job.family)
-    _fill_(model, job.source, job.source.names(), job.device, dtype)
+    left = () if linears else {f"{name}.weight" for name in job.linears}
+    _fill_(model, job.source, [name for name in job.source.names() if name not in left], job.device, dtype)
     return model
 
 

@@ -180,13 +180,18 @@ def replicated(recipe: Recipe) -> bool:
 def training_bytes(recipe: Recipe, weights: int) -> int:
     """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
 
-    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW); lean, latent weights and one moment in bf16,
-    and the teacher's weights where it trains on states made meanwhile.
+    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW); lean, latent weights and one moment in bf16;
+    a byte where trits stand still; and the teacher's weights where it trains on states made meanwhile.
     """
-    if recipe.distillation.lean:
-        return (6 if recipe.online.pool else 4) * weights if recipe.distillation.steps else 0
-    copies = 3 if recipe.distillation.optimizer == "muon" else 4
-    return 4 * copies * weights if recipe.distillation.steps else 0
+    config = recipe.distillation
+    if not config.steps:
+        return 0
+    each = 4 * (3 if config.optimizer == "muon" else 4)
+    if config.lean:
+        each = 4
+    if not config.learning_rate:
+        each = 1
+    return (each + (2 if recipe.online.pool and each <= 4 else 0)) * weights
 
 
 def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:

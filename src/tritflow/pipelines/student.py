@@ -109,9 +109,8 @@ def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict
     if not job.recipe.distillation.steps:
         return {}, []
     start = RoundedStore(work / ("reconstructed" if job.recipe.reconstruction.steps else "compensated"), job.id)
-    return _distill(
-        job, whole_transformer(job, dtype), Trajectories(work / "trajectories"), job.start or start, work, progress
-    )
+    model = _student(job, job.start or start, dtype)
+    return _distill(job, model, Trajectories(work / "trajectories"), work, progress)
 
 
 def _tunes_rest(job: Job) -> bool:
@@ -268,34 +267,42 @@ class _Rounding(Mapping[str, Rounded]):
         return len(self.job.linears)
 
 
-def _distill(
-    job: Job,
-    model: Any,
-    trajectories: Trajectories,
-    start: RoundedStore | Start,
-    work: Path,
-    progress: Progress,
-) -> tuple[dict[int, float], list[dict[str, Any]]]:
-    config, ranks = job.recipe.distillation, Ranks.here()
+def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
+    """The student that distillation begins with, on the job's device: training twins in the place of linears."""
+    config = job.recipe.distillation
+    model = whole_transformer(job, dtype, linears=config.learning_rate > 0)
     if not config.lean:
         model.float()
-    if len(start):
+    rounded: Mapping[str, Rounded] = start
+    latent_dtype = torch.bfloat16 if config.lean else torch.float32
+    if not config.learning_rate:
+        latent_dtype = torch.int8
+        rounded = start if len(start) else _Rounding(job)
+    elif len(start):
         restore_(model, list(job.linears), _weight_of(job))
     prepare_(
         model,
         job.ternary,
         ternarizer=job.recipe.ternarizer,
-        rounded=start,
+        rounded=rounded,
         activation_bits=config.activation_bits,
-        latent_dtype=torch.bfloat16 if config.lean else torch.float32,
+        latent_dtype=latent_dtype,
+        device=job.device,
     )
     if config.lean:
         for _, parameter in rest_parameters(model):
             parameter.data = parameter.data.float()
         model.enable_gradient_checkpointing()
     if isinstance(start, Start):
-        twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear)}
+        twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeTernaryLinear) and m.moves}
         start.fill_(dict(rest_parameters(model)), {n: m.weight for n, m in twins.items()})
+    return model
+
+
+def _distill(
+    job: Job, model: Any, trajectories: Trajectories, work: Path, progress: Progress
+) -> tuple[dict[int, float], list[dict[str, Any]]]:
+    config, ranks = job.recipe.distillation, Ranks.here()
     order = job.family.block_order(job.source.config)
     whole_here = replicated(job.recipe)
     if not whole_here:
@@ -338,7 +345,7 @@ def _distill(
             if twins and ranks.first:
                 store.write(block, {f"{block}.{n}": twin_rounding(m) for n, m in twins.items()})
                 if job.keep_latents:
-                    latents |= {f"{block}.{n}": pack_latent(m.weight).cpu() for n, m in twins.items()}
+                    latents |= {f"{block}.{n}": pack_latent(m.weight.float()).cpu() for n, m in twins.items()}
     if latents:
         write_tensors(work / LATENTS, latents, {"job": job.id})
     return result.validation, result.retreats

@@ -23,6 +23,7 @@ def prepare_(
     rounded: Mapping[str, Rounded] | None = None,
     activation_bits: int | None = None,
     latent_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Replace every linear that `config` matches by a `FakeTernaryLinear` that starts from its rounding.
 
@@ -32,7 +33,8 @@ def prepare_(
         ternarizer: how linears are rounded that `rounded` does not name.
         rounded: roundings made elsewhere (error compensation), by module name.
         activation_bits: 8 or 16, overriding the mode.
-        latent_dtype: of the twins' latent weights.
+        latent_dtype: of the twins' latent weights; int8 for trits that stand still.
+        device: of the twins (None: each where its linear is).
 
     Returns:
         Names of the replaced linears, in the model's order.
@@ -45,26 +47,33 @@ def prepare_(
     def make(name: str, linear: nn.Linear) -> nn.Module:
         q = _rounding(name, linear, config, ternarizer, rounded)
         return twin_of(
-            linear, q, activation_bits=bits, activation_dtype=config.activation_dtype, latent_dtype=latent_dtype
+            linear,
+            q,
+            activation_bits=bits,
+            activation_dtype=config.activation_dtype,
+            latent_dtype=latent_dtype,
+            device=device,
         )
 
     return _swap(model, config, make)
 
 
-def twin_of(linear: nn.Linear, q: Rounded, **kwargs: Any) -> FakeTernaryLinear:
+def twin_of(linear: nn.Linear, q: Rounded, *, device: torch.device | None = None, **kwargs: Any) -> FakeTernaryLinear:
     """A training twin that computes what `q` stands for, with the dense weight behind.
 
     Args:
         linear: gives the latent weight, and the bias where `q` has none.
         q: a rounding of it.
+        device: of the twin (None: the linear's).
         **kwargs: `activation_bits`, `activation_dtype`, `latent_dtype`.
     """
-    device = linear.weight.device
+    device = device or linear.weight.device
     twin = FakeTernaryLinear.from_linear(
         linear,
         q.weight_scale.to(device),
         None if q.input_scale is None else q.input_scale.to(device),
         trits=q.trits.to(device),
+        device=device,
         **kwargs,
     )
     if q.bias is not None and twin.bias is not None:
