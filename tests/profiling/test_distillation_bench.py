@@ -28,6 +28,13 @@ def test_a_lean_student_takes_two_bytes_a_weight_and_as_many_for_its_momentum(le
         assert each * run["weights"] < run["moment_bytes"] < 1.5 * each * run["weights"] + 8 * 40_000
 
 
+def test_trits_that_stand_still_take_a_byte_and_no_momentum():
+    settings = DistillationConfig(optimizer="muon", lean=True, learning_rate=0.0)
+    (run,) = measure_steps(CONFIG, settings, batches=(2,), **SIZES)
+    assert run["latent_bytes"] == run["weights"]
+    assert run["moment_bytes"] < 8 * 40_000
+
+
 def test_what_does_not_fit_is_told_and_not_fatal(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from tritflow import results
 from tritflow.config import DistillationConfig
-from tritflow.distillation.parameters import parameter_groups, rest_parameters
+from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.state import TrainingState
 from tritflow.distillation.step import Step, training_attention
 from tritflow.formats.architecture import FLUX1_DEV
-from tritflow.models import FLUX1
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
-from tritflow.modules.swap import swap_linears_
+from tritflow.pipelines.synthetic_student import random_student
 from tritflow.profiling.storage import peak_memory
 
 Progress = Callable[[int, int], None]
@@ -93,44 +92,6 @@ def measure_steps(
             if progress is not None:
                 progress(len(runs), len(batches))
     return runs
-
-
-def random_student(config: Mapping[str, Any], device: torch.device, settings: DistillationConfig) -> Any:
-    """A student of the config's shapes, made on the device without ever being dense."""
-    from diffusers import FluxTransformer2DModel
-
-    inside = set(FLUX1.block_linears(config))
-    dtype = torch.bfloat16 if settings.lean else torch.float32
-
-    def make(name: str, linear: Any) -> FakeTernaryLinear:
-        twin = FakeTernaryLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            activation_bits=settings.activation_bits,
-            latent_dtype=dtype,
-            device=device,
-        )
-        with torch.no_grad():
-            twin.weight.normal_(std=0.7)
-            twin.log_weight_scale.fill_(-0.5 * torch.log(torch.tensor(0.5 * linear.in_features)))
-        return twin
-
-    with torch.device("meta"):
-        model: Any = FluxTransformer2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    swap_linears_(model, lambda name, _: name in inside, make)
-    rest = {}
-    for name, parameter in rest_parameters(model):
-        value = torch.zeros(parameter.shape, device=device)
-        if parameter.ndim > 1:
-            value.normal_(std=parameter.shape[1] ** -0.5)
-        elif "norm_" in name and name.endswith("weight"):
-            value.fill_(1.0)
-        rest[name] = value
-    model.load_state_dict(rest, assign=True, strict=False)
-    if settings.lean:
-        model.enable_gradient_checkpointing()
-    return model
 
 
 def _inputs(config: Mapping[str, Any], device: torch.device, batch: int, pixels: int, text: int) -> dict[str, Tensor]:
