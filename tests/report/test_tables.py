@@ -288,6 +288,16 @@ def test_a_table_of_what_is_current_has_one_version_and_one_teacher() -> None:
     assert build(spec, []).cells == ()
 
 
+def test_a_table_over_all_teachers_still_has_one_version_of_the_suite() -> None:
+    spec = load_specs("[q]\ntopic = 'toy'\ncurrent = 'suite'\neach = ['label']\n" + QUALITY_COLUMNS)["q"]
+    runs = [
+        scored("old", 0.1, "s0", "t0", 1),
+        scored("plain", 0.6, "s1", "t1", 2),
+        scored("twin", 0.5, "s2", "t2", 2),
+    ]
+    assert [c[0] for c in build(spec, runs).cells] == ["plain", "twin"]
+
+
 def test_a_teachers_run_on_other_prompts_than_its_students_stands_beside_nothing() -> None:
     spec = load_specs("[q]\ntopic = 'toy'\ncurrent = true\neach = ['label']\n" + QUALITY_COLUMNS)["q"]
     few, many = ({"hash": h, "samples": n, "base_seed": 0, "count": 8} for h, n in (("p", 1), ("q", 4)))

@@ -12,7 +12,8 @@ A spec lives in `tables.toml`:
                                                   # teacher, that of the newest run labelled "teacher"; "others": the
                                                   # newest one that other quantizers were measured against;
                                                   # "teacher": the teacher's own runs;
-                                                  # "student": what was measured against its newest run labelled "best"
+                                                  # "student": what was measured against its newest run labelled "best";
+                                                  # "suite": the newest version's, whatever the teacher
     rows = [{ label = "absmean" }, ...]           # a row each: the newest run with these values; or
     each = ["label"]                              # a row for each different value, its newest run; or neither of
                                                   # the two: the newest run alone. Of those of the newest one's model,
@@ -150,10 +151,13 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
     labelled "teacher", or, where there is none, the one that the newest run was measured against; `of` "others", the
     one that the newest run of another quantizer was measured against, if any was. Where others were measured against
     it, its own runs on prompts that none of them had are left out; `of` "teacher", its own are all that is left. `of`
-    "student", those measured against the teacher's newest student, labelled "best".
+    "student", those measured against the teacher's newest student, labelled "best"; `of` "suite", those of all teachers,
+    for what is measured on twins.
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
+    if of == "suite":
+        return runs
     own = [lookup(r, "model.hash") for r in runs if r.get("label") == "teacher"]
     named = [lookup(r, "against.model.hash") for r in runs if r.get("against")]
     if not own and not named:
