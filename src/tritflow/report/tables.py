@@ -151,8 +151,8 @@ def current_runs(runs: Sequence[Run], of: bool | str = True) -> list[Run]:
     labelled "teacher", or, where there is none, the one that the newest run was measured against; `of` "others", the
     one that the newest run of another quantizer was measured against, if any was. Where others were measured against
     it, its own runs on prompts that none of them had are left out; `of` "teacher", its own are all that is left. `of`
-    "student", those measured against the teacher's newest student, labelled "best"; `of` "suite", those of all teachers,
-    for what is measured on twins.
+    "student", those measured against the teacher's newest student, labelled "best"; `of` "suite", those of all
+    teachers, for what is measured on twins.
     """
     newest = max((lookup(r, "task.version") or 0 for r in runs), default=0)
     runs = [r for r in runs if (lookup(r, "task.version") or 0) == newest]
