@@ -46,7 +46,7 @@ def _list(value: bool) -> None:
         from tritflow.recipes import load_recipe, recipe_names
 
         for name in recipe_names():
-            typer.echo(f"{name:14} {load_recipe(name).summary}")
+            typer.echo(f"{name:16} {load_recipe(name).summary}")
         raise typer.Exit
 
 
