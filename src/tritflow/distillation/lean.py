@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tritflow.calibration.trajectories import seed_of
-from tritflow.distillation.muon import MOMENTUM, orthogonalize, step_size
+from tritflow.distillation.muon import MOMENTUM, direction
 from tritflow.distillation.sharded import Ranks
 
 
@@ -70,10 +70,7 @@ class LeanMuon:
             grad /= ranks.world
         mean = torch.lerp(self.buffers[place].float(), grad, 1 - MOMENTUM)
         self.buffers[place].copy_(mean)
-        update = orthogonalize(torch.lerp(grad, mean, MOMENTUM)[None])[0].float() * step_size(parameter)
-        factor = self.factors.get(id(parameter))
-        if factor is not None:
-            update *= factor
+        update = direction(grad[None], mean[None], self.factors.get(id(parameter)))[0]
         latent = parameter.float()
         if self.weight_decay:
             update += self.weight_decay * latent

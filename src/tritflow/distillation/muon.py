@@ -32,9 +32,18 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     return x.mT if transposed else x
 
 
-def step_size(matrix: Tensor) -> float:
-    """By which an orthogonalised update [N, K] is multiplied, beside the learning rate."""
-    return 0.2 * max(matrix.shape[-2:]) ** 0.5
+def direction(grad: Tensor, mean: Tensor, factor: Tensor | None) -> Tensor:
+    """What the learning rate multiplies, float32 [B, N, K]: Nesterov's momentum, orthogonalised, of a size that matches
+    AdamW's.
+
+    Args:
+        grad: of a batch of matrices.
+        mean: its running mean, this gradient included.
+        factor: [..., K], by which columns are multiplied, or None.
+    """
+    update = orthogonalize(torch.lerp(grad, mean, MOMENTUM)).float()
+    update = update * (0.2 * max(update.shape[-2:]) ** 0.5)
+    return update if factor is None else update * factor
 
 
 class Muon:
@@ -43,7 +52,6 @@ class Muon:
     Args:
         parameters: [N, K] each.
         lr: a tensor, so that a captured CUDA graph sees its changes.
-        momentum: of the gradient.
         weight_decay: decoupled.
         factors: id of a parameter -> [K], by which the columns of its orthogonalised step are multiplied.
     """
@@ -52,7 +60,6 @@ class Muon:
         self,
         parameters: Iterable[Tensor],
         lr: Tensor,
-        momentum: float = MOMENTUM,
         weight_decay: float = 0.0,
         factors: Mapping[int, Tensor] | None = None,
     ) -> None:
@@ -63,7 +70,7 @@ class Muon:
             groups[tuple(p.shape)].append(p)
         self.groups = list(groups.values())
         self.buffers = [torch.zeros((len(g), *g[0].shape), device=g[0].device) for g in self.groups]
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr, self.weight_decay = lr, weight_decay
         self.factors = [_stacked(group, factors or {}) for group in self.groups]
 
     def momenta(self) -> list[tuple[Tensor, Tensor]]:
@@ -79,11 +86,8 @@ class Muon:
         """One update from the parameters' `.grad`."""
         for group, buffer, factor in zip(self.groups, self.buffers, self.factors, strict=True):
             grad = torch.stack([p.grad for p in group])  # type: ignore[misc]
-            buffer.lerp_(grad, 1 - self.momentum)
-            update = orthogonalize(torch.lerp(grad, buffer, self.momentum)).float()
-            update = update * step_size(update)
-            if factor is not None:
-                update = update * factor
+            buffer.lerp_(grad, 1 - MOMENTUM)
+            update = direction(grad, buffer, factor)
             if self.weight_decay:
                 update = update + self.weight_decay * torch.stack(group)
             torch._foreach_sub_(group, list((update * self.lr).unbind()))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from tritflow.config import DistillationConfig
 from tritflow.distillation.state import ParameterGroup
 from tritflow.modules.fake import FakeTernaryLinear
+
+
+def latent_dtype(config: DistillationConfig) -> torch.dtype:
+    """Of the twins' latent weights: int8 where trits stand still, bf16 where they are lean."""
+    if not config.learning_rate:
+        return torch.int8
+    return torch.bfloat16 if config.lean else torch.float32
 
 
 def parameter_groups(model: nn.Module, config: DistillationConfig) -> list[ParameterGroup]:

@@ -36,7 +36,7 @@ from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.features import tapped, with_features
 from tritflow.distillation.losses import measure_of
-from tritflow.distillation.parameters import parameter_groups, rest_parameters
+from tritflow.distillation.parameters import latent_dtype, parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
 from tritflow.distillation.shelf import Shelf
@@ -260,6 +260,9 @@ class _Rounding(Mapping[str, Rounded]):
         weight = _weight_of(self.job)(name).to(self.job.device)
         return round_weight(weight, self.job.recipe.ternarizer, column_scale=self.job.ternary.column_scale)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.job.linears  # without rounding it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.job.linears)
 
@@ -273,12 +276,9 @@ def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
     model = whole_transformer(job, dtype, linears=config.learning_rate > 0)
     if not config.lean:
         model.float()
-    rounded: Mapping[str, Rounded] = start
-    latent_dtype = torch.bfloat16 if config.lean else torch.float32
-    if not config.learning_rate:
-        latent_dtype = torch.int8
-        rounded = start if len(start) else _Rounding(job)
-    elif len(start):
+    # Where trits stand still the model holds no dense weights that could be rounded.
+    rounded: Mapping[str, Rounded] = start if len(start) or config.learning_rate else _Rounding(job)
+    if config.learning_rate and len(start):
         restore_(model, list(job.linears), _weight_of(job))
     prepare_(
         model,
@@ -286,7 +286,7 @@ def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
         ternarizer=job.recipe.ternarizer,
         rounded=rounded,
         activation_bits=config.activation_bits,
-        latent_dtype=latent_dtype,
+        latent_dtype=latent_dtype(config),
         device=job.device,
     )
     if config.lean:

@@ -7,6 +7,7 @@ ordinary size through all blocks; trits are uniform over -1, 0, 1.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from tritflow.config import ActivationDtype, Backend, Mode, TernaryConfig
 from tritflow.formats.architecture import FLUX1_DEV
 from tritflow.formats.packing import packed_width
 from tritflow.models.flux1 import is_modulation
-from tritflow.modules import TernaryLinear, swap_linears_
+from tritflow.modules import FakeTernaryLinear, TernaryLinear, swap_linears_
 
 _SCALE = 1.2  # of a ternary row against K ** -0.5: a third of the trits is zero
 
@@ -74,6 +75,33 @@ def random_ternary(
     return model
 
 
+def random_student(
+    config: Mapping[str, Any], device: str, *, latent_dtype: torch.dtype, activation_bits: int = 16
+) -> Any:
+    """A `FluxTransformer2DModel` whose block linears are training twins with random latents; all else is float32.
+
+    Args:
+        config: as in config.json.
+        device: where it is made; nothing dense of the blocks ever exists.
+        latent_dtype, activation_bits: of the twins.
+    """
+    model = _on_meta(config, torch.float32)
+    targets = TernaryConfig()
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        return FakeTernaryLinear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            activation_bits=activation_bits,
+            latent_dtype=latent_dtype,
+            device="meta",
+        )
+
+    replace_(model, lambda name, _: targets.matches(name), make, device)
+    return model
+
+
 def replace_(
     model: Any,
     predicate: Callable[[str, nn.Linear], bool],
@@ -85,7 +113,7 @@ def replace_(
 
     Args:
         model: on the meta device; changed in place.
-        predicate, make: see `tritflow.modules.swap_linears_`; a replacement that is neither a `TernaryLinear` nor an
+        predicate, make: see `tritflow.modules.swap_linears_`; a replacement that is neither ternary nor an
             `nn.Linear` fills itself in a method `fill_random_()`.
         device: where content is made.
         modulation_device: see `random_ternary`.
@@ -131,6 +159,15 @@ def _fill_module(module: Any) -> None:
             module.input_scale.fill_(1.0)
         if module.bias is not None:
             module.bias.normal_(0, 0.02)
+    elif isinstance(module, FakeTernaryLinear):
+        if module.moves:
+            module.weight.normal_(std=0.7)
+        else:
+            module.weight.random_(-1, 2)
+        module.log_weight_scale.fill_(math.log(_SCALE * module.in_features**-0.5))
+        for parameter in (module.log_input_scale, module.bias):
+            if parameter is not None:
+                parameter.zero_()
     elif hasattr(module, "fill_random_"):
         module.fill_random_()
     else:

@@ -51,8 +51,10 @@ class Schedule:
         self.timesteps = torch.linspace(1000, 1000 / steps, steps, device=device)
 
 
-def step_inputs(config: Mapping[str, Any], size: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Random keyword arguments of one forward for pictures of `size` x `size` pixels."""
+def step_inputs(
+    config: Mapping[str, Any], size: int, batch: int, device: str, dtype: torch.dtype, text_tokens: int = TEXT_TOKENS
+) -> dict[str, Any]:
+    """Random keyword arguments of one forward for pictures of `size` x `size` pixels, but for the timestep."""
     side = size // 16
 
     def normal(*shape: int) -> Tensor:
@@ -63,10 +65,10 @@ def step_inputs(config: Mapping[str, Any], size: int, batch: int, device: str, d
     img_ids[..., 2] = torch.arange(side, device=device)[None]
     return {
         "hidden_states": normal(batch, side * side, config["in_channels"]),
-        "encoder_hidden_states": normal(batch, TEXT_TOKENS, config["joint_attention_dim"]),
+        "encoder_hidden_states": normal(batch, text_tokens, config["joint_attention_dim"]),
         "pooled_projections": normal(batch, config["pooled_projection_dim"]),
         "guidance": torch.full((batch,), 3.5, device=device),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=device, dtype=dtype),
+        "txt_ids": torch.zeros(text_tokens, 3, device=device, dtype=dtype),
         "img_ids": img_ids.reshape(-1, 3),
         "return_dict": False,
     }

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from tritflow import results
 from tritflow.config import DistillationConfig
-from tritflow.distillation.parameters import parameter_groups
+from tritflow.distillation.parameters import latent_dtype, parameter_groups
 from tritflow.distillation.state import TrainingState
 from tritflow.distillation.step import Step, training_attention
 from tritflow.formats.architecture import FLUX1_DEV
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
-from tritflow.pipelines.synthetic_student import random_student
+from tritflow.pipelines.synthetic import random_student
+from tritflow.profiling.contenders import step_inputs
 from tritflow.profiling.storage import peak_memory
 
 Progress = Callable[[int, int], None]
@@ -61,7 +62,11 @@ def measure_steps(
     """
     on = torch.device(device)
     settings = settings or DistillationConfig(optimizer="muon", lean=True)
-    student = random_student(config, on, settings)
+    student = random_student(
+        config, device, latent_dtype=latent_dtype(settings), activation_bits=settings.activation_bits
+    )
+    if settings.lean:
+        student.enable_gradient_checkpointing()
     state = TrainingState(parameter_groups(student, settings), settings, on)
     latents = [m.weight for m in student.modules() if isinstance(m, FakeTernaryLinear)]
     common = {
@@ -94,35 +99,23 @@ def measure_steps(
     return runs
 
 
-def _inputs(config: Mapping[str, Any], device: torch.device, batch: int, pixels: int, text: int) -> dict[str, Tensor]:
-    side = max(1, pixels // 16)
-    generator = torch.Generator(device).manual_seed(0)
+def _inputs(config: Mapping[str, Any], device: torch.device, batch: int, pixels: int, text: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator).to(dtype)
-
-    ids = torch.zeros(side, side, 3, device=device)
-    ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
-    found = {
-        "hidden_states": normal(batch, side * side, config["in_channels"]),
-        "encoder_hidden_states": normal(batch, text, config["joint_attention_dim"]),
-        "pooled_projections": normal(batch, config["pooled_projection_dim"]),
-        "timestep": torch.linspace(0.1, 0.9, batch, device=device).to(dtype),
-        "txt_ids": torch.zeros(text, 3, device=device, dtype=dtype),
-        "img_ids": ids.reshape(-1, 3).to(dtype),
-    }
-    return found | ({"guidance": torch.full((batch,), 3.5, device=device)} if config.get("guidance_embeds") else {})
+    inputs = step_inputs(config, pixels, batch, str(device), dtype, text)
+    inputs["timestep"] = torch.linspace(0.1, 0.9, batch, device=device).to(dtype)
+    if not config.get("guidance_embeds"):
+        del inputs["guidance"]
+    return inputs
 
 
 def _timed(
-    student: Any, state: TrainingState, inputs: dict[str, Tensor], settings: DistillationConfig, steps: int
+    student: Any, state: TrainingState, inputs: dict[str, Any], settings: DistillationConfig, steps: int
 ) -> dict[str, Any]:
     device = state.device
     target = torch.zeros_like(inputs["hidden_states"], dtype=torch.float32)
 
     def loss(kwargs: Mapping[str, Tensor]) -> Tensor:
-        return (student(**kwargs, return_dict=False)[0].float() - target).square().mean()
+        return (student(**kwargs)[0].float() - target).square().mean()
 
     step, seconds = Step(loss, state, settings.grad_clip), []
     if device.type == "cuda":

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tritflow.cli.bench.app import app
-from tritflow.cli.bench.options import Device, Json, Note, Results, store
+from tritflow.cli.bench.options import Device, Json, Note, Results, store, whole_numbers
 from tritflow.cli.console import print_json, progress
 
 _DISTILLATION = """Examples:
@@ -46,9 +46,7 @@ def distillation(
     from tritflow.profiling.quantization import config_like
     from tritflow.recipes import load_recipe
 
-    batches = [int(b) for b in batch_size.split(",") if b.strip().isdigit()]
-    if len(batches) != len(batch_size.split(",")) or not all(batches):
-        raise ConfigError(f"--batch-size {batch_size}: give whole numbers above 0, joined by commas")
+    batches = whole_numbers("--batch-size", batch_size)
     chosen = load_recipe(recipe)
     if not chosen.distillation.steps:
         raise ConfigError(f"recipe '{chosen.name}' distils nothing; take another --recipe")

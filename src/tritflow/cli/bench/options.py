@@ -29,6 +29,17 @@ def store(folder: Path | None, topic: str, runs: list[dict[str, Any]]) -> None:
     say(f"appended to {path_for(folder, topic, runs[0]['device'])}")
 
 
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0, joined by commas. Raises `ConfigError` with the option's name for anything else."""
+    from tritflow.config import ConfigError
+
+    parts = text.split(",")
+    numbers = [int(part) for part in parts if part.strip().isdigit()]
+    if len(numbers) != len(parts) or not all(numbers):
+        raise ConfigError(f"{option} {text}: give whole numbers above 0, joined by commas")
+    return numbers
+
+
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch

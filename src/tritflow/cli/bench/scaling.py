@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tritflow.cli.bench.app import app
-from tritflow.cli.bench.options import Device, Json, Results, store
+from tritflow.cli.bench.options import Device, Json, Results, store, whole_numbers
 from tritflow.cli.console import print_json, say
 
 _SCALING = """Examples:
@@ -46,9 +46,7 @@ def scaling(
     unknown = next((name for name in names if name not in SIZES), None)
     if unknown is not None:
         raise ConfigError(f"there is no size '{unknown}' (there are: {', '.join(SIZES)})")
-    counts = [int(c) for c in steps.split(",") if c.strip().isdigit()]
-    if len(counts) != len(steps.split(",")) or not all(counts):
-        raise ConfigError(f"--steps {steps}: give whole numbers above 0, joined by commas")
+    counts = whole_numbers("--steps", steps)
     on = str(pick_device(device))
     chosen = {name: SIZES[name] for name in names}
     with quiet():
