@@ -171,9 +171,9 @@ def test_memory_is_one_tensor_at_a_time(tiny_flux, tmp_path, monkeypatch):
     alive: list = []
     most = 0
 
-    def counted(self, name):
+    def counted(self, name, device="cpu"):
         nonlocal most
-        tensor = read(self, name)
+        tensor = read(self, name, device)
         alive[:] = [r for r in alive if r() is not None]
         alive.append(weakref.ref(tensor))
         most = max(most, len(alive))

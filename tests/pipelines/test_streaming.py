@@ -66,8 +66,8 @@ class Counted:
         self.refs, self.most = [], 0
         read = FolderSource.tensor
 
-        def tensor(source, name):
-            found = read(source, name)
+        def tensor(source, name, device="cpu"):
+            found = read(source, name, device)
             if "transformer_blocks." in name:
                 self.refs = [(r, n) for r, n in self.refs if not r.expired()]
                 self.refs.append((StorageWeakRef(found.untyped_storage()), found.numel()))

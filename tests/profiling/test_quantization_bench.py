@@ -1,18 +1,19 @@
+import dataclasses
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 from tritflow.cli.main import app
-from tritflow.config import DistillationConfig, Recipe
+from tritflow.config import CalibrationConfig, DistillationConfig, Recipe, ReconstructionConfig, StreamingConfig
 from tritflow.pipelines.quantize import quantize
 from tritflow.profiling.projection import DOUBLE, KINDS, SINGLE, project, scaled, table
 from tritflow.profiling.quantization import config_like, measure
 from tritflow.recipes import load_recipe
-from tritflow.results import read
+from tritflow.results import append, path_for, read
 from tritflow.testing import tiny_flux2_folder
 
-PARTS = {"read", "pass", "round", "compensate_sample", "compensate_block", "importance", "train_sample"}
+PARTS = {"read", "pass", "round", "compensate_sample", "compensate_block", "importance", "train_step", "train_sample"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,9 @@ def test_every_stage_runs_on_blocks_of_the_width(run, tiny_flux):
     hidden = config["attention_head_dim"] * config["num_attention_heads"]
     for kind in KINDS:
         assert set(run["seconds"][kind]) == PARTS
-        assert all(run["seconds"][kind][part] > 0 for part in ("read", "pass", "round", "importance"))
+        assert all(
+            run["seconds"][kind][part] > 0 for part in ("read", "pass", "round", "compensate_sample", "importance")
+        )
     assert set(run["peak_bytes"]) == {"pass", "round", "compensate", "importance", "reconstruct"}
     assert all(peak > 0 for peak in run["peak_bytes"].values())
     assert run["depth"] == {DOUBLE: 19, SINGLE: 38}
@@ -55,6 +58,7 @@ MADE = {
             "round": 3 * f,
             "compensate_block": 5 * f,
             "compensate_sample": 4 * f,
+            "train_step": 8 * f,
             "train_sample": 6 * f,
             "importance": 7 * f,
         }
@@ -64,8 +68,6 @@ MADE = {
 
 
 def test_a_projection_is_the_sum_of_its_parts():
-    from tritflow.config import CalibrationConfig, ReconstructionConfig
-
     recipe = Recipe(
         "r",
         compensation=True,
@@ -75,6 +77,7 @@ def test_a_projection_is_the_sum_of_its_parts():
             steps=10, window=2, stride=1, samples=16, batch_size=4, importance_samples=6, importance_batch=3
         ),
         distillation=DistillationConfig(steps=7, batch_size=3),
+        streaming=StreamingConfig(block_cache="0"),
     )
     found = project(MADE, recipe)
     hours = {stage: value * 3600 for stage, value in found["hours"].items()}
@@ -82,15 +85,20 @@ def test_a_projection_is_the_sum_of_its_parts():
     assert hours["record"] == pytest.approx(20 * 6 + 12 * 3)
     assert hours["compensate"] == pytest.approx(3 * 5 + 8 * 3 * 4)
     # Windows (0, 1), (1, 2), (2, 3): 1 + 1, 1 + .5, .5 + .5 blocks' worth are trained; half of the blocks twice.
-    trained = 10 * 4 * 6 * (2 + 1.5 + 1)
+    trained = 10 * (8 + 4 * 6) * (2 + 1.5 + 1)
     assert hours["reconstruct"] == pytest.approx(trained + (16 + 32) * 6 * 2.5 + 6 * 3 * 7 + (2 * 2 + 3 * 1.5) * 3)
-    assert hours["distill"] == pytest.approx(7 * 3 * 3 * 6)
+    assert hours["distill"] == pytest.approx(7 * 3 * (8 + 3 * 6))
     assert hours["write"] == pytest.approx(3 * 3)
     assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
     assert found["disk_bytes"] == 20 * 10 + 3 * 300
     assert found["distillation_bytes"] == 3000 * 16
     limited = project(MADE | {"bytes": MADE["bytes"] | {"streams": 1 << 30}}, recipe)
     assert limited["samples"] == {"compensate": 8, "reconstruct": 1}
+    # Half of 3,000 bf16 weights stay on the device: they are read once, the other half for every batch and step.
+    cached = project(MADE, dataclasses.replace(recipe, streaming=StreamingConfig(block_cache="3000")))
+    assert cached["hours"]["record"] * 3600 == pytest.approx(20 * 6 + 12 * 1.5 + 1.5)
+    whole = project(MADE, dataclasses.replace(recipe, streaming=StreamingConfig(block_cache="1GiB")))
+    assert whole["hours"]["record"] * 3600 == pytest.approx(20 * 6 + 3)
     fast = project(MADE, load_recipe("fast"))
     assert set(fast["hours"]) == {"round"}
     assert (fast["pairs"], fast["distillation_bytes"]) == (0, 0)
@@ -109,8 +117,8 @@ def test_the_table_says_what_is_projected():
 def test_the_command_keeps_its_result(tiny_flux, tmp_path):
     done = CliRunner().invoke(
         app,
-        ["bench", "quantization", "--like", str(tiny_flux), "--pixels", "32", "--text-tokens", "4", "--samples", "2",
-         "--batch-size", "1", "--steps", "2", "--recipe", "fast", "--recipe", "large", "--results", str(tmp_path),
+        ["bench", "quantization", "--like", str(tiny_flux), "--pixels", "32", "--text-tokens", "4", "--samples", "4",
+         "--batch-size", "2", "--steps", "2", "--recipe", "fast", "--recipe", "large", "--results", str(tmp_path),
          "--json"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -119,6 +127,39 @@ def test_the_command_keeps_its_result(tiny_flux, tmp_path):
     assert [p["recipe"] for p in kept["projected"]] == ["fast", "large"]
     assert kept["random"]
     assert json.loads(done.stdout)["seconds"] == kept["seconds"]
+
+
+def test_hours_follow_from_what_is_stored_and_from_whole_steps(tmp_path):
+    def bench():
+        done = CliRunner().invoke(
+            app, ["bench", "quantization", "--stored", "--results", str(tmp_path), "--recipe", "large", "--json"]
+        )
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    made = {**MADE, "text_tokens": 512, "versions": {}, "command": "bench", "time": "2026-01-01T00:00:00Z"}
+    path = path_for(tmp_path, "quantization-cuda", made["device"])
+    append(path, "quantization-cuda", made)
+    parts = bench()
+    assert parts["projected"] == [project(MADE, load_recipe("large"))]
+    assert (parts["measured"], parts["seconds"]) == (made["time"], MADE["seconds"])
+    large = load_recipe("large").distillation
+    step = {k: made[k] for k in ("model", "device", "pixels", "text_tokens", "versions", "command", "time")}
+    for recipe, batch, seconds in (("large", large.batch_size, 5.0), ("large", 64, 9.0), ("other", 1, 8.0)):
+        run = {**step, "recipe": recipe, "batch_size": batch, "seconds": seconds, "fits": True}
+        append(path_for(tmp_path, "distillation-cuda", made["device"]), "distillation-cuda", run)
+    (whole,) = bench()["projected"]
+    assert whole["step_seconds"] == 5.0
+    assert whole["hours"]["distill"] * 3600 == pytest.approx(large.steps * 5.0)
+    assert whole["hours"]["record"] == parts["projected"][0]["hours"]["record"]
+    assert [r["measured"] for r in read(path)[1:]] == [made["time"]] * 2
+
+
+@pytest.mark.parametrize("options", [[], ["--results", "nowhere"]])
+def test_nothing_stored_is_one_line(options):
+    done = CliRunner().invoke(app, ["bench", "quantization", "--stored", *options])
+    assert done.exit_code != 0
+    assert "measure on a GPU first" in done.output
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ whatever the model's depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.trajectories import Trajectories
-from tritflow.distillation.block_streams import first_inputs, sample_bytes
+from tritflow.distillation.block_streams import Streams, first_inputs, sample_bytes
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.shelf import Room, Shelf, spread
 from tritflow.quantization.compensate import InputStatistics, bias_correction, compensate
@@ -76,19 +76,9 @@ def compensate_blocks(
     for number, block in enumerate(order):
         inside = blocks.inside(block)
         if number in todo:
-            found: dict[str, InputStatistics] = {}
             with dense.loaded(block) as module:
                 leaves = {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in inside}
-                hooks = [leaf.register_forward_pre_hook(_watch(name, found)) for name, leaf in leaves.items()]
-                try:
-                    for _ in streams.outputs(module):
-                        pass
-                finally:
-                    for hook in hooks:
-                        hook.remove()
-                missing = [name for name in inside if name not in found]
-                if missing:
-                    raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
+                found = input_statistics(streams, module, leaves)
                 rounded = {
                     name: _round(name, leaf, weight_of(name).to(dense.device), found.pop(name), column_scale, column_of)
                     for name, leaf in leaves.items()
@@ -105,6 +95,28 @@ def _rounded_copy(blocks: Blocks, block: str, store: RoundedStore) -> nn.Module:
     for name in blocks.inside(block):
         overwrite_(new.get_submodule(name.removeprefix(f"{block}.")), store[name])
     return new
+
+
+def input_statistics(
+    streams: Streams, module: nn.Module, linears: Mapping[str, nn.Module]
+) -> dict[str, InputStatistics]:
+    """What a block's linears see while `streams` pass it; its outputs are dropped.
+
+    Raises:
+        ValueError: one of them never ran.
+    """
+    found: dict[str, InputStatistics] = {}
+    hooks = [linear.register_forward_pre_hook(_watch(name, found)) for name, linear in linears.items()]
+    try:
+        for _ in streams.outputs(module):
+            pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missing = [name for name in linears if name not in found]
+    if missing:
+        raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
+    return found
 
 
 def _watch(name: str, found: dict[str, InputStatistics]) -> Callable[..., None]:

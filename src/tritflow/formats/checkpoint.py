@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritflow.config import TernaryConfig
@@ -201,13 +202,13 @@ class TernaryFolder(TensorFolder):
         module, _, part = name.rpartition(".")
         return part in ("weight_scale", "input_scale") and module in self.linears
 
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Read a tensor, verified against its checksum (rows alone cannot be).
 
         Raises:
             CheckpointError: no such tensor, or its bytes changed since they were written.
         """
-        tensor = super().tensor(name, rows)
+        tensor = super().tensor(name, rows, device)
         if rows is None and name in self._checksums:
             self._compare(name, tensor_sha256(name, tensor))
         return tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritflow.formats.errors import CheckpointError
@@ -118,6 +119,6 @@ class TensorFolder:
         """Dtype, shape and size of a tensor, from the header alone."""
         return self.file(name).entry(name)
 
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor (or rows of it) into fresh memory."""
-        return self.file(name).tensor(name, rows)
+    def tensor(self, name: str, rows: slice | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor (or rows of it) into fresh memory of `device`."""
+        return self.file(name).tensor(name, rows, device)

@@ -8,6 +8,7 @@ file is one clear line. Layout: 8 bytes little-endian header length, JSON header
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tritflow.formats.errors import CheckpointError
+from tritflow.formats.staging import staging
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -175,8 +177,8 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path} has no tensor '{name}'")
         return self.entries[name]
 
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or `rows` start:stop of its first dimension, into fresh memory (no map, no cache).
+    def tensor(self, name: str, rows: slice | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor, or `rows` start:stop of its first dimension, into fresh memory on `device` (no map).
 
         Raises:
             CheckpointError: no such tensor, or the file shrank since it was opened.
@@ -188,11 +190,14 @@ class SafetensorsFile:
             row_bytes = entry.nbytes // shape[0] if shape[0] else 0
             begin, shape = begin + first * row_bytes, (max(0, stop - first), *shape[1:])
         dtype = DTYPES[entry.dtype]
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
         if data.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._data_start + begin)
-                self._fill(file, data.numpy().data)
+                if data.is_cuda:
+                    staging(data.device).fill(data, functools.partial(self._fill, file))
+                else:
+                    self._fill(file, data.numpy().data)
         return data.view(dtype).reshape(shape)
 
     def _fill(self, file: Any, view: memoryview) -> None:

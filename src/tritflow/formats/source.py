@@ -61,8 +61,8 @@ class Source(ABC):
         """The dtype on disk, spelt as in safetensors."""
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor: fresh, contiguous, in the source's dtype; fp8 becomes bf16, times its scale if it has one.
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Read one tensor to `device`: fresh, contiguous, as stored; fp8 becomes bf16, times its scale if it has one.
 
         Raises:
             CheckpointError: no such tensor, or the file shrank meanwhile.
@@ -113,8 +113,8 @@ class FolderSource(Source):
     def stored_dtype(self, name: str) -> str:
         return self._folder.entry(name).dtype
 
-    def tensor(self, name: str) -> Tensor:
-        return _to_dense(self._folder.tensor(name), None)
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        return _to_dense(self._folder.tensor(name, device=device), None)
 
 
 class SingleFileSource(Source):
@@ -186,13 +186,14 @@ class SingleFileSource(Source):
             raise CheckpointError(f"{self.path} has no tensor '{name}'")
         return self._pieces[name]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         piece = self._piece(name)
         rows = slice(piece.start, piece.stop)
-        tensor = self.files[0].tensor(self._names[piece.source], rows)
+        tensor = self.files[0].tensor(self._names[piece.source], rows, device)
         if piece.swapped:
             tensor = swap_halves(tensor)
-        return _to_dense(tensor, self._scale(piece))
+        scale = self._scale(piece)
+        return _to_dense(tensor, scale if scale is None else scale.to(device))
 
     def _scale(self, piece: Piece) -> Tensor | None:
         if not piece.source.endswith(".weight"):

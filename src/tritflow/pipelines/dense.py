@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ def streamed_blocks(
     model, order = _empty(source, family), family.block_order(source.config)
     inside = tuple(f"{name}." for name in order)
     _fill_(model, source, [n for n in source.names() if not n.startswith(inside)], device, dtype)
-    streamed = StreamedBlocks(model, order, source.tensor, device=device, dtype=dtype, keep_bytes=keep_bytes)
+    read = functools.partial(source.tensor, device=device)
+    streamed = StreamedBlocks(model, order, read, device=device, dtype=dtype, keep_bytes=keep_bytes)
     return Blocks(streamed, lambda **kwargs: model(**kwargs, return_dict=False), linears, family.block_calls)
 
 
@@ -85,7 +87,7 @@ def _empty(source: Source, family: Family) -> Any:
 
 
 def _fill_(model: nn.Module, source: Source, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
-    state = {name: source.tensor(name).to(device, dtype) for name in names}
+    state = {name: source.tensor(name, device).to(dtype) for name in names}
     model.load_state_dict(state, assign=True, strict=False)  # the source's names were checked against the family
     model.requires_grad_(False)
 

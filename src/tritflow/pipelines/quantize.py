@@ -219,7 +219,7 @@ def _write(
                 dense = job.source.tensor(name)
                 writer.add_dense(name, rest[name].to(dense.dtype) if name in rest else dense)
         elif kind == "weight" and module not in writer:
-            q = rounded(module, job.source.tensor(name))
+            q = rounded(module, job.source.tensor(name, job.device))
             bias = job.source.tensor(f"{module}.bias") if f"{module}.bias" in present else None
             if bias is not None and q.bias is not None:
                 bias = q.bias.to(bias.dtype)

@@ -383,4 +383,4 @@ def _uncompile(models: list[Any]) -> None:
 
 
 def _weight_of(job: Job) -> Callable[[str], Tensor]:
-    return lambda name: job.source.tensor(f"{name}.weight")
+    return lambda name: job.source.tensor(f"{name}.weight", job.device)

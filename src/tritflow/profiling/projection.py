@@ -1,12 +1,12 @@
 """Hours, memory and disk that a recipe takes on a whole model, from what one block of each kind was measured to take.
 
-A sum of measured parts, no measurement itself: time is taken as proportional to samples, steps and blocks, whatever the
-batch size; text encoders, the VAE and pauses of the disk are left out.
+A sum of measured parts, no measurement itself: time is taken as proportional to samples, steps and blocks; a step of a
+batch costs what a step costs and what its samples cost. Text encoders, the VAE and pauses of the disk are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tritflow.config import Recipe
@@ -20,31 +20,41 @@ BF16_PEAK = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "RTX 4090": 165.0}
 """Dense bf16 TFLOP/s with fp32 accumulation, from NVIDIA's data sheets (SXM for the first three)."""
 
 
-def project(run: dict[str, Any], recipe: Recipe, prompts: int = 7232) -> dict[str, Any]:
+def project(
+    run: Mapping[str, Any], recipe: Recipe, prompts: int = 7232, step_seconds: float | None = None
+) -> dict[str, Any]:
     """One recipe on the model that `run` (of `quantization.measure`) stands for.
 
     Args:
         prompts: how many there are where the recipe takes all.
+        step_seconds: of a step of its end-to-end training, measured whole; None: from what the blocks took.
 
     Returns:
-        `hours` by stage and in all; `samples` kept after the activation budget; `disk_bytes` of trajectories and
-        roundings; `distillation_bytes`: what end-to-end training needs on the GPU before any activation (0: none).
+        `hours` by stage and in all; `by_peak_hours`: in all, on other cards (`scaled`); `samples` kept after the
+        activation budget; `disk_bytes` of trajectories and roundings; `distillation_bytes`: what end-to-end training
+        needs on the GPU before any activation (0: none); `step_seconds` as given.
     """
     kinds = [DOUBLE] * run["depth"][DOUBLE] + [SINGLE] * run["depth"][SINGLE]
     s, c, r, d = run["seconds"], recipe.calibration, recipe.reconstruction, recipe.distillation
     all_read, all_pass = (sum(s[kind][part] for kind in kinds) for part in ("read", "pass"))
-    all_train = sum(s[kind]["train_sample"] for kind in kinds)
+    all_train = sum(s[kind]["train_step"] + d.batch_size * s[kind]["train_sample"] for kind in kinds)
+    weights = sum(run["parameters"][kind] for kind in kinds)
+    kept = min(1.0, recipe.streaming.cache_bytes / (2 * weights))  # of the dense blocks, in bf16
+
+    def reading(times: float) -> float:
+        return all_read * (kept + times * (1 - kept)) if times else 0.0
+
     seconds: dict[str, float] = {}
     count = min(c.num_prompts or prompts, prompts)
     runs_model = needs_teacher(recipe)
     pairs = count * c.num_inference_steps if runs_model else 0
     if pairs:
         calls = -(-count // c.batch_size) * c.num_inference_steps
-        seconds["record"] = pairs * all_pass + calls * all_read
+        seconds["record"] = pairs * all_pass + reading(calls)
     samples: dict[str, int] = {}
     if recipe.smoothing is not None:
         asked = min(recipe.compensation_samples, pairs)
-        seconds["range"] = asked * all_pass + -(-asked // c.batch_size) * all_read
+        seconds["range"] = asked * all_pass + reading(-(-asked // c.batch_size))
     if recipe.compensation:
         samples["compensate"] = min(recipe.compensation_samples, pairs, _fit(run, recipe, 1))
         once = sum(s[kind]["compensate_block"] for kind in kinds)
@@ -54,34 +64,47 @@ def project(run: dict[str, Any], recipe: Recipe, prompts: int = 7232) -> dict[st
         samples["reconstruct"] = min(r.samples, pairs, max(1, fit))
         weighing = min(r.importance_samples, pairs)
         plan = windows(len(kinds), r.window, r.stride)
-        trained = sum(s[kinds[i]]["train_sample"] for w in plan for i in range(w.first, w.stop))
-        twice = len([i for w in plan for i in range(w.first, w.stop)]) / len(kinds)  # blocks of overlapping windows
+        inside = [kinds[i] for w in plan for i in range(w.first, w.stop)]  # twice where windows overlap
+        each = min(r.batch_size, samples["reconstruct"])
+        trained = sum(s[kind]["train_step"] + each * s[kind]["train_sample"] for kind in inside)
+        twice = len(inside) / len(kinds)
         through = (samples["reconstruct"] + HOLDOUT_SAMPLES) * all_pass * (1 + twice)
         seconds["reconstruct"] = (
-            r.steps * min(r.batch_size, samples["reconstruct"]) * trained
+            r.steps * trained
             + through
             + weighing * sum(s[kind]["importance"] for kind in kinds)
-            + (2 * -(-weighing // r.importance_batch) + 3 * twice) * all_read
+            + reading(2 * -(-weighing // r.importance_batch) + 3 * twice)
         )
     if d.steps:
-        again = all_pass if d.lean else 0.0  # blocks run again in the backward pass
-        seconds["distill"] = d.steps * d.batch_size * (all_train + again)
+        again = d.batch_size * all_pass if d.lean else 0.0  # blocks run again in the backward pass
+        seconds["distill"] = d.steps * (all_train + again if step_seconds is None else step_seconds)
     seconds["round" if not pairs else "write"] = sum(s[kind]["round"] for kind in kinds)
-    weights = sum(run["parameters"][kind] for kind in kinds)
     rounded = sum(run["bytes"][f"rounded_{kind}"] for kind in kinds)
     stages = 1 + bool(recipe.compensation) + bool(r.steps) if runs_model else 1
+    total = sum(seconds.values()) / 3600
     return {
         "recipe": recipe.name,
         "hours": {stage: value / 3600 for stage, value in seconds.items()},
-        "total_hours": sum(seconds.values()) / 3600,
+        "total_hours": total,
+        "by_peak_hours": scaled(run["device"], total),
         "samples": samples,
         "pairs": pairs,
         "disk_bytes": pairs * run["bytes"]["pair"] + stages * rounded,
         "distillation_bytes": training_bytes(recipe, weights),
+        "step_seconds": step_seconds,
     }
 
 
-def _fit(run: dict[str, Any], recipe: Recipe, copies: int) -> int:
+def measured_step(runs: Iterable[Mapping[str, Any]], run: Mapping[str, Any], recipe: Recipe) -> float | None:
+    """Seconds of a step of `recipe` on the device and model of `run`, from the newest such of `runs` (of
+    `distillation.measure_steps`); None where its batch size was not measured, or did not fit."""
+    wanted = {"recipe": recipe.name, "batch_size": recipe.distillation.batch_size}
+    wanted |= {name: run.get(name) for name in ("model", "device", "pixels", "text_tokens")}
+    found = [r for r in runs if all(r.get(name) == value for name, value in wanted.items())]
+    return found[-1]["seconds"] if found else None
+
+
+def _fit(run: Mapping[str, Any], recipe: Recipe, copies: int) -> int:
     return int(recipe.streaming.budget_bytes // (copies * run["bytes"]["streams"]))
 
 
@@ -91,7 +114,7 @@ def scaled(device: str, hours: float) -> dict[str, float]:
     return {} if here is None else {name: hours * here / peak for name, peak in BF16_PEAK.items() if name not in device}
 
 
-def table(run: dict[str, Any], projections: Sequence[dict[str, Any]]) -> str:
+def table(run: Mapping[str, Any], projections: Sequence[Mapping[str, Any]]) -> str:
     """What was measured and what follows, in plain text."""
     unit = "GPU memory" if run["peak_of"] == "GPU" else "memory of the process"
     lines = [
@@ -108,7 +131,7 @@ def table(run: dict[str, Any], projections: Sequence[dict[str, Any]]) -> str:
         if p["distillation_bytes"]:
             line += f"; end-to-end training needs {p['distillation_bytes'] / 1e9:.1f} GB beside its activations"
         lines.append(line)
-        others = scaled(run["device"], p["total_hours"])
-        if others:
-            lines.append("    by bf16 peak, not measured: " + ", ".join(f"{n} {h:.1f} h" for n, h in others.items()))
+        if p["by_peak_hours"]:
+            others = ", ".join(f"{n} {h:.1f} h" for n, h in p["by_peak_hours"].items())
+            lines.append(f"    by bf16 peak, not measured: {others}")
     return "\n".join(lines)

@@ -7,7 +7,6 @@ weights takes as long as one of real ones; what comes out says nothing about pic
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import tempfile
 import time
@@ -26,7 +25,7 @@ from tritflow.calibration.trajectories import VELOCITY, Trajectories, Trajectory
 from tritflow.config import ReconstructionConfig
 from tritflow.distillation.block_streams import first_inputs, sample_bytes
 from tritflow.distillation.blocks import Blocks
-from tritflow.distillation.compensation import compensate_blocks
+from tritflow.distillation.compensation import compensate_blocks, input_statistics
 from tritflow.distillation.importance import stream_importance
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
@@ -41,6 +40,7 @@ from tritflow.quantization.store import RoundedStore
 
 Progress = Callable[[int, int], None]
 _HELD = 2
+_ALL = 1 << 62
 
 
 def measure(
@@ -53,7 +53,7 @@ def measure(
     text_tokens: int = 512,
     samples: int = 8,
     batch_size: int = 2,
-    steps: int = 8,
+    steps: int = 64,
     workdir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -66,19 +66,19 @@ def measure(
         pixels: height and width of the pictures (16 pixels a token).
         text_tokens: of each prompt.
         samples: recorded pairs that go through compensation and reconstruction; at least twice `batch_size`.
-        batch_size: pairs at once.
+        batch_size: pairs at once, at least two.
         steps: optimiser steps by which a window is timed.
         workdir: where the random files lie (None: the system's temporary folder).
         progress: called as (stages done, of how many).
 
     Returns:
         `seconds`: by stage and kind of block (`DOUBLE`, `SINGLE`): `read` (a dense block from disk), `pass` (a sample
-        forward), `round` (from the weights alone), `compensate_block` (once) and `compensate_sample`, `train_sample`
-        (one sample of one optimiser step), `importance` (a sample, as a multiple of `pass`). `peak_bytes` by stage,
-        of the GPU, or of the process on a CPU. `bytes`: a recorded pair, a sample's streams, a rounded block.
+        forward), `round` (from the weights alone), `compensate_block` (once) and `compensate_sample`, `train_step` (one
+        optimiser step) and `train_sample` (each sample of it), `importance` (a sample). `peak_bytes` by stage, of the
+        GPU, or of the process on a CPU. `bytes`: a recorded pair, a sample's streams, a rounded block.
     """
-    if min(blocks) < 1 or samples < 2 * batch_size or steps < 2:
-        raise ValueError("a measurement needs a block of each kind, two batches of samples and two steps")
+    if min(blocks) < 1 or batch_size < 2 or samples < 2 * batch_size or steps < 2:
+        raise ValueError("a measurement needs a block of each kind, two batches of two samples and two steps")
     on = torch.device(device)
     dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     small = {**config, "num_layers": blocks[0], "num_single_layers": blocks[1]}
@@ -96,7 +96,9 @@ def measure(
         start = _round(source, streamed, root, clock, seconds)
         sizes |= {f"rounded_{_kind(p.stem)}": p.stat().st_size for p in sorted((root / "start").glob("*.safetensors"))}
         _compensate(source, streamed, trajectories, root, samples, batch_size, clock, seconds)
-        _importance(streamed, trajectories, batch_size, clock, seconds)
+        kept = streamed_blocks(source, FLUX1, linears, on, dtype, keep_bytes=_ALL)
+        _importance(kept, trajectories, samples, batch_size, clock, seconds)
+        del kept
         _reconstruct(streamed, trajectories, start, root, samples, batch_size, steps, clock, seconds)
     return {
         **results.provenance(device),
@@ -206,7 +208,7 @@ def _round(
         for kind in KINDS:
             for name in (n for n in blocks.order if _kind(n) == kind):
                 begin = clock.now()
-                weights = ((n, source.tensor(f"{n}.weight").to(blocks.dense.device)) for n in blocks.inside(name))
+                weights = ((n, source.tensor(f"{n}.weight", blocks.dense.device)) for n in blocks.inside(name))
                 store.write(name, {n: round_weight(weight) for n, weight in weights})
                 seconds[kind]["round"] = clock.now() - begin
     return store
@@ -222,38 +224,52 @@ def _compensate(
     clock: _Clock,
     seconds: dict[str, dict[str, float]],
 ) -> None:
-    """From two runs with different numbers of samples: what a block costs once, and what a sample costs."""
-
-    def run(count: int) -> dict[str, float]:
-        step, read = clock.blocks(blocks.order)
-        compensate_blocks(
-            blocks, trajectories, RoundedStore(root / f"compensated-{count}", "bench"),
-            weight_of=lambda name: source.tensor(f"{name}.weight"), samples=count, batch_size=batch_size,
-            on_progress=step,
-        )  # fmt: skip
-        return read()
-
-    with clock.stage("compensate"):
-        few, many = run(batch_size), run(samples)
+    """A sample is watched in the dense block and passes the rounded one; what is left, a block costs once."""
+    each: dict[str, float] = {}
+    streams = first_inputs(blocks, trajectories, torch.arange(samples), batch_size=batch_size)
     for kind in KINDS:
-        each = max(0.0, (many[kind] - few[kind]) / (samples - batch_size))
-        seconds[kind]["compensate_sample"] = each
-        seconds[kind]["compensate_block"] = max(0.0, few[kind] - batch_size * each)
+        block = _first(blocks, kind)
+        with blocks.dense.loaded(block) as module:
+            linears = {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in blocks.inside(block)}
+            for _ in range(2):  # the first one warms up
+                begin = clock.now()
+                input_statistics(streams, module, linears)
+                watching = (clock.now() - begin) / samples
+        each[kind] = watching + seconds[kind]["pass"]
+    step, read = clock.blocks(blocks.order)
+    with clock.stage("compensate"):
+        compensate_blocks(
+            blocks, trajectories, RoundedStore(root / "compensated", "bench"),
+            weight_of=lambda name: source.tensor(f"{name}.weight", clock.device),
+            samples=samples, batch_size=batch_size, on_progress=step,
+        )  # fmt: skip
+        found = read()
+    for kind in KINDS:
+        seconds[kind]["compensate_sample"] = each[kind]
+        seconds[kind]["compensate_block"] = max(0.0, found[kind] - samples * each[kind])
 
 
 def _importance(
-    blocks: Blocks, trajectories: Trajectories, batch_size: int, clock: _Clock, seconds: dict[str, dict[str, float]]
+    blocks: Blocks,
+    trajectories: Trajectories,
+    samples: int,
+    batch_size: int,
+    clock: _Clock,
+    seconds: dict[str, dict[str, float]],
 ) -> None:
-    with clock.stage("importance"):
-        stream_importance(blocks, trajectories, samples=batch_size, batch_size=batch_size)
+    """Of blocks that stay on the device, since reading them is counted apart; kinds share it as they do a pass."""
+
+    def run() -> float:
         begin = clock.now()
-        stream_importance(blocks, trajectories, samples=batch_size, batch_size=batch_size)
-        taken = clock.now() - begin
-    kinds = [_kind(name) for name in blocks.order]
-    reading = 2 * sum(seconds[kind]["read"] for kind in kinds)  # forward and backward
-    passing = batch_size * sum(seconds[kind]["pass"] for kind in kinds)
+        stream_importance(blocks, trajectories, samples=samples, batch_size=batch_size)
+        return (clock.now() - begin) / samples
+
+    with clock.stage("importance"):
+        run()
+        taken = run()
+    passing = sum(seconds[_kind(name)]["pass"] for name in blocks.order)
     for kind in KINDS:
-        seconds[kind]["importance"] = max(0.0, taken - reading) / passing * seconds[kind]["pass"]
+        seconds[kind]["importance"] = taken / passing * seconds[kind]["pass"]
 
 
 def _reconstruct(
@@ -267,22 +283,30 @@ def _reconstruct(
     clock: _Clock,
     seconds: dict[str, dict[str, float]],
 ) -> None:
-    """From two runs with different numbers of steps."""
-    base = ReconstructionConfig(samples=samples, batch_size=batch_size, importance_samples=0, warmup_steps=1)
+    """From runs of different numbers of steps and of samples a step: what a step and what a sample of it cost."""
 
-    def run(count: int) -> dict[str, float]:
+    def run(count: int, batch: int) -> dict[str, float]:
         step, read = clock.blocks(blocks.order)
+        config = ReconstructionConfig(
+            steps=count, samples=samples, batch_size=batch, importance_samples=0, warmup_steps=1
+        )
         reconstruct_blocks(
-            blocks, trajectories, start, RoundedStore(root / f"reconstructed-{count}", "bench"),
-            dataclasses.replace(base, steps=count), on_progress=step,
+            blocks, trajectories, start, RoundedStore(root / f"reconstructed-{batch}-{count}", "bench"), config,
+            on_progress=step,
         )  # fmt: skip
         return read()
 
+    def steps_of(batch: int) -> dict[str, float]:
+        run(1, batch)  # kernels are compiled, workspaces are made
+        few, many = run(2, batch), run(2 + steps, batch)
+        return {kind: max(0.0, (many[kind] - few[kind]) / steps) for kind in KINDS}
+
     with clock.stage("reconstruct"):
-        run(1)  # kernels are compiled, workspaces are made
-        few, many = run(2), run(2 + steps)
+        one, more = steps_of(1), steps_of(batch_size)
     for kind in KINDS:
-        seconds[kind]["train_sample"] = max(0.0, (many[kind] - few[kind]) / steps / batch_size)
+        each = max(0.0, (more[kind] - one[kind]) / (batch_size - 1))
+        seconds[kind]["train_sample"] = each
+        seconds[kind]["train_step"] = max(0.0, one[kind] - each)
 
 
 def _random_source(folder: Path, config: Mapping[str, Any]) -> Source:
