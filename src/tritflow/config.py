@@ -54,10 +54,24 @@ def nearest(word: str, choices: list[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
+# Of fields with these annotations: which types their values may have, and how a message calls them.
+_PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
+
+
 class _Config:
     """JSON round trip and validation shared by every config class (a mixin for frozen dataclasses)."""
 
     def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            types, what = _PLAIN.get(str(entry.type), ((object,), ""))
+            value = getattr(self, entry.name)
+            if not isinstance(value, types) or (isinstance(value, bool) and what in ("a whole number", "a number")):
+                raise ConfigError(f"{type(self).__name__}.{entry.name}: {what} is expected, not {value!r}")
         hints = _literal_fields(type(self))
         for name, allowed in hints.items():
             value = getattr(self, name)
@@ -299,7 +313,7 @@ class ReconstructionConfig(_Config):
 
 @dataclass(frozen=True)
 class StreamingConfig(_Config):
-    """What compensation and block reconstruction may take: blocks are read one at a time, activations are kept.
+    """What stages that cannot have the whole model on the device may take, and where they keep what they need.
 
     Sizes are texts such as "32GiB" or "800MiB".
 
@@ -309,12 +323,15 @@ class StreamingConfig(_Config):
         activation_store: where streams lie: `ram`, `disk` (in the job's work folder), or `auto`: on the GPU where they
             take less than 40 % of what is free there, else in memory.
         block_cache: bytes of dense blocks that stay on the device between two uses ("0": none).
+        latent_store: where a lean distillation keeps latent weights and momenta: on the `device`, or in `ram`, 4 bytes
+            a weight, of which a block's are on the device while it runs. The result is the same.
     """
 
     version: int = FORMAT_VERSION
     activation_budget: str = "32GiB"
     activation_store: ActivationStore = "auto"
     block_cache: str = "1GiB"
+    latent_store: Literal["device", "ram"] = "device"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 
 from tritflow.calibration.trajectories import Trajectories, TrajectoryWriter
 from tritflow.config import DistillationConfig, TernaryConfig
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.state import TrainingState
 from tritflow.distillation.step import Step, training_attention
 from tritflow.distillation.velocity import distill_
+from tritflow.models import FLUX1
 from tritflow.models.flux1_training import training_forward
 from tritflow.quantization.convert import prepare_
 from tritflow.testing import tiny_flux_transformer, transformer_inputs
@@ -83,6 +86,43 @@ def test_a_captured_step_is_the_eager_one(tmp_path: Path) -> None:
         assert float((parameters[name] - value).abs().mean()) < 2e-3, name
     assert torch.equal(states["step"], there["step"])
     torch.testing.assert_close(states["x"], there["x"], rtol=0.05, atol=0.05)
+
+
+def test_offloaded_latents_train_as_those_on_the_gpu() -> None:
+    def run(offloaded: bool) -> tuple[list[float], dict[str, torch.Tensor], set[str]]:
+        student = tiny_flux_transformer(double=2, single=2, seed=1).to(CUDA)
+        prepare_(student, TernaryConfig(), latent_dtype=torch.bfloat16)
+        student.enable_gradient_checkpointing()
+        config = DistillationConfig(
+            steps=10, optimizer="muon", learning_rate=2e-2, rest_learning_rate=1e-3, warmup_steps=1, lean=True
+        )
+        inputs = transformer_inputs(student, batch=BATCH, dtype=torch.bfloat16)
+        inputs = {n: t.to(CUDA) for n, t in inputs.items() if n != "return_dict"}
+        target = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(3)).to(CUDA)
+        losses = []
+        with ExitStack() as open_:
+            offload = None
+            if offloaded:
+                offload = open_.enter_context(OffloadedLatents(student, FLUX1.block_order(student.config), CUDA))
+            state = TrainingState(parameter_groups(student, config), config, CUDA, offload=offload)
+            open_.enter_context(training_attention(CUDA))
+            open_.enter_context(training_forward(student))
+            step = Step(lambda x: (student(**x, return_dict=False)[0].float() - target).square().mean(), state, 1.0)
+            for number in range(config.steps):
+                state.set_learning_rates(number)
+                losses.append(float(step.eager(inputs)))
+            assert state.finite()
+            (latents,) = (g.parameters for g in state.groups if g.matrices)
+            there = {p.device.type for p in latents.values()} | {m.device.type for _, m in state._muon[0].momenta()}
+        return losses, {n: p.detach().float().cpu() for n, p in student.named_parameters()}, there
+
+    expected, wanted, here = run(False)
+    losses, found, there = run(True)
+    assert (here, there) == ({"cuda"}, {"cpu"})
+    assert losses[-1] < losses[0]
+    assert losses == pytest.approx(expected, rel=1e-3)
+    for name, value in wanted.items():
+        assert float((found[name] - value).abs().mean()) < 2e-3, name
 
 
 @pytest.mark.parametrize("compiled", [False, True])

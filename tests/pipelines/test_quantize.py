@@ -377,6 +377,35 @@ def test_all_but_the_trits_learns_at_a_rate_of_nothing(tiny_flux, prompts, tmp_p
     assert moved == LINEARS
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_latents_in_memory_give_the_same_bytes_and_go_on_without(tiny_flux, prompts, tmp_path, compensated):
+    """A run that was killed on a small card goes on, on a large one: where latents lie is no part of the job."""
+
+    def kill(stage, done, total):
+        if stage == "distill" and done > 12:
+            raise KeyboardInterrupt
+
+    lean = dataclasses.replace(LEARN.distillation, optimizer="muon", lean=True, rest_learning_rate=1e-3)
+    recipe = dataclasses.replace(LEARN, name="l", compensation=compensated, distillation=lean)
+    options = {"prompts": prompts, "device": "cpu"}
+    away = ["streaming.latent_store=ram"]
+    whole = quantize(tiny_flux, tmp_path / "whole", recipe, **options)
+    report = quantize(tiny_flux, tmp_path / "away", recipe, settings=away, **options)
+    assert report.digest == whole.digest
+    assert report.validation == whole.validation
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_flux, tmp_path / "cut", recipe, settings=away, on_progress=kill, **options)
+    assert quantize(tiny_flux, tmp_path / "cut", recipe, **options).digest == whole.digest
+
+
+def test_memory_that_latents_do_not_fit_into_is_told_before_any_work(tiny_flux, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("tritflow.pipelines.quantize_job.machine_bytes", lambda: 100_000)
+    away = ["streaming.latent_store=ram", "calibration.num_inference_steps=2"]
+    with pytest.raises(QuantizeError, match=r"keeps .* MB of latent weights and momenta.* this machine has 0.1 MB"):
+        quantize(tiny_flux, tmp_path / "out", "large-distilled", prompts=prompts, device="cpu", settings=away)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("lean", [False, True])
 def test_states_are_made_while_the_student_learns(tiny_flux, prompts, tmp_path, lean):
     """Killed on the way, it resumes to the same bytes; all that is not ternary is trained as well, and written."""
@@ -413,7 +442,8 @@ def test_a_student_too_large_for_the_gpu_is_refused_before_any_work(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
     monkeypatch.setenv("WORLD_SIZE", "4")
     weights, cuda = 12 * 10**9, torch.device("cuda")
-    with pytest.raises(QuantizeError, match=r"144 GB, and 1 x cuda has 80 GB; take --recipe large-distilled \(48 GB\)"):
+    told = r"144 GB, and 1 x cuda has 80 GB; take --recipe large-distilled \(48 GB\), large-offloaded \(48 GB of"
+    with pytest.raises(QuantizeError, match=told):
         check_memory(load_recipe("best"), weights, cuda)  # Muon: every process holds all of it
     check_memory(load_recipe("large-distilled"), weights, cuda)
     check_memory(load_recipe("reconstructed"), weights, cuda)  # 192 GB over four

@@ -139,12 +139,19 @@ def test_settings_are_changed_by_name():
     assert (changed.distillation.steps, changed.distillation.batch_size) == (7, 8)
     assert changed.smoothing == 0.0
     assert changed.ternary.packing == "base3"
+    assert override(LEG, ["ternary.packing=base3"]).ternary == changed.ternary  # a word needs no quotes
     assert override(LEG, []) is LEG
     for setting, message in (
         ("distillation.stepz=7", "no setting 'stepz'; did you mean 'steps'"),
         ("distilation.steps=7", "unknown setting 'distilation'"),
         ("steps", "write TABLE.KEY=VALUE"),
-        ("distillation.steps=many", "write TABLE.KEY=VALUE"),
+        ("distillation.steps=", "write TABLE.KEY=VALUE"),
+        ("distillation.steps=many", "steps: a whole number is expected, not 'many'"),
+        ("distillation.steps=7.5", "steps: a whole number is expected, not 7.5"),
+        ("distillation.steps=true", "steps: a whole number is expected, not True"),
+        ("distillation.learning_rate=fast", "learning_rate: a number is expected, not 'fast'"),
+        ("distillation.lean=1", "lean: true or false is expected, not 1"),
+        ("distillation.optimizer=mun", "did you mean 'muon'"),
     ):
         with pytest.raises(ConfigError, match=message):
             override(LEG, [setting])

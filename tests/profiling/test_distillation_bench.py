@@ -28,6 +28,16 @@ def test_a_lean_student_takes_two_bytes_a_weight_and_as_many_for_its_momentum(le
         assert each * run["weights"] < run["moment_bytes"] < 1.5 * each * run["weights"] + 8 * 40_000
 
 
+def test_latents_in_memory_are_measured_too(tiny_flux):
+    arguments = ["bench", "distillation", "--like", tiny_flux, "--pixels", 64, "--text-tokens", 8, "--steps", 1]
+    arguments += ["--batch-size", "1,2", "--latent-store", "ram", "--json"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    runs = json.loads(result.stdout)
+    assert [(r["latent_store"], r["batch_size"], r["fits"]) for r in runs] == [("ram", 1, True), ("ram", 2, True)]
+    assert runs[0]["latent_bytes"] == 2 * runs[0]["weights"]
+
+
 def test_trits_that_stand_still_take_a_byte_and_no_momentum():
     settings = DistillationConfig(optimizer="muon", lean=True, learning_rate=0.0)
     (run,) = measure_steps(CONFIG, settings, batches=(2,), **SIZES)
@@ -56,7 +66,12 @@ def test_the_command_measures_a_recipes_step(tiny_flux, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"), [(["--batch-size", "1,x"], "whole numbers"), (["--recipe", "fast"], "distils nothing")]
+    ("extra", "words"),
+    [
+        (["--batch-size", "1,x"], "whole numbers"),
+        (["--recipe", "fast"], "distils nothing"),
+        (["--latent-store", "disk"], "latent_store"),
+    ],
 )
 def test_wrong_requests_are_one_line(extra, words):
     result = CliRunner().invoke(app, ["bench", "distillation", "--like", "small", *extra])

@@ -36,6 +36,9 @@ def test_every_stage_runs_on_blocks_of_the_width(run, tiny_flux):
     assert run["depth"] == {DOUBLE: 19, SINGLE: 38}
     assert run["blocks"] == {DOUBLE: 1, SINGLE: 1}
     assert run["bytes"]["streams"] == (16 + 8) * hidden * 4
+    assert run["bytes"]["pair"] == (2 * 16 * config["in_channels"] + 1) * 4
+    text = 8 * config["joint_attention_dim"] + config["pooled_projection_dim"]
+    assert run["bytes"]["trajectory"] == (text + bool(config["guidance_embeds"])) * 4
     double = sum(n for n in (12 * hidden * hidden + 8 * hidden * hidden, 16 * hidden * hidden))
     assert double < run["parameters"][DOUBLE] < 1.2 * double
 
@@ -50,7 +53,7 @@ MADE = {
     "parameters": {DOUBLE: 1000, SINGLE: 500},
     "peak_of": "GPU",
     "peak_bytes": {"pass": 1 << 30},
-    "bytes": {"pair": 10, "streams": 1 << 20, "rounded_double": 100, "rounded_single": 50},
+    "bytes": {"pair": 10, "trajectory": 7, "streams": 1 << 20, "rounded_double": 100, "rounded_single": 50},
     "seconds": {
         kind: {
             "read": 1 * f,
@@ -90,7 +93,7 @@ def test_a_projection_is_the_sum_of_its_parts():
     assert hours["distill"] == pytest.approx(7 * 3 * (8 + 3 * 6))
     assert hours["write"] == pytest.approx(3 * 3)
     assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
-    assert found["disk_bytes"] == 20 * 10 + 3 * 300
+    assert found["disk_bytes"] == 20 * 10 + 5 * 7 + 3 * 300
     assert found["distillation_bytes"] == 3000 * 16
     limited = project(MADE | {"bytes": MADE["bytes"] | {"streams": 1 << 30}}, recipe)
     assert limited["samples"] == {"compensate": 8, "reconstruct": 1}

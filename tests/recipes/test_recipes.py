@@ -77,7 +77,9 @@ def test_recipes_that_only_round_say_what_keeps_the_pictures():
         said = advice(name, 10**7)
         assert (said is not None) == (name in ("absmean", "fast")), name
     assert "--recipe balanced" in advice("fast", 10**7)
-    assert "--recipe large (one 24-80 GB GPU) or large-distilled" in advice("fast", 12 * 10**9)
+    assert "--recipe large (one 24-80 GB GPU), large-offloaded (with 64 GB of memory) or large-distilled" in advice(
+        "fast", 12 * 10**9
+    )
 
 
 def test_settings_that_came_later_leave_older_hashes_alone():
@@ -98,6 +100,13 @@ def test_settings_that_came_later_leave_older_hashes_alone():
         ("smoothing = 0.0\nsmoothing_skip = [3]", "list of patterns"),
         ("[distillation]\nsteps = 1\ndamp_columns = true", 'optimizer = "muon"'),
         ("[distillation]\nsteps = 1\nlean = true", 'lean is for optimizer = "muon"'),
+        ('[distillation]\nsteps = 1\n[streaming]\nlatent_store = "ram"', "needs a distillation with lean = true"),
+        (
+            '[distillation]\nsteps = 1\nlean = true\noptimizer = "muon"\nlearning_rate = 0.0\n'
+            '[streaming]\nlatent_store = "ram"',
+            "a learning_rate above 0",
+        ),
+        ('[streaming]\nlatent_store = "disk"', "latent_store"),
         (
             "[distillation]\nsteps = 1\nlean = true\noptimizer = 'muon'\nfeature_weight = 0.1\n[online]\npool = 2",
             "no hidden states for feature_weight",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tritflow.calibration.trajectories import seed_of
 from tritflow.distillation.muon import MOMENTUM, direction
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.sharded import Ranks
 
 
@@ -29,6 +30,7 @@ class LeanMuon:
         seed: of rounding; what is drawn in a step depends on it and the step's number alone.
         weight_decay: decoupled.
         factors: id of a parameter -> [K], by which the columns of its orthogonalised step are multiplied.
+        offload: keeps some of the parameters in the machine's memory, and their momentum with them.
     """
 
     def __init__(
@@ -39,15 +41,21 @@ class LeanMuon:
         seed: int = 0,
         weight_decay: float = 0.0,
         factors: Mapping[int, Tensor] | None = None,
+        offload: OffloadedLatents | None = None,
     ) -> None:
+        self.offload = offload
         self.parameters = list(parameters)
         if any(p.ndim != 2 or p.dtype != torch.bfloat16 for p in self.parameters):
             raise ValueError("lean Muon takes bfloat16 matrices")
-        self.buffers = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        self.buffers = [self._buffer_of(p) for p in self.parameters]
         self.lr, self.seed, self.weight_decay, self.factors = lr, seed, weight_decay, factors or {}
         self._number = 0
         for place, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(lambda p, place=place: self._step(p, place))
+
+    def _buffer_of(self, parameter: Tensor) -> Tensor:
+        momentum = torch.zeros_like(parameter, requires_grad=False)
+        return momentum if self.offload is None or parameter not in self.offload else self.offload.page_locked(momentum)
 
     def momenta(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter with its momentum."""
@@ -58,7 +66,9 @@ class LeanMuon:
         self._number = number
 
     def step(self) -> None:
-        """Nothing: every matrix has stepped already."""
+        """Every matrix has stepped already."""
+        if self.offload is not None:
+            self.offload.settle()
 
     @torch.no_grad()
     def _step(self, parameter: Tensor, place: int) -> None:
@@ -68,14 +78,17 @@ class LeanMuon:
         if ranks.world > 1:
             dist.all_reduce(grad)
             grad /= ranks.world
-        mean = torch.lerp(self.buffers[place].float(), grad, 1 - MOMENTUM)
-        self.buffers[place].copy_(mean)
+        momentum = self.buffers[place].to(grad.device, non_blocking=True)
+        mean = torch.lerp(momentum.float(), grad, 1 - MOMENTUM)
+        self.buffers[place].copy_(mean.bfloat16(), non_blocking=True)
         update = direction(grad[None], mean[None], self.factors.get(id(parameter)))[0]
         latent = parameter.float()
         if self.weight_decay:
             update += self.weight_decay * latent
         generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, 3, self._number, place))
         put_stochastic_(parameter, latent - self.lr * update, generator)
+        if self.offload is not None and parameter in self.offload:
+            self.offload.stepped(parameter)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from tritflow.calibration.artifacts import write_tensors
 from tritflow.config import DistillationConfig
 from tritflow.distillation.lean import LeanMuon
 from tritflow.distillation.muon import Muon
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.sharded import Ranks, put_, whole
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,6 +68,7 @@ class TrainingState:
         device: where the parameters are.
         extra: further tensors that a step changes in place, kept and found again with the rest; each of several
             processes has its rows of them.
+        offload: keeps latent weights in the machine's memory (lean alone).
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class TrainingState:
         config: DistillationConfig,
         device: torch.device,
         extra: Mapping[str, Tensor] | None = None,
+        offload: OffloadedLatents | None = None,
     ) -> None:
+        self.offload = offload
         self.config, self.device, self.extra = config, device, dict(extra or {})
         self.groups = [g for g in groups if g.parameters]
         self.named: dict[str, nn.Parameter] = {}
@@ -107,7 +111,7 @@ class TrainingState:
         factors = {id(group.parameters[name]): f.to(self.device) for name, f in group.factors.items()}
         settings: dict[str, Any] = {"weight_decay": group.weight_decay, "factors": factors}
         if self.config.lean:
-            return LeanMuon(group.parameters.values(), rate, seed=self.config.seed, **settings)
+            return LeanMuon(group.parameters.values(), rate, seed=self.config.seed, offload=self.offload, **settings)
         return Muon(group.parameters.values(), rate, **settings)
 
     def _adamw(self, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
@@ -180,7 +184,9 @@ class TrainingState:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether every parameter is finite, in all processes."""
-        sums = [(p.to_local() if hasattr(p, "to_local") else p).double().sum() for p in self.parameters]
+        self._wait()
+        local = (p.to_local() if hasattr(p, "to_local") else p for p in self.parameters)
+        sums = [p.sum(dtype=torch.float64).to(self.device) for p in local]
         return math.isfinite(float(Ranks.here().mean(torch.stack(sums).sum())))
 
     def save(
@@ -192,6 +198,7 @@ class TrainingState:
         retreats: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write `folder/checkpoint.safetensors` atomically, whole tensors; all processes call, the first one writes."""
+        self._wait()
         ranks = Ranks.here()
         tensors = {"losses": self.losses}
 
@@ -211,6 +218,11 @@ class TrainingState:
             note |= {"retreats": list(retreats)} if retreats else {}
             write_tensors(folder / CHECKPOINT, tensors, note)
         ranks.wait()
+
+    def _wait(self) -> None:
+        """Before parameters are read that may be on their way to the machine's memory."""
+        if self.offload is not None:
+            self.offload.wait()
 
     @torch.no_grad()
     def load(self, folder: Path, run: dict[str, Any], name: str = CHECKPOINT) -> Saved | None:

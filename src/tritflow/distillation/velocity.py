@@ -22,6 +22,7 @@ from tritflow.calibration.trajectories import VELOCITY, Batch, Trajectories
 from tritflow.config import DistillationConfig
 from tritflow.distillation.guard import DistillationError, Guard
 from tritflow.distillation.losses import Measure, plain
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.sharded import Ranks
 from tritflow.distillation.state import ParameterGroup, TrainingState
@@ -59,6 +60,7 @@ def distill_(
     out_dir: Path | str,
     *,
     states: OnlineStates | None = None,
+    offload: OffloadedLatents | None = None,
     measure: Measure = plain,
     device: torch.device | str = "cpu",
     identity: dict[str, Any] | None = None,
@@ -76,6 +78,7 @@ def distill_(
         groups: what is trained, on `device`, fp32. Everything else must not require gradients.
         trajectories: training and held-out pairs.
         states: train on these instead of the recorded training pairs.
+        offload: keeps latent weights in the machine's memory (lean alone).
         measure: the training loss, see `losses`; validation is the plain mean square whatever it is.
         config: steps, rates, batch size, seed.
         out_dir: holds `checkpoint.safetensors` while running and `curve.json` in the end. A checkpoint of the
@@ -93,7 +96,7 @@ def distill_(
     device = torch.device(device)
     out_dir = Path(out_dir)
     ranks = Ranks.here()
-    state = TrainingState(groups, config, device, {} if states is None else states.state)
+    state = TrainingState(groups, config, device, {} if states is None else states.state, offload)
     run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
     saved = state.load(out_dir, run)
     if saved is None and (out_dir / "checkpoint.safetensors").exists():

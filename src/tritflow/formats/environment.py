@@ -15,6 +15,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def machine_bytes() -> int | None:
+    """The machine's memory; None where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def environment() -> dict[str, str]:
     """Facts for a bug report, label -> text. Reads versions from metadata; only torch is imported."""
     import torch

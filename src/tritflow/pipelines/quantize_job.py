@@ -16,6 +16,7 @@ import torch
 from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
 from tritflow.config import Recipe, TernaryConfig
+from tritflow.formats.environment import machine_bytes
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
 from tritflow.models import FLUX1, Family, family_of
@@ -181,7 +182,8 @@ def training_bytes(recipe: Recipe, weights: int) -> int:
     """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
 
     fp32 latent weights, gradients, and one moment (Muon) or two (AdamW); lean, latent weights and one moment in bf16;
-    a byte where trits stand still; and the teacher's weights where it trains on states made meanwhile.
+    a byte where trits stand still; nothing where latent weights are offloaded; and the teacher's weights where it
+    trains on states made meanwhile.
     """
     config = recipe.distillation
     if not config.steps:
@@ -191,25 +193,44 @@ def training_bytes(recipe: Recipe, weights: int) -> int:
         each = 4
     if not config.learning_rate:
         each = 1
+    if offloaded_bytes(recipe, weights):
+        each = 0  # but for a block's
     return (each + (2 if recipe.online.pool and each <= 4 else 0)) * weights
+
+
+def offloaded_bytes(recipe: Recipe, weights: int) -> int:
+    """What end-to-end distillation keeps in the machine's memory instead: bf16 latent weights and momenta, or 0."""
+    return 4 * weights if recipe.distillation.steps and recipe.streaming.latent_store == "ram" else 0
 
 
 def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
     """Say before hours of calibration that distillation will not fit.
 
-    Raises `QuantizeError` with what it takes, what there is, and which recipe fits.
+    Raises `QuantizeError` with what it takes, what there is, and what fits.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    offloaded, memory = world * offloaded_bytes(recipe, weights), machine_bytes()
+    if memory is not None and offloaded > memory:
+        raise QuantizeError(
+            f"recipe '{recipe.name}' keeps {_size(offloaded)} of latent weights and momenta in memory "
+            f"(streaming.latent_store), and this machine has {_size(memory)}; take --recipe large"
+        )
     needed = training_bytes(recipe, weights)
     if not needed or device.type != "cuda":
         return
-    world = 1 if replicated(recipe) else int(os.environ.get("WORLD_SIZE", "1"))
+    cards = 1 if replicated(recipe) else world
     there = torch.cuda.get_device_properties(device).total_memory
-    if needed > world * there:
+    if needed > cards * there:
+        lean = f"{4e-9 * weights:.0f} GB"  # of either
         raise QuantizeError(
             f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
-            f"GB, and {world} x {device} has {world * there / 1e9:.0f} GB; take --recipe large-distilled "
-            f"({4e-9 * weights:.0f} GB) or large (block by block)"
+            f"GB, and {cards} x {device} has {cards * there / 1e9:.0f} GB; take --recipe large-distilled ({lean}), "
+            f"large-offloaded ({lean} of the machine's memory instead) or large (block by block)"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.0f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

@@ -36,6 +36,7 @@ from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
 from tritflow.distillation.features import tapped, with_features
 from tritflow.distillation.losses import measure_of
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.parameters import latent_dtype, parameter_groups, rest_parameters
 from tritflow.distillation.reconstruction import reconstruct_blocks
 from tritflow.distillation.sharded import Ranks, gathered, shard_, whole
@@ -272,13 +273,14 @@ class _Rounding(Mapping[str, Rounded]):
 
 def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
     """The student that distillation begins with, on the job's device: training twins in the place of linears."""
-    config = job.recipe.distillation
-    model = whole_transformer(job, dtype, linears=config.learning_rate > 0)
+    config, offloaded = job.recipe.distillation, job.recipe.streaming.latent_store == "ram"
+    # Where latent weights are offloaded the dense ones pass the device one by one.
+    model = whole_transformer(job, dtype, linears=config.learning_rate > 0 and not offloaded)
     if not config.lean:
         model.float()
     # Where trits stand still the model holds no dense weights that could be rounded.
     rounded: Mapping[str, Rounded] = start if len(start) or config.learning_rate else _Rounding(job)
-    if config.learning_rate and len(start):
+    if config.learning_rate and len(start) and not offloaded:
         restore_(model, list(job.linears), _weight_of(job))
     prepare_(
         model,
@@ -288,6 +290,8 @@ def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
         activation_bits=config.activation_bits,
         latent_dtype=latent_dtype(config),
         device=job.device,
+        latent_device=torch.device("cpu") if offloaded else None,
+        weight_of=_weight_of(job) if offloaded else None,
     )
     if config.lean:
         for _, parameter in rest_parameters(model):
@@ -307,9 +311,14 @@ def _distill(
     whole_here = replicated(job.recipe)
     if not whole_here:
         shard_(model, order, job.device)
+    offload = None
+    if job.recipe.streaming.latent_store == "ram":
+        offload = OffloadedLatents(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
     measure, groups = measure_of(config, _token_grid(trajectories, job)), parameter_groups(model, config)
     with training_attention(job.device), ExitStack() as taps:
+        if offload is not None:
+            taps.enter_context(offload)
         if config.feature_weight and teacher is not None:
             # The last block's states are the velocity, but for those of the text, which nothing reads any more.
             seen, wanted = (taps.enter_context(tapped(m, order[:-1])) for m in (model, teacher))
@@ -322,6 +331,7 @@ def _distill(
             config,
             work / "distilled",
             states=states,
+            offload=offload,
             measure=measure,
             device=job.device,
             identity={"job": job.id, "trajectories": file_sha256(work / "trajectories" / "meta.json")},

@@ -76,7 +76,12 @@ def random_ternary(
 
 
 def random_student(
-    config: Mapping[str, Any], device: str, *, latent_dtype: torch.dtype, activation_bits: int = 16
+    config: Mapping[str, Any],
+    device: str,
+    *,
+    latent_dtype: torch.dtype,
+    latent_device: str | None = None,
+    activation_bits: int = 16,
 ) -> Any:
     """A `FluxTransformer2DModel` whose block linears are training twins with random latents; all else is float32.
 
@@ -84,6 +89,7 @@ def random_student(
         config: as in config.json.
         device: where it is made; nothing dense of the blocks ever exists.
         latent_dtype, activation_bits: of the twins.
+        latent_device: where their latents are (None: as all else).
     """
     model = _on_meta(config, torch.float32)
     targets = TernaryConfig()
@@ -98,7 +104,7 @@ def random_student(
             device="meta",
         )
 
-    replace_(model, lambda name, _: targets.matches(name), make, device)
+    replace_(model, lambda name, _: targets.matches(name), make, device, latent_device=latent_device)
     return model
 
 
@@ -108,6 +114,7 @@ def replace_(
     make: Callable[[str, nn.Linear], nn.Module],
     device: str = "cuda",
     modulation_device: str | None = None,
+    latent_device: str | None = None,
 ) -> None:
     """Swap linears of a model on the meta device, then give everything random content on `device`.
 
@@ -117,6 +124,7 @@ def replace_(
             `nn.Linear` fills itself in a method `fill_random_()`.
         device: where content is made.
         modulation_device: see `random_ternary`.
+        latent_device: where training twins' latents are kept (None: on `device`).
     """
     swap_linears_(model, predicate, make)
     for name, module in model.named_modules():
@@ -126,6 +134,8 @@ def replace_(
         _fill_module(module)
         if modulation_device is not None and is_modulation(name):
             module.to(modulation_device)
+        if latent_device is not None and isinstance(module, FakeTernaryLinear):
+            module.weight.data = module.weight.data.to(latent_device)
 
 
 def on_meta(config: Mapping[str, Any] = FLUX1_DEV, dtype: torch.dtype | None = None) -> Any:

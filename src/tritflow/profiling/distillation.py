@@ -10,17 +10,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tritflow import results
 from tritflow.config import DistillationConfig
+from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.parameters import latent_dtype, parameter_groups
 from tritflow.distillation.state import TrainingState
 from tritflow.distillation.step import Step, training_attention
 from tritflow.formats.architecture import FLUX1_DEV
+from tritflow.models import FLUX1
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.synthetic import random_student
@@ -40,6 +43,7 @@ def measure_steps(
     text_tokens: int = 512,
     batches: Sequence[int] = (1, 8),
     steps: int = 3,
+    latent_store: Literal["device", "ram"] = "device",
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Time optimiser steps of a whole random student; a run a batch size, for `results.append`.
@@ -53,6 +57,7 @@ def measure_steps(
         text_tokens: of each prompt.
         batches: pairs a step, one measurement each.
         steps: that are timed, after one that is not.
+        latent_store: where latent weights and momenta are kept, as in a recipe's `[streaming]`.
         progress: called as (measurements done, of how many).
 
     Returns:
@@ -63,28 +68,30 @@ def measure_steps(
     on = torch.device(device)
     settings = settings or DistillationConfig(optimizer="muon", lean=True)
     student = random_student(
-        config, device, latent_dtype=latent_dtype(settings), activation_bits=settings.activation_bits
+        config,
+        device,
+        latent_dtype=latent_dtype(settings),
+        latent_device="cpu" if latent_store == "ram" else None,
+        activation_bits=settings.activation_bits,
     )
     if settings.lean:
         student.enable_gradient_checkpointing()
-    state = TrainingState(parameter_groups(student, settings), settings, on)
-    latents = [m.weight for m in student.modules() if isinstance(m, FakeTernaryLinear)]
-    common = {
-        **results.provenance(device),
-        "model": model,
-        "random": True,
-        "weights": sum(p.numel() for p in latents),
-        "latent_bytes": sum(p.nbytes for p in latents),
-        "moment_bytes": sum(t.nbytes for t in state.tensors()[len(state.parameters) :]),
-        "settings": {name: getattr(settings, name) for name in ("optimizer", "lean", "compile_blocks")},
-        "pixels": pixels,
-        "text_tokens": text_tokens,
-        "peak_of": "GPU" if on.type == "cuda" else "process",
-    }
-    runs: list[dict[str, Any]] = []
-    with training_attention(on), training_forward(student):
+    with ExitStack() as open_:
+        offload = None
+        if latent_store == "ram":
+            offload = open_.enter_context(OffloadedLatents(student, FLUX1.block_order(config), on))
+        state = TrainingState(parameter_groups(student, settings), settings, on, offload=offload)
+        common = _common(student, state, settings, device) | {
+            "model": model,
+            "latent_store": latent_store,
+            "pixels": pixels,
+            "text_tokens": text_tokens,
+        }
+        open_.enter_context(training_attention(on))
+        open_.enter_context(training_forward(student))
         if settings.compile_blocks and on.type == "cuda":
             student.compile_repeated_blocks(fullgraph=True)
+        runs: list[dict[str, Any]] = []
         for batch in batches:
             inputs = _inputs(config, on, batch, pixels, text_tokens)
             try:
@@ -92,11 +99,26 @@ def measure_steps(
             except torch.OutOfMemoryError:
                 found = {"fits": False, "seconds": None, "peak_bytes": None}
                 state.zero_grad()
+                if offload is not None:
+                    offload.settle()
                 torch.cuda.empty_cache()
             runs.append({**common, "batch_size": batch, **found})
             if progress is not None:
                 progress(len(runs), len(batches))
     return runs
+
+
+def _common(student: Any, state: TrainingState, settings: DistillationConfig, device: str) -> dict[str, Any]:
+    latents = [m.weight for m in student.modules() if isinstance(m, FakeTernaryLinear)]
+    return {
+        **results.provenance(device),
+        "random": True,
+        "weights": sum(p.numel() for p in latents),
+        "latent_bytes": sum(p.nbytes for p in latents),
+        "moment_bytes": sum(t.nbytes for t in state.tensors()[len(state.parameters) :]),
+        "settings": {name: getattr(settings, name) for name in ("optimizer", "lean", "compile_blocks")},
+        "peak_of": "GPU" if state.device.type == "cuda" else "process",
+    }
 
 
 def _inputs(config: Mapping[str, Any], device: torch.device, batch: int, pixels: int, text: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tritflow.config import Recipe
 from tritflow.distillation.reconstruction import HOLDOUT_SAMPLES, streams_alive, windows
-from tritflow.pipelines.quantize_job import needs_teacher, training_bytes
+from tritflow.pipelines.quantize_job import needs_teacher, offloaded_bytes, training_bytes
 
 DOUBLE, SINGLE = "double", "single"
 KINDS = (DOUBLE, SINGLE)
@@ -32,7 +32,8 @@ def project(
     Returns:
         `hours` by stage and in all; `by_peak_hours`: in all, on other cards (`scaled`); `samples` kept after the
         activation budget; `disk_bytes` of trajectories and roundings; `distillation_bytes`: what end-to-end training
-        needs on the GPU before any activation (0: none); `step_seconds` as given.
+        needs on the GPU before any activation (0: none), `offloaded_bytes` in the machine's memory; `step_seconds` as
+        given.
     """
     kinds = [DOUBLE] * run["depth"][DOUBLE] + [SINGLE] * run["depth"][SINGLE]
     s, c, r, d = run["seconds"], recipe.calibration, recipe.reconstruction, recipe.distillation
@@ -45,9 +46,9 @@ def project(
         return all_read * (kept + times * (1 - kept)) if times else 0.0
 
     seconds: dict[str, float] = {}
-    count = min(c.num_prompts or prompts, prompts)
     runs_model = needs_teacher(recipe)
-    pairs = count * c.num_inference_steps if runs_model else 0
+    count = min(c.num_prompts or prompts, prompts) if runs_model else 0
+    pairs = count * c.num_inference_steps
     if pairs:
         calls = -(-count // c.batch_size) * c.num_inference_steps
         seconds["record"] = pairs * all_pass + reading(calls)
@@ -89,8 +90,9 @@ def project(
         "by_peak_hours": scaled(run["device"], total),
         "samples": samples,
         "pairs": pairs,
-        "disk_bytes": pairs * run["bytes"]["pair"] + stages * rounded,
+        "disk_bytes": pairs * run["bytes"]["pair"] + count * run["bytes"].get("trajectory", 0) + stages * rounded,
         "distillation_bytes": training_bytes(recipe, weights),
+        "offloaded_bytes": offloaded_bytes(recipe, weights),
         "step_seconds": step_seconds,
     }
 
@@ -99,8 +101,9 @@ def measured_step(runs: Iterable[Mapping[str, Any]], run: Mapping[str, Any], rec
     """Seconds of a step of `recipe` on the device and model of `run`, from the newest such of `runs` (of
     `distillation.measure_steps`); None where its batch size was not measured, or did not fit."""
     wanted = {"recipe": recipe.name, "batch_size": recipe.distillation.batch_size}
+    wanted |= {"latent_store": recipe.streaming.latent_store}
     wanted |= {name: run.get(name) for name in ("model", "device", "pixels", "text_tokens")}
-    found = [r for r in runs if all(r.get(name) == value for name, value in wanted.items())]
+    found = [r for r in runs if all({"latent_store": "device", **r}.get(n) == value for n, value in wanted.items())]
     return found[-1]["seconds"] if found else None
 
 

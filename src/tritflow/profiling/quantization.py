@@ -75,7 +75,8 @@ def measure(
         `seconds`: by stage and kind of block (`DOUBLE`, `SINGLE`): `read` (a dense block from disk), `pass` (a sample
         forward), `round` (from the weights alone), `compensate_block` (once) and `compensate_sample`, `train_step` (one
         optimiser step) and `train_sample` (each sample of it), `importance` (a sample). `peak_bytes` by stage, of the
-        GPU, or of the process on a CPU. `bytes`: a recorded pair, a sample's streams, a rounded block.
+        GPU, or of the process on a CPU. `bytes`: a recorded pair, what its trajectory's share, a sample's
+        streams, a rounded block.
     """
     if min(blocks) < 1 or batch_size < 2 or samples < 2 * batch_size or steps < 2:
         raise ValueError("a measurement needs a block of each kind, two batches of two samples and two steps")
@@ -87,11 +88,13 @@ def measure(
         root = Path(folder)
         source = _random_source(root / "transformer", small)
         linears = list(FLUX1.block_linears(small))
-        trajectories = _random_trajectories(root / "trajectories", small, samples + _HELD, pixels, text_tokens, dtype)
+        trajectories, recorded = _random_trajectories(
+            root / "trajectories", small, samples + _HELD, pixels, text_tokens, dtype
+        )
         streamed = streamed_blocks(source, FLUX1, linears, on, dtype)
         clock.tick()
         seconds: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-        sizes = {"pair": trajectories.nbytes // len(trajectories), "streams": sample_bytes(streamed, trajectories)}
+        sizes = {**recorded, "streams": sample_bytes(streamed, trajectories)}
         _passes(streamed, trajectories, batch_size, clock, seconds)
         start = _round(source, streamed, root, clock, seconds)
         sizes |= {f"rounded_{_kind(p.stem)}": p.stat().st_size for p in sorted((root / "start").glob("*.safetensors"))}
@@ -327,7 +330,8 @@ def _random_source(folder: Path, config: Mapping[str, Any]) -> Source:
 
 def _random_trajectories(
     folder: Path, config: Mapping[str, Any], count: int, pixels: int, text_tokens: int, dtype: torch.dtype
-) -> Trajectories:
+) -> tuple[Trajectories, dict[str, int]]:
+    """Recorded pairs, a trajectory each, and how many bytes a pair takes and what all pairs of a trajectory share."""
     side = max(1, pixels // 16)
     generator = torch.Generator().manual_seed(1)
 
@@ -344,9 +348,11 @@ def _random_trajectories(
         }
         if config.get("guidance_embeds"):
             trajectory["guidance"] = torch.full((1,), 3.5)
-        writer.write(number, {"hidden_states": hidden, "timestep": timestep, VELOCITY: hidden.clone()}, trajectory)
+        pair = {"hidden_states": hidden, "timestep": timestep, VELOCITY: hidden.clone()}
+        writer.write(number, pair, trajectory)
     image = torch.zeros(side, side, 3)
     image[..., 1], image[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
     shared = {"txt_ids": torch.zeros(text_tokens, 3), "img_ids": image.reshape(-1, 3)}
     writer.finish(count, {name: t.to(dtype) for name, t in shared.items()}, {})
-    return Trajectories(folder, holdout=_HELD / count)
+    sizes = {"pair": sum(t.nbytes for t in pair.values()), "trajectory": sum(t.nbytes for t in trajectory.values())}
+    return Trajectories(folder, holdout=_HELD / count), sizes

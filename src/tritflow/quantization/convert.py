@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritflow.config import Ternarizer, TernaryConfig
 from tritflow.modules.fake import FakeTernaryLinear
@@ -24,6 +24,8 @@ def prepare_(
     activation_bits: int | None = None,
     latent_dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    latent_device: torch.device | None = None,
+    weight_of: Callable[[str], Tensor] | None = None,
 ) -> list[str]:
     """Replace every linear that `config` matches by a `FakeTernaryLinear` that starts from its rounding.
 
@@ -35,6 +37,8 @@ def prepare_(
         activation_bits: 8 or 16, overriding the mode.
         latent_dtype: of the twins' latent weights; int8 for trits that stand still.
         device: of the twins (None: each where its linear is).
+        latent_device: of their latent weights (None: as the twins).
+        weight_of: gives the weight [N, K] of a linear by name where the model's own is on the meta device.
 
     Returns:
         Names of the replaced linears, in the model's order.
@@ -45,8 +49,10 @@ def prepare_(
     bits = activation_bits if activation_bits is not None else (8 if config.mode == "w2a8" else 16)
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
+        if weight_of is not None:
+            linear.weight = nn.Parameter(weight_of(name), requires_grad=False)
         q = _rounding(name, linear, config, ternarizer, rounded)
-        return twin_of(
+        twin = twin_of(
             linear,
             q,
             activation_bits=bits,
@@ -54,6 +60,9 @@ def prepare_(
             latent_dtype=latent_dtype,
             device=device,
         )
+        if latent_device is not None:
+            twin.weight.data = twin.weight.data.to(latent_device)
+        return twin
 
     return _swap(model, config, make)
 

@@ -81,7 +81,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
     Args:
         recipe: as loaded.
-        settings: "table.key=value" or "key=value" each, the value as TOML has it.
+        settings: "table.key=value" or "key=value" each, the value as TOML has it; a word needs no quotes.
 
     Raises:
         ConfigError: a setting that is none, or that cannot be.
@@ -91,16 +91,21 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     data = {k: v for k, v in recipe_dict(recipe).items() if k != "name" and v is not None}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        try:
-            given = tomllib.loads(f"{key} = {value}") if equals else {}
-        except tomllib.TOMLDecodeError:
-            given = {}
+        given = (_toml(f"{key} = {value}") or _toml(f'{key} = "{value}"')) if equals and value else {}
         if not given:
             raise ConfigError(f"--set {setting}: write TABLE.KEY=VALUE, such as distillation.steps=20000")
         for name, changed in given.items():
             here = data.get(name)
             data[name] = here | changed if isinstance(here, dict) and isinstance(changed, dict) else changed
     return _build(data, recipe.name, recipe.name)
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """What a line of TOML says; nothing where it is none."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
 
 
 def _build(data: dict[str, Any], label: str, name: str | Path) -> Recipe:
@@ -164,7 +169,7 @@ def advice(name: str | Path, weights: int) -> str | None:
     steps = recipe.reconstruction.steps + recipe.distillation.steps
     if recipe.compensation or steps or recipe.smoothing is not None:
         return None
-    large = "large (one 24-80 GB GPU) or large-distilled (one of 80 GB)"
+    large = "large (one 24-80 GB GPU), large-offloaded (with 64 GB of memory) or large-distilled (one of 80 GB)"
     better = large if weights >= LARGE_FROM else "balanced (a GPU), or demo (minutes on a CPU)"
     return (
         f"recipe {recipe.name} only rounds, and rounding alone breaks pictures; to keep them, into another OUT: "
@@ -250,6 +255,11 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(
             f'recipe {recipe.name}: distillation.lean is for optimizer = "muon", whose matrices step one by one, and '
             "keeps no hidden states for feature_weight"
+        )
+    if recipe.streaming.latent_store == "ram" and d.steps and not (d.lean and d.learning_rate and not d.compile_blocks):
+        raise ConfigError(
+            f'recipe {recipe.name}: streaming.latent_store = "ram" needs a distillation with lean = true, '
+            "compile_blocks = false and a learning_rate above 0"
         )
     if d.feature_weight < 0 or (d.feature_weight and not recipe.online.pool):
         raise ConfigError(

@@ -15,6 +15,7 @@ _DISTILLATION = """Examples:
 \b
   tritflow bench distillation --device cuda --results benchmarks/results     # FLUX.1-dev's size: one card of 80 GB
   tritflow bench distillation --device cuda --pixels 512 --batch-size 1,8,16
+  tritflow bench distillation --device cuda --latent-store ram --batch-size 1,4   # 24 GB, and 48 GB of memory
   tritflow bench distillation --like small --pixels 128 --text-tokens 64 --recipe balanced   # on this CPU
 """
 
@@ -33,6 +34,9 @@ def distillation(
     text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, help="Of each prompt.")] = 512,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Pairs a step, joined by commas.")] = "1,8",
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after one that is not.")] = 3,
+    latent_store: Annotated[
+        str | None, typer.Option("--latent-store", help="device or ram (default: as the recipe).")
+    ] = None,
     note: Note = "",
     results: Results = None,
     json: Json = False,
@@ -44,7 +48,7 @@ def distillation(
     from tritflow.pipelines.loading import pick_device
     from tritflow.profiling import distillation as bench
     from tritflow.profiling.quantization import config_like
-    from tritflow.recipes import load_recipe
+    from tritflow.recipes import load_recipe, override
 
     batches = whole_numbers("--batch-size", batch_size)
     chosen = load_recipe(recipe)
@@ -53,6 +57,8 @@ def distillation(
     settings = chosen.distillation
     if compiled is not None:
         settings = dataclasses.replace(settings, compile_blocks=compiled)
+    if latent_store is not None:
+        chosen = override(chosen, [f"streaming.latent_store={latent_store}"])
     config, name = config_like(like)
     on = str(pick_device(device))
     with progress("measuring", shown=not json) as update:
@@ -65,6 +71,7 @@ def distillation(
             text_tokens=text_tokens,
             batches=batches,
             steps=steps,
+            latent_store=chosen.streaming.latent_store,
             progress=update,
         )
     for run in runs:
