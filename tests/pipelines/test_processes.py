@@ -1,4 +1,4 @@
-"""`torchrun ... tritflow quantize`: the first process does all but distillation, which is spread over all."""
+"""`torchrun ... tritflow quantize`: recording and distillation are spread over all, the rest is the first's."""
 
 import json
 
@@ -34,14 +34,17 @@ def test_two_processes_make_one_student(tiny_flux, tmp_path):
     )
 
     command = ["-m", "tritflow.cli.main", "quantize", str(tiny_flux), str(tmp_path / "two")]
-    command += ["--recipe", str(recipe), "--prompts", str(prompts), "--device", "cpu", "--json"]
+    command += ["--recipe", str(recipe), "--prompts", str(prompts), "--device", "cpu", "--json", "--keep-work"]
     done = forked.torchrun(command, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(done.stdout)  # one process speaks
-    one = quantize(tiny_flux, tmp_path / "one", str(recipe), prompts=prompts, device="cpu")
+    one = quantize(tiny_flux, tmp_path / "one", str(recipe), prompts=prompts, device="cpu", keep_work=True)
     verify_folder(tmp_path / "two" / "transformer")
     assert json.loads((tmp_path / "two" / "meta.json").read_text())["complete"]
-    assert not (tmp_path / "two" / ".work").exists()
+    recorded = [tmp_path / name / ".work" / "trajectories" for name in ("one", "two")]
+    assert len(list(recorded[1].glob("shard-*"))) == 2  # one from each process
+    for path in recorded[0].iterdir():
+        assert path.read_bytes() == (recorded[1] / path.name).read_bytes(), path.name
     assert {int(k) for k in two["validation_mse"]} == set(one.validation) == {0, 4, 8}
     assert two["validation_mse"]["0"] == pytest.approx(one.validation[0], rel=1e-5)
     assert two["validation_mse"]["8"] == pytest.approx(one.validation[8], rel=1e-2)

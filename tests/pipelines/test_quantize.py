@@ -396,6 +396,14 @@ def test_latents_in_memory_give_the_same_bytes_and_go_on_without(tiny_flux, prom
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_flux, tmp_path / "cut", recipe, settings=away, on_progress=kill, **options)
     assert quantize(tiny_flux, tmp_path / "cut", recipe, **options).digest == whole.digest
+    if not compensated:  # a leg begins alike, too
+        legs = {
+            name: quantize(
+                tiny_flux, tmp_path / name, recipe, settings=how, start=tmp_path / "whole", seed=1, **options
+            )
+            for name, how in (("on", []), ("on-away", away))
+        }
+        assert legs["on"].digest == legs["on-away"].digest != whole.digest
 
 
 def test_memory_that_latents_do_not_fit_into_is_told_before_any_work(tiny_flux, prompts, tmp_path, monkeypatch):

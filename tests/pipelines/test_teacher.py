@@ -4,8 +4,10 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from tritflow.calibration.artifacts import file_sha256
 from tritflow.calibration.trajectories import Trajectories, TrajectoryError
 from tritflow.config import CalibrationConfig
+from tritflow.distillation.sharded import Ranks
 from tritflow.pipelines.teacher import TeacherError, _plan, _Recorder, record_trajectories
 
 PROMPTS = ["a red cube", "a blue circle on a square", "two stars", "three hearts", "a cross"]
@@ -98,6 +100,40 @@ def test_a_killed_recording_resumes_to_the_same_bytes(pipe, tmp_path, monkeypatc
     assert isinstance(data, Trajectories)
     with pytest.raises(TrajectoryError, match="another configuration"):
         record_trajectories(pipe, PROMPTS, tmp_path / "cut", dataclasses.replace(CONFIG, seed=8))
+
+
+def test_processes_share_the_shards(pipe, tmp_path, monkeypatch):
+    """As two would, one after the other; `tests/pipelines/test_processes.py` has two real ones."""
+    told, read = [], []
+
+    class Half(Ranks):
+        def wait(self):
+            pass
+
+        def every(self, value):
+            told.append(value)
+            return told
+
+    def digest(path):
+        read.append(path.name)
+        return file_sha256(path)
+
+    record_trajectories(pipe, PROMPTS, tmp_path / "whole", CONFIG)
+    monkeypatch.setattr("tritflow.calibration.trajectories.file_sha256", digest)
+    calls = []
+    with pytest.raises(TrajectoryError, match="not finished"):  # the first process has not been there yet
+        record_trajectories(
+            pipe, PROMPTS, tmp_path / "two", CONFIG, ranks=Half(1, 2), on_progress=lambda *now: calls.append(now)
+        )
+    assert calls == [(4, 5)]
+    assert [p.name for p in (tmp_path / "two").glob("shard-*")] == ["shard-00001.safetensors"]
+    record_trajectories(
+        pipe, PROMPTS, tmp_path / "two", CONFIG, ranks=Half(0, 2), on_progress=lambda *now: calls.append(now)
+    )
+    assert calls[1:] == [(4, 5), (5, 5)]
+    assert read == ["shared.safetensors"]  # nobody's shard was read for its checksum
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
 def test_refusals(pipe, tmp_path):

@@ -96,24 +96,37 @@ class TrajectoryWriter:
             _shard(self.folder, shard), {**steps, **trajectory}, {"step_tensors": sorted(steps), "shard": shard}
         )
 
-    def finish(self, shards: int, shared: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    @property
+    def digests(self) -> dict[int, str]:
+        """SHA-256 of the shards that were written now, by number."""
+        return dict(self._digests)
+
+    def finish(
+        self,
+        shards: int,
+        shared: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        digests: Mapping[int, str] | None = None,
+    ) -> None:
         """Close the folder.
 
         Args:
             shards: how many there must be.
             shared: tensors passed alike to every forward.
             dtypes: of the transformer's own keyword arguments, where the stored ones are more compact.
+            digests: of shards that other writers of the same folder wrote, so that they are not read for it.
         """
         missing = [i for i in range(shards) if not self.has(i)]
         if missing:
             raise TrajectoryError(f"{self.folder}: shard {missing[0]} is missing, the recording is not complete")
         write_tensors(self.folder / "shared.safetensors", shared)
+        known = {**(digests or {}), **self._digests}
         files = [_shard(self.folder, i) for i in range(shards)]
         self._meta |= {
             "complete": True,
             "dtypes": {name: str(d).removeprefix("torch.") for name, d in sorted(dtypes.items())},
             # Shards of an earlier run are read once more; a large recording would take as long again for all.
-            "shards": [{"file": f.name, "sha256": self._digests.get(i) or file_sha256(f)} for i, f in enumerate(files)],
+            "shards": [{"file": f.name, "sha256": known.get(i) or file_sha256(f)} for i, f in enumerate(files)],
             "shared_sha256": file_sha256(self.folder / "shared.safetensors"),
         }
         write_json(self.folder / "meta.json", self._meta)

@@ -6,7 +6,9 @@ step as soon as its gradient is known (`lean`), and goes home. What is computed 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,7 +40,7 @@ class OffloadedLatents:
             block = model.get_submodule(name)
             latents = [m.weight for m in block.modules() if isinstance(m, FakeTernaryLinear) and m.moves]
             for latent in latents:
-                latent.data = self._homes[id(latent)] = self.page_locked(latent.data.cpu())
+                latent.data = self._homes[id(latent)] = self.page_locked(latent.data)
             self._handles += [
                 block.register_forward_pre_hook(lambda *_, latents=latents: self._fetch(latents)),
                 block.register_forward_hook(lambda *_, latents=latents: self._leave(latents)),
@@ -56,15 +58,22 @@ class OffloadedLatents:
         self.close()
 
     def page_locked(self, tensor: Tensor) -> Tensor:
-        """A tensor in the machine's memory, locked there for copies at full speed; as it is where that is refused.
+        """A copy of a tensor in pages of its own, locked for copies at full speed where the system allows it.
 
         PyTorch's own pinned memory comes in powers of two, which would be half as much again.
         """
-        if self.device.type == "cuda" and tensor.numel():
-            error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-            if int(error) == 0:
-                self._locked.append(tensor)
-        return tensor
+        if not tensor.numel():
+            return tensor.cpu()
+        pages = mmap.mmap(-1, tensor.nbytes)  # lives as long as what is made of it
+        held = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+        held.copy_(tensor)
+        if self.device.type == "cuda":
+            if int(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0)) == 0:
+                self._locked.append(held)
+            else:
+                with suppress(RuntimeError):  # whatever is launched next would be told of it
+                    torch.zeros(1, device=self.device)
+        return held
 
     def stepped(self, parameter: Tensor) -> None:
         """Send a latent weight home that has taken its step."""

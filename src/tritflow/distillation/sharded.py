@@ -79,6 +79,14 @@ class Ranks:
             value = found[0]
         return value
 
+    def every(self, value: T) -> list[T]:
+        """What each process gives, in order, in all of them."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:

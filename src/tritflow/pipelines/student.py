@@ -84,7 +84,7 @@ class Learned:
 def learn(job: Job, work: Path, progress: Progress) -> Learned:
     """Run the stages of a recipe that needs the teacher. `work` keeps what is finished.
 
-    Of several processes the first runs all stages but distillation; all call this.
+    Several processes record and distil together, the first one does what is between; all call this.
     """
     summary = work / "learned.json"
     ranks = Ranks.here()
@@ -104,8 +104,7 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
 
 def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict[int, float], list[dict[str, Any]]]:
     dtype = torch.bfloat16 if job.device.type == "cuda" else torch.float32
-    if ranks.first:
-        _calibrate(job, work, dtype, progress)
+    _calibrate(job, work, dtype, progress, ranks)
     ranks.wait()
     if not job.recipe.distillation.steps:
         return {}, []
@@ -119,8 +118,8 @@ def _tunes_rest(job: Job) -> bool:
     return job.recipe.distillation.rest_learning_rate > 0 or job.start is not None
 
 
-def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> None:
-    """All that needs one dense block at a time."""
+def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress, ranks: Ranks) -> None:
+    """All that needs one dense block at a time: recording by all processes, the rest by the first one."""
     with streamed_teacher(job, dtype) as (blocks, pipe):
         assert job.prompts is not None
         trajectories = record_trajectories(
@@ -129,9 +128,12 @@ def _calibrate(job: Job, work: Path, dtype: torch.dtype, progress: Progress) -> 
             work / "trajectories",
             job.recipe.calibration,
             parents={"source": job.source.fingerprint()},
+            ranks=ranks,
             on_progress=lambda done, total: progress("record", done, total),
         )
         del pipe  # text encoders and VAE are not needed any more
+        if not ranks.first:
+            return
         records = Records(job, trajectories, work / RECORDS)
         shelf = Shelf.of(job.recipe.streaming, work / "streams")
         compensated = RoundedStore(work / "compensated", job.id)

@@ -22,6 +22,7 @@ from tritflow.calibration.artifacts import provenance
 from tritflow.calibration.prompts import Prompt, PromptSet, from_texts
 from tritflow.calibration.trajectories import VELOCITY, Trajectories, TrajectoryWriter, seed_of
 from tritflow.config import CalibrationConfig
+from tritflow.distillation.sharded import Ranks
 from tritflow.pipelines.loading import GenerationDefaults, generation_defaults
 
 Driver = Callable[..., Tensor]
@@ -51,11 +52,13 @@ def record_trajectories(
     store_dtype: torch.dtype | None = None,
     parents: dict[str, str] | None = None,
     driver: Driver | None = None,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Trajectories:
     """Run the teacher over prompts and keep (kwargs, velocity) of every step; resumes shard by shard.
 
-    With a `driver`, the states are those that the driver comes to by itself, and the velocities the teacher's there.
+    Several processes, each with a pipeline of its own, share the shards; the bytes are those of one. With a `driver`,
+    the states are those that the driver comes to by itself, and the velocities the teacher's there.
 
     Args:
         pipe: a `FluxPipeline` with a flow-match Euler scheduler, on its device.
@@ -68,7 +71,9 @@ def record_trajectories(
         parents: hashes of what this depends on, for meta.json (None: a fingerprint of the transformer).
         driver: called with the transformer's keyword arguments, gives the velocity that the sampler follows (None: the
             teacher's own).
-        on_progress: called as (trajectories done, of how many) after each shard.
+        ranks: the processes that record together; all call this (None: this one alone).
+        on_progress: called as (trajectories done, of how many) after each shard of this process, as if the others had
+            come as far.
 
     Returns:
         The finished `Trajectories`.
@@ -97,7 +102,12 @@ def record_trajectories(
         "dtype": [str(dtype), str(store_dtype)],
         **sizes,
     }
+    ranks = ranks or Ranks()
+    if not ranks.first:
+        ranks.wait()  # for the first one's meta.json
     writer = TrajectoryWriter(out_dir, identity, provenance(device))
+    if ranks.first:
+        ranks.wait()
     plans = [_plan(i, p, config) for i, p in enumerate(chosen)]
     shards = [plans[i : i + config.batch_size] for i in range(0, len(plans), config.batch_size)]
     if writer.complete:
@@ -107,17 +117,20 @@ def record_trajectories(
     with ThreadPoolExecutor(1) as pool:
         # One shard is written while the next is recorded; not more, or memory would hold them all.
         writing: Future[None] | None = None
-        for number, batch in enumerate(shards):
+        for number, batch in list(enumerate(shards))[ranks.rank :: ranks.world]:
             tensors = None if writer.has(number) else recorder.run(batch)
             if writing is not None:
                 writing.result()
             writing = None if tensors is None else pool.submit(writer.write, number, *tensors)
-            done += len(batch)
+            done += ranks.world * len(batch)
             if on_progress is not None:
-                on_progress(done, len(plans))
+                on_progress(min(done, len(plans)), len(plans))
         if writing is not None:
             writing.result()
-    writer.finish(len(shards), recorder.shared(), recorder.dtypes())
+    digests = {number: digest for found in ranks.every(writer.digests) for number, digest in found.items()}
+    if ranks.first:
+        writer.finish(len(shards), recorder.shared(), recorder.dtypes(), digests)
+    ranks.wait()
     pipe.maybe_free_model_hooks()
     return Trajectories(out_dir)
 
