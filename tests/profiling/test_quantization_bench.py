@@ -89,7 +89,9 @@ def test_a_projection_is_the_sum_of_its_parts():
     assert hours["compensate"] == pytest.approx(3 * 5 + 8 * 3 * 4)
     # Windows (0, 1), (1, 2), (2, 3): 1 + 1, 1 + .5, .5 + .5 blocks' worth are trained; half of the blocks twice.
     trained = 10 * (8 + 4 * 6) * (2 + 1.5 + 1)
-    assert hours["reconstruct"] == pytest.approx(trained + (16 + 32) * 6 * 2.5 + 6 * 3 * 7 + (2 * 2 + 3 * 1.5) * 3)
+    assert hours["reconstruct"] == pytest.approx(
+        trained + (16 + 32) * 6 * 2.5 + 6 * 3 * (7 + 2) + (2 * 2 + 3 * 1.5) * 3
+    )
     assert hours["distill"] == pytest.approx(7 * 3 * (8 + 3 * 6))
     assert hours["write"] == pytest.approx(3 * 3)
     assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
@@ -140,11 +142,18 @@ def test_hours_follow_from_what_is_stored_and_from_whole_steps(tmp_path):
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    made = {**MADE, "text_tokens": 512, "versions": {}, "command": "bench", "time": "2026-01-01T00:00:00Z"}
+    made = {
+        **MADE,
+        "model": "FLUX.1-dev",
+        "text_tokens": 512,
+        "versions": {},
+        "command": "bench",
+        "time": "2026-01-01T00:00:00Z",
+    }
     path = path_for(tmp_path, "quantization-cuda", made["device"])
     append(path, "quantization-cuda", made)
     parts = bench()
-    assert parts["projected"] == [project(MADE, load_recipe("large"))]
+    assert parts["projected"] == [project(made, load_recipe("large"))]
     assert (parts["measured"], parts["seconds"]) == (made["time"], MADE["seconds"])
     large = load_recipe("large").distillation
     step = {k: made[k] for k in ("model", "device", "pixels", "text_tokens", "versions", "command", "time")}

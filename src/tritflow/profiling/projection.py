@@ -73,7 +73,8 @@ def project(
         seconds["reconstruct"] = (
             r.steps * trained
             + through
-            + weighing * sum(s[kind]["importance"] for kind in kinds)
+            # A block that does not stay runs again in the backward pass.
+            + weighing * sum(s[kind]["importance"] + (1 - kept) * s[kind]["pass"] for kind in kinds)
             + reading(2 * -(-weighing // r.importance_batch) + 3 * twice)
         )
     if d.steps:

@@ -75,8 +75,8 @@ def measure(
         `seconds`: by stage and kind of block (`DOUBLE`, `SINGLE`): `read` (a dense block from disk), `pass` (a sample
         forward), `round` (from the weights alone), `compensate_block` (once) and `compensate_sample`, `train_step` (one
         optimiser step) and `train_sample` (each sample of it), `importance` (a sample). `peak_bytes` by stage, of the
-        GPU, or of the process on a CPU. `bytes`: a recorded pair, what its trajectory's share, a sample's
-        streams, a rounded block.
+        GPU, or of the process on a CPU. `bytes`: a recorded pair, what the pairs of a
+        trajectory share, a sample's streams, a rounded block.
     """
     if min(blocks) < 1 or batch_size < 2 or samples < 2 * batch_size or steps < 2:
         raise ValueError("a measurement needs a block of each kind, two batches of two samples and two steps")

@@ -42,8 +42,6 @@ def distillation(
     json: Json = False,
 ) -> None:
     """Seconds and peak memory of an optimiser step of the whole student, with random weights."""
-    import dataclasses
-
     from tritflow.config import ConfigError
     from tritflow.pipelines.loading import pick_device
     from tritflow.profiling import distillation as bench
@@ -54,17 +52,14 @@ def distillation(
     chosen = load_recipe(recipe)
     if not chosen.distillation.steps:
         raise ConfigError(f"recipe '{chosen.name}' distils nothing; take another --recipe")
-    settings = chosen.distillation
-    if compiled is not None:
-        settings = dataclasses.replace(settings, compile_blocks=compiled)
-    if latent_store is not None:
-        chosen = override(chosen, [f"streaming.latent_store={latent_store}"])
+    given = {"distillation.compile_blocks": compiled, "streaming.latent_store": latent_store}
+    chosen = override(chosen, [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None])
     config, name = config_like(like)
     on = str(pick_device(device))
     with progress("measuring", shown=not json) as update:
         runs = bench.measure_steps(
             config,
-            settings,
+            chosen.distillation,
             model=name,
             device=on,
             pixels=pixels,

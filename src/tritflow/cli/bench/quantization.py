@@ -36,7 +36,7 @@ def quantization(
         list[str] | None, typer.Option("--recipe", help="Project this one; may be repeated (default: all).")
     ] = None,
     stored: Annotated[
-        bool, typer.Option("--stored", help="Take the newest FLUX.1-dev measurement of a GPU from --results instead.")
+        bool, typer.Option("--stored", help="Take the newest such measurement of a GPU from --results instead.")
     ] = False,
     workdir: Annotated[Path | None, typer.Option("--workdir", help="Where the random files lie meanwhile.")] = None,
     note: Note = "",
@@ -51,8 +51,9 @@ def quantization(
     from tritflow.results import provenance
 
     recipes = [load_recipe(r) for r in recipe or recipe_names()]
+    config, name = bench.config_like(like)
     if stored:
-        run = _stored(results, "quantization-cuda")[-1]
+        run = _stored(results, "quantization-cuda", name)[-1]
         now = provenance()
         run = {**run, "measured": run.get("measured", run["time"]), "time": now["time"], "projected_by": now["command"]}
     else:
@@ -61,7 +62,6 @@ def quantization(
             raise typer.BadParameter(f"--blocks {blocks}: write double+single, such as 1+1")
         if samples < 2 * batch_size:
             raise typer.BadParameter(f"--samples {samples}: at least two batches of {batch_size}")
-        config, name = bench.config_like(like)
         with progress("measuring", shown=not json) as update:
             run = bench.measure(
                 config,
@@ -78,7 +78,7 @@ def quantization(
             )
         run["note"] = note
     kind = "cuda" if run["peak_of"] == "GPU" else "cpu"
-    whole = _stored(results, f"distillation-{kind}", missing_ok=True)
+    whole = _stored(results, f"distillation-{kind}", name, missing_ok=True)
     run["projected"] = [
         projection.project(run, r, step_seconds=projection.measured_step(whole, run, r)) for r in recipes
     ]
@@ -89,13 +89,16 @@ def quantization(
         print(projection.table(run, run["projected"]))
 
 
-def _stored(folder: Path | None, topic: str, *, missing_ok: bool = False) -> list[dict[str, Any]]:
-    """All runs of a topic, oldest first."""
+def _stored(folder: Path | None, topic: str, model: str, *, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """All runs of a topic on a model, oldest first."""
     from tritflow.config import ConfigError
     from tritflow.results import read
 
     files = sorted(folder.glob(f"{topic}-*.json")) if folder is not None else []
-    runs = sorted((run for file in files for run in read(file, topic)), key=lambda run: run["time"])
+    found = (run for file in files for run in read(file, topic) if run["model"] == model)
+    runs = sorted(found, key=lambda run: run["time"])
     if not runs and not missing_ok:
-        raise ConfigError(f"--stored: no {topic} run in --results; measure on a GPU first, or name the right folder")
+        raise ConfigError(
+            f"--stored: no {topic} run of {model} in --results; measure on a GPU first, or name the right folder"
+        )
     return runs
