@@ -1,6 +1,8 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tritflow.formats.safetensors_file import SafetensorsFile
 from tritflow.formats.staging import Staging, staging
 
 
@@ -39,3 +41,11 @@ def test_a_failed_read_leaves_the_buffers_usable():
 
 def test_a_device_has_one():
     assert staging(torch.device("cpu")) is staging(torch.device("cpu"))
+
+
+def test_other_devices_are_read_by_way_of_memory(tmp_path):
+    save_file({"a": torch.arange(6.0).view(2, 3)}, tmp_path / "file.safetensors")
+    file = SafetensorsFile(tmp_path / "file.safetensors")
+    found = file.tensor("a", device="meta")
+    assert (found.device.type, found.shape, found.dtype) == ("meta", (2, 3), torch.float32)
+    assert torch.equal(file.tensor("a", device="cpu"), torch.arange(6.0).view(2, 3))

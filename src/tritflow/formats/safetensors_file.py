@@ -190,7 +190,9 @@ class SafetensorsFile:
             row_bytes = entry.nbytes // shape[0] if shape[0] else 0
             begin, shape = begin + first * row_bytes, (max(0, stop - first), *shape[1:])
         dtype = DTYPES[entry.dtype]
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
+        device = torch.device(device)
+        place = device if device.type == "cuda" else torch.device("cpu")
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=place)
         if data.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._data_start + begin)
@@ -198,7 +200,7 @@ class SafetensorsFile:
                     staging(data.device).fill(data, functools.partial(self._fill, file))
                 else:
                     self._fill(file, data.numpy().data)
-        return data.view(dtype).reshape(shape)
+        return data.view(dtype).reshape(shape).to(device)
 
     def _fill(self, file: Any, view: memoryview) -> None:
         while view:

@@ -114,7 +114,7 @@ class FolderSource(Source):
         return self._folder.entry(name).dtype
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        return _to_dense(self._folder.tensor(name, device=device), None)
+        return _to_dense(self._folder.tensor(name, device=_straight(device)), None).to(device)
 
 
 class SingleFileSource(Source):
@@ -189,11 +189,11 @@ class SingleFileSource(Source):
     def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         piece = self._piece(name)
         rows = slice(piece.start, piece.stop)
-        tensor = self.files[0].tensor(self._names[piece.source], rows, device)
+        tensor = self.files[0].tensor(self._names[piece.source], rows, _straight(device))
         if piece.swapped:
             tensor = swap_halves(tensor)
         scale = self._scale(piece)
-        return _to_dense(tensor, scale if scale is None else scale.to(device))
+        return _to_dense(tensor, scale if scale is None else scale.to(tensor.device)).to(device)
 
     def _scale(self, piece: Piece) -> Tensor | None:
         if not piece.source.endswith(".weight"):
@@ -214,6 +214,12 @@ class SingleFileSource(Source):
             scale = scale[piece.start : piece.stop]
             return (swap_halves(scale) if piece.swapped else scale)[:, None]
         return None
+
+
+def _straight(device: torch.device | str) -> torch.device:
+    """Where a tensor is read to and made dense: a CUDA device itself; others do not know fp8, or no faster way."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _require_float(dtype: str, name: str, path: Path) -> None:
