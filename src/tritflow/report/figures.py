@@ -80,23 +80,30 @@ def band_detail(runs: Sequence[Run]) -> Figure:
 
 
 def rivals(runs: Sequence[Run]) -> Figure:
-    """Two panels against measured bits a weight: score kept and PSNR; ours filled, simulated ones hollow."""
+    """Two panels against measured bits a weight: score kept and PSNR; ours large, simulated ones hollow.
+
+    No two runs have colour and marker in common.
+    """
     runs = [r for r in runs if r.get("quantizer") and r.get("paired")]
     if not runs:
         raise ReportError("no run of a quantized model was paired with its teacher")
+    ours_first = sorted(runs, key=lambda r: r["quantizer"]["name"] != "tritflow")
+    own = sum(r["quantizer"]["name"] == "tritflow" for r in runs)
     figure, panels = _figure(9.0, 3.8, 2)
     for axes, path, name in zip(panels, (_kept, _psnr), ("score kept (%)", "PSNR to the teacher (dB)"), strict=True):
-        for i, run in enumerate(runs):
+        for place, run in enumerate(ours_first):
             score = path(run)
             if not score or score.get("value") is None:
                 continue
-            ours, color = run["quantizer"]["name"] == "tritflow", _COLORS[i % len(_COLORS)]
+            ours = place < own
+            i, markers = (place, "DPX") if ours else (place - own, "os^")
+            color = _COLORS[i % len(_COLORS)]
             axes.errorbar(
                 [run["quantizer"]["bits_per_weight"]],
                 [score["value"]],
                 yerr=[[_end(score, "low")], [_end(score, "high")]],
                 color=color,
-                marker="D" if ours else ("o", "s", "^")[i // len(_COLORS) % 3],
+                marker=markers[i // len(_COLORS) % 3],
                 markersize=7 if ours else 5,
                 markerfacecolor="white" if run["quantizer"].get("simulated") else color,
                 linewidth=0,
