@@ -334,10 +334,10 @@ class StreamingConfig(_Config):
     latent_store: Literal["device", "ram"] = "device"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("activation_budget", "block_cache"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is a text such as '32GiB', not {getattr(self, name)!r}")
+        super().__post_init__()
         _ = self.budget_bytes, self.cache_bytes
 
     @property
