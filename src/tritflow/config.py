@@ -48,6 +48,11 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def bytes_text(size: int) -> str:
+    """As people say it: "12.3 GB", or "12.3 MB" below 1 GB (10^9)."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """`; did you mean 'x'?` for a misspelt word, or an empty string when nothing is close."""
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)

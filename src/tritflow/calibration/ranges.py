@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tritflow.calibration.artifacts import write_tensors
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.calibration.watching import watched
 
 
 @dataclass(frozen=True)
@@ -58,32 +59,22 @@ def input_ranges(
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            largest, total = x.abs().amax(dim=0), x.square().sum(dim=0)
-            amax[name] = torch.maximum(amax[name], largest) if name in amax else largest
-            squares[name] = squares[name] + total if name in squares else total
-            counts[name] = counts.get(name, 0) + x.shape[0]
+    def see(name: str, given: Tensor) -> None:
+        x = given.reshape(-1, given.shape[-1]).float()
+        largest, total = x.abs().amax(dim=0), x.square().sum(dim=0)
+        amax[name] = torch.maximum(amax[name], largest) if name in amax else largest
+        squares[name] = squares[name] + total if name in squares else total
+        counts[name] = counts.get(name, 0) + x.shape[0]
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in linears]
     size = trajectories.size("train")
     chosen = torch.linspace(0, size - 1, min(samples, size)).round().long()
     done = 0
-    try:
+    with watched({name: model.get_submodule(name) for name in linears}, see):
         for indices in chosen.split(batch_size):
             run(**trajectories.pairs(indices, "train", device).kwargs)
             done += len(indices)
             if on_progress is not None:
                 on_progress(done, len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in linears if name not in amax]
-    if missing:
-        raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
     return {name: InputRange(amax[name].cpu(), (squares[name] / counts[name]).cpu()) for name in linears}
 
 

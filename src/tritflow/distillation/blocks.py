@@ -40,3 +40,7 @@ class Blocks:
     def inside(self, block: str) -> list[str]:
         """Ternary linears of a block."""
         return [name for name in self.linears if name.startswith(f"{block}.")]
+
+    def leaves(self, block: str, module: nn.Module) -> dict[str, nn.Module]:
+        """Ternary linears of a block by their full names, in `module`: the block itself or a copy."""
+        return {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in self.inside(block)}

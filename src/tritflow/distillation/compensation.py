@@ -7,12 +7,13 @@ whatever the model's depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.trajectories import Trajectories
+from tritflow.calibration.watching import watched
 from tritflow.distillation.block_streams import Streams, first_inputs, sample_bytes
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.shelf import Room, Shelf, spread
@@ -74,14 +75,12 @@ def compensate_blocks(
             blocks, trajectories, indices, batch_size=batch_size, shelf=shelf, store=place, mixed=False
         )
     for number, block in enumerate(order):
-        inside = blocks.inside(block)
         if number in todo:
             with dense.loaded(block) as module:
-                leaves = {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in inside}
-                found = input_statistics(streams, module, leaves)
+                found = input_statistics(blocks, block, module, streams)
                 rounded = {
                     name: _round(name, leaf, weight_of(name).to(dense.device), found.pop(name), column_scale, column_of)
-                    for name, leaf in leaves.items()
+                    for name, leaf in blocks.leaves(block, module).items()
                 }
             store.write(block, rounded)
         if todo and number < todo[-1]:
@@ -92,41 +91,28 @@ def compensate_blocks(
 
 def _rounded_copy(blocks: Blocks, block: str, store: RoundedStore) -> nn.Module:
     new = blocks.dense.copy(block)
-    for name in blocks.inside(block):
-        overwrite_(new.get_submodule(name.removeprefix(f"{block}.")), store[name])
+    for name, leaf in blocks.leaves(block, new).items():
+        overwrite_(leaf, store[name])
     return new
 
 
-def input_statistics(
-    streams: Streams, module: nn.Module, linears: Mapping[str, nn.Module]
-) -> dict[str, InputStatistics]:
-    """What a block's linears see while `streams` pass it; its outputs are dropped.
+def input_statistics(blocks: Blocks, block: str, module: nn.Module, streams: Streams) -> dict[str, InputStatistics]:
+    """What a block's linears see while `streams` pass it (`module`: the block, loaded); its outputs are dropped.
 
     Raises:
         ValueError: one of them never ran.
     """
     found: dict[str, InputStatistics] = {}
-    hooks = [linear.register_forward_pre_hook(_watch(name, found)) for name, linear in linears.items()]
-    try:
-        for _ in streams.outputs(module):
-            pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    missing = [name for name in linears if name not in found]
-    if missing:
-        raise ValueError(f"'{missing[0]}' never ran: it cannot be calibrated")
-    return found
 
-
-def _watch(name: str, found: dict[str, InputStatistics]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+    def see(name: str, x: Tensor) -> None:
         if name not in found:
             found[name] = InputStatistics.empty(x.shape[-1], x.device)
         found[name].add(x)
 
-    return hook
+    with watched(blocks.leaves(block, module), see):
+        for _ in streams.outputs(module):
+            pass
+    return found
 
 
 def _round(

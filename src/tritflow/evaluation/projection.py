@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tritflow.config import bytes_text
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.images import MANIFEST, META, ImageSetError, Settings, read_manifest, read_meta
 
@@ -41,7 +42,7 @@ class Projection:
         if self.bytes_needed > self.bytes_free:
             raise EvaluationError(
                 f"{self.pictures - self.present:,} pictures of {self.model} need about "
-                f"{_size(self.bytes_needed)}, and {_size(self.bytes_free)} are free; "
+                f"{bytes_text(self.bytes_needed)}, and {bytes_text(self.bytes_free)} are free; "
                 "make room or choose another --out"
             )
 
@@ -54,7 +55,7 @@ class Projection:
         time += f" (as {self.told_by} took)" if self.told_by and self.seconds is not None else ""
         return (
             f"{self.model}: {self.pictures:,} pictures{there}; to draw {left:,}: about "
-            f"{_size(self.bytes_needed)} of {_size(self.bytes_free)} free{time}"
+            f"{bytes_text(self.bytes_needed)} of {bytes_text(self.bytes_free)} free{time}"
         )
 
 
@@ -141,10 +142,6 @@ def _pace(folder: Path, entries: list[dict[str, Any]]) -> float | None:
     times = sorted((folder / e["path"]).stat().st_mtime for e in entries)
     gaps = sorted(b - a for a, b in zip(times, times[step:], strict=False))
     return gaps[len(gaps) // 2] / step if gaps else None
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:

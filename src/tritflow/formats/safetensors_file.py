@@ -190,9 +190,7 @@ class SafetensorsFile:
             row_bytes = entry.nbytes // shape[0] if shape[0] else 0
             begin, shape = begin + first * row_bytes, (max(0, stop - first), *shape[1:])
         dtype = DTYPES[entry.dtype]
-        device = torch.device(device)
-        place = device if device.type == "cuda" else torch.device("cpu")
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=place)
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=straight(device))
         if data.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._data_start + begin)
@@ -221,6 +219,12 @@ class SafetensorsFile:
                 self._fill(file, part)
                 yield part
                 left -= len(part)
+
+
+def straight(device: torch.device | str) -> torch.device:
+    """Where bytes of a file can be read to on their way to `device`: a CUDA device itself, else memory."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _naturals(value: Any) -> bool:

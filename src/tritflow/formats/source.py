@@ -17,7 +17,7 @@ from tritflow.formats.architecture import Shape, check_shapes, flux1_shapes, is_
 from tritflow.formats.errors import CheckpointError
 from tritflow.formats.folder import TensorFolder, read_json_object
 from tritflow.formats.locate import resolve_transformer
-from tritflow.formats.safetensors_file import DTYPES, SafetensorsFile, strict_json
+from tritflow.formats.safetensors_file import DTYPES, SafetensorsFile, straight, strict_json
 from tritflow.formats.single_file import Piece, bfl_pieces, infer_config, strip_prefix, swap_halves
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -60,13 +60,17 @@ class Source(ABC):
     def stored_dtype(self, name: str) -> str:
         """The dtype on disk, spelt as in safetensors."""
 
-    @abstractmethod
     def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one tensor to `device`: fresh, contiguous, as stored; fp8 becomes bf16, times its scale if it has one.
 
         Raises:
             CheckpointError: no such tensor, or the file shrank meanwhile.
         """
+        return self._dense(name, straight(device)).to(device)  # not every device knows fp8
+
+    @abstractmethod
+    def _dense(self, name: str, device: torch.device) -> Tensor:
+        """`tensor`, to the CPU or a CUDA device."""
 
     def fingerprint(self) -> str:
         """A short name for these weights, from the config, the headers and samples of the data: 16 hex digits.
@@ -113,8 +117,8 @@ class FolderSource(Source):
     def stored_dtype(self, name: str) -> str:
         return self._folder.entry(name).dtype
 
-    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        return _to_dense(self._folder.tensor(name, device=_straight(device)), None).to(device)
+    def _dense(self, name: str, device: torch.device) -> Tensor:
+        return _to_dense(self._folder.tensor(name, device=device), None)
 
 
 class SingleFileSource(Source):
@@ -186,14 +190,14 @@ class SingleFileSource(Source):
             raise CheckpointError(f"{self.path} has no tensor '{name}'")
         return self._pieces[name]
 
-    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+    def _dense(self, name: str, device: torch.device) -> Tensor:
         piece = self._piece(name)
         rows = slice(piece.start, piece.stop)
-        tensor = self.files[0].tensor(self._names[piece.source], rows, _straight(device))
+        tensor = self.files[0].tensor(self._names[piece.source], rows, device)
         if piece.swapped:
             tensor = swap_halves(tensor)
         scale = self._scale(piece)
-        return _to_dense(tensor, scale if scale is None else scale.to(tensor.device)).to(device)
+        return _to_dense(tensor, None if scale is None else scale.to(device))
 
     def _scale(self, piece: Piece) -> Tensor | None:
         if not piece.source.endswith(".weight"):
@@ -214,12 +218,6 @@ class SingleFileSource(Source):
             scale = scale[piece.start : piece.stop]
             return (swap_halves(scale) if piece.swapped else scale)[:, None]
         return None
-
-
-def _straight(device: torch.device | str) -> torch.device:
-    """Where a tensor is read to and made dense: a CUDA device itself; others do not know fp8, or no faster way."""
-    device = torch.device(device)
-    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _require_float(dtype: str, name: str, path: Path) -> None:

@@ -31,7 +31,7 @@ from tritflow.pipelines.quantize_job import needs_teacher
 from tritflow.pipelines.quantize_job import plan as plan
 from tritflow.pipelines.records import RECORDS
 from tritflow.pipelines.start import write_latents
-from tritflow.quantization.rounding import Rounded, round_weight
+from tritflow.quantization.rounding import Rounded
 from tritflow.recipes import DEFAULT, recipe_dict
 
 WORK = ".work"
@@ -161,7 +161,7 @@ def _quantize(
         validation, rounded, rest, stage = learned.validation, learned.rounded, learned.rest, "write"
         retreats = learned.retreats
     else:
-        rounded, stage = _round_one(job), "round"
+        rounded, stage = job.rounded, "round"
     digest = _write(job, out / "transformer", rounded, rest, stage, progress)
     copied, left_out = _copy_components(job, out, full, progress)
     meta |= {
@@ -192,17 +192,10 @@ def _distilled(out: Path, job: Job, previous: Mapping[str, Any] | None) -> bool:
     return bool(previous and previous["complete"]) or (learned and not (work / LATENTS).is_file())
 
 
-def _round_one(job: Job) -> Callable[[str, Tensor], Rounded]:
-    def rounded(name: str, weight: Tensor) -> Rounded:
-        return round_weight(weight.to(job.device), job.recipe.ternarizer, column_scale=job.ternary.column_scale)
-
-    return rounded
-
-
 def _write(
     job: Job,
     folder: Path,
-    rounded: Callable[[str, Tensor], Rounded],
+    rounded: Callable[[str], Rounded],
     rest: Mapping[str, Tensor],
     stage: str,
     progress: Progress,
@@ -219,7 +212,7 @@ def _write(
                 dense = job.source.tensor(name)
                 writer.add_dense(name, rest[name].to(dense.dtype) if name in rest else dense)
         elif kind == "weight" and module not in writer:
-            q = rounded(module, job.source.tensor(name, job.device))
+            q = rounded(module)
             bias = job.source.tensor(f"{module}.bias") if f"{module}.bias" in present else None
             if bias is not None and q.bias is not None:
                 bias = q.bias.to(bias.dtype)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
-from tritflow.config import Recipe, TernaryConfig
+from tritflow.config import Recipe, TernaryConfig, bytes_text
 from tritflow.formats.environment import machine_bytes
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
@@ -23,6 +24,7 @@ from tritflow.models import FLUX1, Family, family_of
 from tritflow.pipelines.loading import pick_device
 from tritflow.pipelines.scene_prompts import scene_prompts
 from tritflow.pipelines.start import Start
+from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, override, recipe_hash
 
 
@@ -64,6 +66,14 @@ class Job:
     def id(self) -> str:
         """16 hex digits of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def weight(self, linear: str) -> Tensor:
+        """The dense weight [N, K] of a linear, on the job's device."""
+        return self.source.tensor(f"{linear}.weight", self.device)
+
+    def rounded(self, linear: str) -> Rounded:
+        """A linear rounded from its weight alone."""
+        return round_weight(self.weight(linear), self.recipe.ternarizer, column_scale=self.ternary.column_scale)
 
 
 def plan(
@@ -212,8 +222,8 @@ def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
     offloaded, memory = world * offloaded_bytes(recipe, weights), machine_bytes()
     if memory is not None and offloaded > memory:
         raise QuantizeError(
-            f"recipe '{recipe.name}' keeps {_size(offloaded)} of latent weights and momenta in memory "
-            f"(streaming.latent_store), and this machine has {_size(memory)}; take --recipe large"
+            f"recipe '{recipe.name}' keeps {bytes_text(offloaded)} of latent weights and momenta in memory "
+            f"(streaming.latent_store), and this machine has {bytes_text(memory)}; take --recipe large"
         )
     needed = training_bytes(recipe, weights)
     if not needed or device.type != "cuda":
@@ -227,10 +237,6 @@ def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
             f"GB, and {cards} x {device} has {cards * there / 1e9:.0f} GB; take --recipe large-distilled ({lean}), "
             f"large-offloaded ({lean} of the machine's memory instead) or large (block by block)"
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.0f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

@@ -69,13 +69,13 @@ class Learned:
     """What the stages gave.
 
     Attributes:
-        rounded: rounding of a linear by name; the weight handed in is not looked at again.
+        rounded: rounding of a linear by name.
         validation: step -> velocity MSE on held-out trajectories.
         rest: parameters by name that belong to no ternary linear, where they were trained.
         retreats: see `DistillationResult`.
     """
 
-    rounded: Callable[[str, Tensor], Rounded]
+    rounded: Callable[[str], Rounded]
     validation: dict[int, float]
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     retreats: list[dict[str, Any]] = field(default_factory=list)
@@ -99,7 +99,7 @@ def learn(job: Job, work: Path, progress: Progress) -> Learned:
     final = RoundedStore(work / _last_stage(job), job.id)
     rest = load_file(work / REST) if _tunes_rest(job) and (work / REST).is_file() else {}
     ranks.wait()  # the first goes on, and clears up in the end
-    return Learned(lambda name, _: final[name], validation, rest, done.get("retreats", []))
+    return Learned(lambda name: final[name], validation, rest, done.get("retreats", []))
 
 
 def _learn(job: Job, work: Path, progress: Progress, ranks: Ranks) -> tuple[dict[int, float], list[dict[str, Any]]]:
@@ -190,12 +190,12 @@ def _column_of(job: Job, ranges: dict[str, InputRange]) -> Callable[[str, Tensor
 
 def _round_smoothed(job: Job, store: RoundedStore, ranges: dict[str, InputRange]) -> None:
     """Round every weight under its smoothing scales, inputs weighted by their mean square."""
-    column_of, weight_of = _column_of(job, ranges), _weight_of(job)
+    column_of = _column_of(job, ranges)
     for block in job.family.block_order(job.source.config):
         inside = {}
         for name in job.linears:
             if name.startswith(f"{block}.") and not store.has_group(block):
-                weight = weight_of(name).to(job.device)
+                weight = job.weight(name)
                 importance = ranges[name].mean_square
                 c = column_of(name, weight)
                 inside[name] = round_weight(weight, input_importance=importance, input_scale=c)
@@ -217,7 +217,7 @@ def _compensate(
         blocks,
         trajectories,
         store,
-        weight_of=_weight_of(job),
+        weight_of=job.weight,
         samples=job.recipe.compensation_samples,
         batch_size=job.recipe.calibration.batch_size,
         column_scale=job.ternary.column_scale,
@@ -260,8 +260,7 @@ class _Rounding(Mapping[str, Rounded]):
         self.job = job
 
     def __getitem__(self, name: str) -> Rounded:
-        weight = _weight_of(self.job)(name).to(self.job.device)
-        return round_weight(weight, self.job.recipe.ternarizer, column_scale=self.job.ternary.column_scale)
+        return self.job.rounded(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self.job.linears  # without rounding it
@@ -283,7 +282,7 @@ def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
     # Where trits stand still the model holds no dense weights that could be rounded.
     rounded: Mapping[str, Rounded] = start if len(start) or config.learning_rate else _Rounding(job)
     if config.learning_rate and len(start) and not offloaded:
-        restore_(model, list(job.linears), _weight_of(job))
+        restore_(model, list(job.linears), job.weight)
     prepare_(
         model,
         job.ternary,
@@ -293,7 +292,7 @@ def _student(job: Job, start: RoundedStore | Start, dtype: torch.dtype) -> Any:
         latent_dtype=latent_dtype(config),
         device=job.device,
         latent_device=torch.device("cpu") if offloaded else None,
-        weight_of=_weight_of(job) if offloaded else None,
+        weight_of=job.weight if offloaded else None,
     )
     if config.lean:
         for _, parameter in rest_parameters(model):
@@ -313,14 +312,12 @@ def _distill(
     whole_here = replicated(job.recipe)
     if not whole_here:
         shard_(model, order, job.device)
-    offload = None
-    if job.recipe.streaming.latent_store == "ram":
-        offload = OffloadedLatents(model, order, job.device)
     states, teacher = online_states(job) if job.recipe.online.pool else (None, None)
     measure, groups = measure_of(config, _token_grid(trajectories, job)), parameter_groups(model, config)
     with training_attention(job.device), ExitStack() as taps:
-        if offload is not None:
-            taps.enter_context(offload)
+        offload = None
+        if job.recipe.streaming.latent_store == "ram":
+            offload = taps.enter_context(OffloadedLatents(model, order, job.device))
         if config.feature_weight and teacher is not None:
             # The last block's states are the velocity, but for those of the text, which nothing reads any more.
             seen, wanted = (taps.enter_context(tapped(m, order[:-1])) for m in (model, teacher))
@@ -392,7 +389,3 @@ def _uncompile(models: list[Any]) -> None:
     for model in models:
         for module in model.modules():
             module._compiled_call_impl = None
-
-
-def _weight_of(job: Job) -> Callable[[str], Tensor]:
-    return lambda name: job.source.tensor(f"{name}.weight", job.device)

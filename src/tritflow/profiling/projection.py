@@ -83,6 +83,7 @@ def project(
     seconds["round" if not pairs else "write"] = sum(s[kind]["round"] for kind in kinds)
     rounded = sum(run["bytes"][f"rounded_{kind}"] for kind in kinds)
     stages = 1 + bool(recipe.compensation) + bool(r.steps) if runs_model else 1
+    shared = run["bytes"].get("trajectory", 0)  # the first measurements counted it into every pair
     total = sum(seconds.values()) / 3600
     return {
         "recipe": recipe.name,
@@ -91,7 +92,7 @@ def project(
         "by_peak_hours": scaled(run["device"], total),
         "samples": samples,
         "pairs": pairs,
-        "disk_bytes": pairs * run["bytes"]["pair"] + count * run["bytes"].get("trajectory", 0) + stages * rounded,
+        "disk_bytes": pairs * run["bytes"]["pair"] + count * shared + stages * rounded,
         "distillation_bytes": training_bytes(recipe, weights),
         "offloaded_bytes": offloaded_bytes(recipe, weights),
         "step_seconds": step_seconds,

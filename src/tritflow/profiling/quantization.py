@@ -233,10 +233,9 @@ def _compensate(
     for kind in KINDS:
         block = _first(blocks, kind)
         with blocks.dense.loaded(block) as module:
-            linears = {name: module.get_submodule(name.removeprefix(f"{block}.")) for name in blocks.inside(block)}
             for _ in range(2):  # the first one warms up
                 begin = clock.now()
-                input_statistics(streams, module, linears)
+                input_statistics(blocks, block, module, streams)
                 watching = (clock.now() - begin) / samples
         each[kind] = watching + seconds[kind]["pass"]
     step, read = clock.blocks(blocks.order)

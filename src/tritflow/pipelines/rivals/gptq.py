@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tritflow.calibration.prompts import load_prompts
+from tritflow.calibration.watching import watched
 from tritflow.models import family_of
 from tritflow.pipelines.loading import GenerationDefaults
 from tritflow.pipelines.rivals.registry import RivalError
@@ -58,13 +59,9 @@ def gptq(
     for block in family_of(config).block_order(config):
         inside = [n for n in names if n.startswith(f"{block}.")]
         found = {n: InputStatistics.empty(_linear(model, n).in_features, device) for n in inside}
-        hooks = [_linear(model, n).register_forward_pre_hook(_watch(found[n])) for n in inside]
-        try:
-            if inside:
+        if inside:
+            with watched({n: _linear(model, n) for n in inside}, _add_to(found)):
                 _sample(pipe, folder, texts)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name in inside:
             linear = _linear(model, name)
             linear.weight.copy_(round_gptq(linear.weight.detach(), found[name].hessian(), bits, group_size))
@@ -129,8 +126,8 @@ def _sample(pipe: Any, folder: str, texts: list[str], batch: int = 32) -> None:
         )
 
 
-def _watch(found: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda module, args: found.add(args[0])
+def _add_to(found: dict[str, InputStatistics]) -> Callable[[str, Tensor], None]:
+    return lambda name, x: found[name].add(x)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
