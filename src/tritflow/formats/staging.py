@@ -1,6 +1,7 @@
 """From a file to a GPU through two pinned buffers: one is filled while the other one is copied.
 
-A tensor of its own in pageable memory costs three times as much: pages are cleared, filled, and copied once more.
+A tensor of its own in pageable memory costs four times as much (docs/LOG.md): pages are cleared,
+filled, and copied once more.
 """
 
 from __future__ import annotations
