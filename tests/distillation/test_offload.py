@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from tritflow.config import DistillationConfig, TernaryConfig
+from tritflow.distillation.compilation import compile_blocks_
 from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.parameters import parameter_groups
 from tritflow.distillation.state import TrainingState
@@ -54,12 +55,15 @@ def trained(model: nn.Module, state: TrainingState, numbers: range) -> list[floa
     return losses
 
 
-def test_training_is_the_same_to_the_last_bit():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_is_the_same_to_the_last_bit(compiled):
     here, away = student(), student()
     begin = [p.detach().clone() for p in latents(here)]
     expected = trained(here, TrainingState(parameter_groups(here, CONFIG), CONFIG, CPU), range(4))
     with offloaded(away) as offload:
         state = TrainingState(parameter_groups(away, CONFIG), CONFIG, CPU, offload=offload)
+        if compiled:
+            compile_blocks_(away, backend="eager")
         assert trained(away, state, range(4)) == expected
         assert state.finite()
     assert expected[-1] < expected[0]
@@ -68,9 +72,11 @@ def test_training_is_the_same_to_the_last_bit():
         assert torch.equal(p, q), name
 
 
-def test_one_blocks_latents_are_on_the_device_at_once():
-    model, most = student(), 0
+def test_one_blocks_latents_are_on_the_device_and_the_nexts_are_coming():
+    model, most, coming = student(), 0, []
     offload = offloaded(model)
+    bring = offload._bus.bring
+    offload._bus.bring = lambda homes: coming.append(len(homes)) or bring(homes)
     homes = {id(p): p.data_ptr() for p in latents(model)}
     blocks = [[id(p) for p in latents(model.get_submodule(n))] for n in FLUX1.block_order(model.config)]
 
@@ -94,9 +100,29 @@ def test_one_blocks_latents_are_on_the_device_at_once():
     trained(model, state, range(1))
     assert most == 1
     assert away() == []
+    sizes = [len(ids) for ids in blocks]
+    # Each block once forward, and once for its gradients, with its momenta; nothing is brought in vain.
+    assert coming == [*sizes, *(2 * n for n in reversed(sizes))]
+    assert offload._next is None
     with torch.no_grad():
         step_of(model, state)[0].loss(step_of(model, state)[1])
     assert away() == []
+    assert coming[2 * len(sizes) :] == sizes
+
+
+def test_a_forward_that_broke_off_is_forgotten():
+    model = student()
+    offload = offloaded(model)
+    state = TrainingState(parameter_groups(model, CONFIG), CONFIG, CPU, offload=offload)
+    second = model.get_submodule(FLUX1.block_order(model.config)[1])
+    handle = second.register_forward_pre_hook(lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception, match="stop"):
+        trained(model, state, range(1))
+    handle.remove()
+    offload.settle()
+    assert offload._next is None
+    assert all(p.data_ptr() == offload._homes[id(p)].data_ptr() for p in latents(model))
+    assert len(trained(model, state, range(1))) == 1
 
 
 def test_a_latent_without_a_gradient_goes_home_as_it_came():
@@ -106,7 +132,7 @@ def test_a_latent_without_a_gradient_goes_home_as_it_came():
         p.requires_grad_(True)
     (first, *_) = latents(model)
     before = first.detach().clone()
-    offload._fetch([first])
+    offload._fetch(0)
     assert first.data_ptr() != offload._homes[id(first)].data_ptr()
     offload.settle()
     assert first.data_ptr() == offload._homes[id(first)].data_ptr()

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from tritflow.config import (
 from tritflow.formats.checkpoint import TernaryFolder, verify_folder
 from tritflow.formats.errors import CheckpointError
 from tritflow.pipelines import quantize as module
+from tritflow.pipelines.demands import check_disk, check_memory, checkpoint_bytes
 from tritflow.pipelines.quantize import QuantizeError, quantize
-from tritflow.pipelines.quantize_job import check_memory
 from tritflow.quantization.ternarize import absmean, mse_optimal
 from tritflow.recipes import load_recipe
 
@@ -407,7 +409,7 @@ def test_latents_in_memory_give_the_same_bytes_and_go_on_without(tiny_flux, prom
 
 
 def test_memory_that_latents_do_not_fit_into_is_told_before_any_work(tiny_flux, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("tritflow.pipelines.quantize_job.machine_bytes", lambda: 100_000)
+    monkeypatch.setattr("tritflow.pipelines.demands.machine_bytes", lambda: 100_000)
     away = ["streaming.latent_store=ram", "calibration.num_inference_steps=2"]
     with pytest.raises(QuantizeError, match=r"keeps .* MB of latent weights and momenta.* this machine has 0.1 MB"):
         quantize(tiny_flux, tmp_path / "out", "large-distilled", prompts=prompts, device="cpu", settings=away)
@@ -458,6 +460,31 @@ def test_a_student_too_large_for_the_gpu_is_refused_before_any_work(monkeypatch)
     Card.total_memory = 24 * 10**9
     check_memory(load_recipe("large"), weights, cuda)  # trits that stand still: a byte each
     check_memory(load_recipe("best"), weights, torch.device("cpu"))
+
+
+def test_checkpoints_that_will_not_fit_the_disk_are_refused_before_any_work(tiny_flux, prompts, tmp_path, monkeypatch):
+    weights = 12 * 10**9
+    # Latents and momenta in bf16, of the last checkpoint, the best and the one being written; float32 where not lean.
+    assert checkpoint_bytes(load_recipe("large-offloaded"), weights) == 3 * 4 * weights
+    assert checkpoint_bytes(load_recipe("best"), weights) == 3 * 8 * weights
+    assert checkpoint_bytes(load_recipe("large"), weights) == 0
+    assert checkpoint_bytes(load_recipe("fast"), weights) == 0
+    short = 10**5
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=short))
+    with pytest.raises(QuantizeError, match=r"keeps up to .* of checkpoints under .* and 0.1 MB are free") as error:
+        quantize(tiny_flux, tmp_path / "out", LEARN, prompts=prompts, device="cpu")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    job, work = module.plan(tiny_flux, LEARN, prompts=prompts), tmp_path / "other" / module.WORK
+    folder = work / "distilled"
+    folder.mkdir(parents=True)
+    needed = checkpoint_bytes(job.recipe, job.weights)
+    (folder / "checkpoint.safetensors").write_bytes(bytes(needed - short))
+    check_disk(job.recipe, job.weights, work)  # what is there need not be written again
+    (folder / "checkpoint.safetensors").write_bytes(bytes(needed - 2 * short))
+    os.link(folder / "checkpoint.safetensors", folder / "best.safetensors")  # one file, counted once
+    with pytest.raises(QuantizeError, match="keeps up to"):
+        check_disk(job.recipe, job.weights, work)
 
 
 def test_captions_of_the_built_in_world_are_prompts(tiny_flux):

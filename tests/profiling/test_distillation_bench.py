@@ -71,6 +71,8 @@ def test_the_command_measures_a_recipes_step(tiny_flux, tmp_path):
         (["--batch-size", "1,x"], "whole numbers"),
         (["--recipe", "fast"], "distils nothing"),
         (["--latent-store", "disk"], "latent_store"),
+        (["--budget", "23GiB"], "needs a CUDA device"),
+        (["--budget", "much"], "much"),
     ],
 )
 def test_wrong_requests_are_one_line(extra, words):

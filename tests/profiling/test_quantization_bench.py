@@ -79,7 +79,7 @@ def test_a_projection_is_the_sum_of_its_parts():
         reconstruction=ReconstructionConfig(
             steps=10, window=2, stride=1, samples=16, batch_size=4, importance_samples=6, importance_batch=3
         ),
-        distillation=DistillationConfig(steps=7, batch_size=3),
+        distillation=DistillationConfig(steps=7, batch_size=3, checkpoint_every=4),
         streaming=StreamingConfig(block_cache="0"),
     )
     found = project(MADE, recipe)
@@ -95,7 +95,8 @@ def test_a_projection_is_the_sum_of_its_parts():
     assert hours["distill"] == pytest.approx(7 * 3 * (8 + 3 * 6))
     assert hours["write"] == pytest.approx(3 * 3)
     assert found["total_hours"] * 3600 == pytest.approx(sum(hours.values()))
-    assert found["disk_bytes"] == 20 * 10 + 5 * 7 + 3 * 300
+    # Two checkpoints are written: float32 latents and AdamW's two moments.
+    assert found["disk_bytes"] == 20 * 10 + 5 * 7 + 3 * 300 + 2 * 3000 * 12
     assert found["distillation_bytes"] == 3000 * 16
     limited = project(MADE | {"bytes": MADE["bytes"] | {"streams": 1 << 30}}, recipe)
     assert limited["samples"] == {"compensate": 8, "reconstruct": 1}
@@ -157,8 +158,12 @@ def test_hours_follow_from_what_is_stored_and_from_whole_steps(tmp_path):
     assert (parts["measured"], parts["seconds"]) == (made["time"], MADE["seconds"])
     large = load_recipe("large").distillation
     step = {k: made[k] for k in ("model", "device", "pixels", "text_tokens", "versions", "command", "time")}
-    for recipe, batch, seconds in (("large", large.batch_size, 5.0), ("large", 64, 9.0), ("other", 1, 8.0)):
-        run = {**step, "recipe": recipe, "batch_size": batch, "seconds": seconds, "fits": True}
+    own = {"recipe": "large", "batch_size": large.batch_size, "seconds": 5.0, "fits": True, "settings": {}}
+    own["settings"] = {"compile_blocks": large.compile_blocks}
+    others = [{"batch_size": 64}, {"recipe": "other"}, {"settings": {"compile_blocks": not large.compile_blocks}}]
+    others.append({"fits": False, "seconds": None})
+    for other in ({}, *others):
+        run = {**step, **own, "seconds": 9.0 if other else 5.0, **other}
         append(path_for(tmp_path, "distillation-cuda", made["device"]), "distillation-cuda", run)
     (whole,) = bench()["projected"]
     assert whole["step_seconds"] == 5.0
@@ -195,7 +200,7 @@ def test_distillation_that_cannot_fit_is_refused_before_any_work(tiny_flux, tmp_
     import torch
 
     from tritflow.pipelines import quantize_job as module
-    from tritflow.pipelines.quantize_job import QuantizeError
+    from tritflow.pipelines.demands import QuantizeError
 
     class Card:
         total_memory = 1000

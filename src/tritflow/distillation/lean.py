@@ -55,7 +55,11 @@ class LeanMuon:
 
     def _buffer_of(self, parameter: Tensor) -> Tensor:
         momentum = torch.zeros_like(parameter, requires_grad=False)
-        return momentum if self.offload is None or parameter not in self.offload else self.offload.page_locked(momentum)
+        offload = self._offload_of(parameter)
+        return momentum if offload is None else offload.keep_momentum(parameter, momentum)
+
+    def _offload_of(self, parameter: Tensor) -> OffloadedLatents | None:
+        return self.offload if self.offload is not None and parameter in self.offload else None
 
     def momenta(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter with its momentum."""
@@ -78,17 +82,19 @@ class LeanMuon:
         if ranks.world > 1:
             dist.all_reduce(grad)
             grad /= ranks.world
-        momentum = self.buffers[place].to(grad.device, non_blocking=True)
+        offload = self._offload_of(parameter)
+        momentum = self.buffers[place] if offload is None else offload.momentum(parameter)
         mean = torch.lerp(momentum.float(), grad, 1 - MOMENTUM)
-        self.buffers[place].copy_(mean.bfloat16(), non_blocking=True)
         update = direction(grad[None], mean[None], self.factors.get(id(parameter)))[0]
         latent = parameter.float()
         if self.weight_decay:
             update += self.weight_decay * latent
         generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, 3, self._number, place))
         put_stochastic_(parameter, latent - self.lr * update, generator)
-        if self.offload is not None and parameter in self.offload:
-            self.offload.stepped(parameter)
+        if offload is None:
+            momentum.copy_(mean)
+        else:
+            offload.stepped(parameter, mean.bfloat16())
 
 
 @torch.no_grad()

@@ -1,20 +1,20 @@
-"""Latent weights and momenta in the machine's memory: all trits move end to end on a GPU that holds one block of them.
+"""Latent weights and momenta in the machine's memory: all trits move end to end on a GPU that holds a block or two.
 
-A block's latent weights come to the GPU when it runs, forward and once more in the backward pass. There each takes its
-step as soon as its gradient is known (`lean`), and goes home. What is computed is what is computed without.
+A block's latent weights come to the GPU when it runs, forward and once more in the backward pass, and while it runs the
+next block's are on their way. In the backward pass each takes its step as soon as its gradient is known (`lean`), and
+goes home beside what follows. What is computed is what is computed without.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from tritflow.distillation.bus import Bus, Load
 from tritflow.modules.fake import FakeTernaryLinear
 
 
@@ -23,7 +23,7 @@ class OffloadedLatents:
 
     Args:
         model: its blocks run again in the backward pass (gradient checkpointing), else nothing is saved.
-        blocks: names of the blocks.
+        blocks: names of the blocks, in the order in which they run.
         device: where blocks run.
 
     Attributes:
@@ -32,18 +32,23 @@ class OffloadedLatents:
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._homes: dict[int, Tensor] = {}
-        self._away: dict[int, Tensor] = {}
-        self._locked: list[Tensor] = []
+        self._bus = Bus(device)
+        self._blocks: list[Sequence[Tensor]] = []
+        self._homes: dict[int, Tensor] = {}  # by a latent's id, as what follows
+        self._momenta: dict[int, Tensor] = {}
+        self._here: dict[int, Tensor] = {}
+        self._momenta_here: dict[int, Tensor] = {}
+        self._next: tuple[tuple[int, bool], Load] | None = None
         self._handles: list[Any] = []
-        for name in blocks:
+        for place, name in enumerate(blocks):
             block = model.get_submodule(name)
             latents = [m.weight for m in block.modules() if isinstance(m, FakeTernaryLinear) and m.moves]
             for latent in latents:
-                latent.data = self._homes[id(latent)] = self.page_locked(latent.data)
+                latent.data = self._homes[id(latent)] = self._bus.page_locked(latent.data)
+            self._blocks.append(latents)
             self._handles += [
-                block.register_forward_pre_hook(lambda *_, latents=latents: self._fetch(latents)),
-                block.register_forward_hook(lambda *_, latents=latents: self._leave(latents)),
+                block.register_forward_pre_hook(lambda *_, place=place: self._fetch(place)),
+                block.register_forward_hook(lambda *_, place=place: self._leave(place)),
             ]
 
     def __contains__(self, parameter: Tensor) -> bool:
@@ -57,61 +62,87 @@ class OffloadedLatents:
     ) -> None:
         self.close()
 
-    def page_locked(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor in pages of its own, locked for copies at full speed where the system allows it.
-
-        PyTorch's own pinned memory comes in powers of two, which would be half as much again.
+    def keep_momentum(self, parameter: Tensor, momentum: Tensor) -> Tensor:
+        """Keep the momentum of a latent weight in memory too, whence it comes along in the backward pass; where it is
+        kept.
         """
-        if not tensor.numel():
-            return tensor.cpu()
-        pages = mmap.mmap(-1, tensor.nbytes)  # lives as long as what is made of it
-        held = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
-        held.copy_(tensor)
-        if self.device.type == "cuda":
-            if int(torch.cuda.cudart().cudaHostRegister(held.data_ptr(), held.nbytes, 0)) == 0:
-                self._locked.append(held)
-            else:
-                with suppress(RuntimeError):  # whatever is launched next would be told of it
-                    torch.zeros(1, device=self.device)
-        return held
+        self._momenta[id(parameter)] = self._bus.page_locked(momentum)
+        return self._momenta[id(parameter)]
 
-    def stepped(self, parameter: Tensor) -> None:
-        """Send a latent weight home that has taken its step."""
-        self._homes[id(parameter)].copy_(parameter.data, non_blocking=True)
-        self._send_home(parameter)
+    def momentum(self, parameter: Tensor) -> Tensor:
+        """Momentum on the device of a latent weight whose gradient is there, to be read."""
+        return self._momenta_here[id(parameter)]
+
+    def stepped(self, parameter: Tensor, momentum: Tensor) -> None:
+        """Send a latent weight home that has taken its step, and its new momentum."""
+        self._bus.send(parameter.data, self._homes[id(parameter)])
+        self._bus.send(momentum, self._momenta[id(parameter)])
+        self._let_go(parameter)
 
     def settle(self) -> None:
         """After a backward pass: latent weights that had no gradient go home as they came."""
-        for parameter in list(self._away.values()):
-            self._send_home(parameter)
+        for parameter in list(self._here.values()):
+            self._let_go(parameter)
+        self._forget_next()
+        for _ in range(2):
+            self._bus.turn()
 
     def wait(self) -> None:
         """Until what was sent home is there; before the machine's memory is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._bus.wait()
 
     def close(self) -> None:
         """Leave all latent weights in the machine's memory, unlocked, and let the blocks run as they did."""
         self.settle()
-        self.wait()
         for handle in self._handles:
             handle.remove()
-        for tensor in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._handles, self._locked = [], []
+        self._handles = []
+        self._bus.close()
 
-    def _fetch(self, latents: Sequence[Tensor]) -> None:
-        for latent in latents:
-            if id(latent) not in self._away:
-                latent.data = self._homes[id(latent)].to(self.device, non_blocking=True, copy=True)
-                self._away[id(latent)] = latent
+    def _fetch(self, place: int) -> None:
+        # A block that runs inside of a backward pass runs for its gradients: momenta are needed too, and the one before
+        # it is next.
+        backward = torch._C._current_graph_task_id() != -1
+        latents = self._blocks[place]
+        if any(id(latent) not in self._here for latent in latents):
+            if backward:
+                self._bus.turn()
+            self._bring(place, backward)
+            assert self._next is not None
+            (_, load), self._next = self._next, None
+            tensors = iter(self._bus.arrive(load))
+            for latent in latents:
+                latent.data = next(tensors)
+                self._here[id(latent)] = latent
+                if backward and id(latent) in self._momenta:
+                    self._momenta_here[id(latent)] = next(tensors)
+        following = place - 1 if backward else place + 1
+        if 0 <= following < len(self._blocks):
+            self._bring(following, backward)
 
-    def _leave(self, latents: Sequence[Tensor]) -> None:
+    def _bring(self, place: int, backward: bool) -> None:
+        if self._next is not None and self._next[0] == (place, backward):
+            return
+        self._forget_next()
+        homes = []
+        for latent in self._blocks[place]:
+            homes.append(self._homes[id(latent)])
+            if backward and id(latent) in self._momenta:
+                homes.append(self._momenta[id(latent)])
+        self._next = (place, backward), self._bus.bring(homes)
+
+    def _forget_next(self) -> None:
+        if self._next is not None:
+            self._bus.arrive(self._next[1])
+            self._next = None
+
+    def _leave(self, place: int) -> None:
         # A block that runs again for its gradients is needed until they are there.
         if torch._C._current_graph_task_id() == -1:
-            for latent in latents:
-                self._send_home(latent)
+            for latent in self._blocks[place]:
+                self._let_go(latent)
 
-    def _send_home(self, parameter: Tensor) -> None:
-        if self._away.pop(id(parameter), None) is not None:
+    def _let_go(self, parameter: Tensor) -> None:
+        self._momenta_here.pop(id(parameter), None)
+        if self._here.pop(id(parameter), None) is not None:
             parameter.data = self._homes[id(parameter)]

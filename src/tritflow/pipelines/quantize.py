@@ -25,9 +25,9 @@ from tritflow.distillation.sharded import Ranks, processes
 from tritflow.formats.atomic import atomic_file
 from tritflow.formats.repacking import LATENTS
 from tritflow.formats.writer import TransformerWriter
+from tritflow.pipelines.demands import QuantizeError as QuantizeError
+from tritflow.pipelines.demands import check_disk, needs_teacher
 from tritflow.pipelines.quantize_job import Job as Job
-from tritflow.pipelines.quantize_job import QuantizeError as QuantizeError
-from tritflow.pipelines.quantize_job import needs_teacher
 from tritflow.pipelines.quantize_job import plan as plan
 from tritflow.pipelines.records import RECORDS
 from tritflow.pipelines.start import write_latents
@@ -149,8 +149,10 @@ def _quantize(
         ranks.agree(0)
         ranks.wait()
         return _report(out, job, previous, resumed=True)
-    write_json(out / "meta.json", meta)
     work = out / WORK
+    if not _learned(work, job):
+        check_disk(job.recipe, job.weights, work)
+    write_json(out / "meta.json", meta)
     validation: dict[int, float] = {}
     rest: Mapping[str, Tensor] = {}
     retreats: list[dict[str, Any]] = []
@@ -188,8 +190,12 @@ def _quantize(
 def _distilled(out: Path, job: Job, previous: Mapping[str, Any] | None) -> bool:
     """Whether distillation is over and its latents are gone."""
     work = out / WORK
-    learned = (work / "learned.json").is_file() and read_json(work / "learned.json").get("job") == job.id
-    return bool(previous and previous["complete"]) or (learned and not (work / LATENTS).is_file())
+    return bool(previous and previous["complete"]) or (_learned(work, job) and not (work / LATENTS).is_file())
+
+
+def _learned(work: Path, job: Job) -> bool:
+    path = work / "learned.json"
+    return path.is_file() and read_json(path).get("job") == job.id
 
 
 def _write(
@@ -283,7 +289,7 @@ def _meta(job: Job) -> dict[str, Any]:
         "prompts": job.prompts.describe() if job.prompts else None,
         "seed": job.recipe.calibration.seed,
         "linears": len(job.linears),
-        "weights": sum(n * k for n, k in job.linears.values()),
+        "weights": job.weights,
         "skipped": job.skipped,
         **provenance(job.device),
     }

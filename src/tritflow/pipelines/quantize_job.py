@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,16 @@ from torch import Tensor
 
 from tritflow.assets import ASSETS, asset_path
 from tritflow.calibration.prompts import PromptSet, load_prompts, paper_prompts
-from tritflow.config import Recipe, TernaryConfig, bytes_text
-from tritflow.formats.environment import machine_bytes
+from tritflow.config import Recipe, TernaryConfig
 from tritflow.formats.locate import Location, resolve
 from tritflow.formats.source import Source, open_source
 from tritflow.models import FLUX1, Family, family_of
+from tritflow.pipelines.demands import QuantizeError, check_memory, needs_teacher
 from tritflow.pipelines.loading import pick_device
 from tritflow.pipelines.scene_prompts import scene_prompts
 from tritflow.pipelines.start import Start
 from tritflow.quantization.rounding import Rounded, round_weight
 from tritflow.recipes import DEFAULT, load_recipe, override, recipe_hash
-
-
-class QuantizeError(ValueError):
-    """The source, the output folder or the combination of options cannot work. Says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,11 @@ class Job:
     def id(self) -> str:
         """16 hex digits of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def weights(self) -> int:
+        """How many weights the linears hold."""
+        return sum(n * k for n, k in self.linears.values())
 
     def weight(self, linear: str) -> Tensor:
         """The dense weight [N, K] of a linear, on the job's device."""
@@ -174,69 +174,6 @@ def _started(recipe: Recipe, start: Start, linears: Mapping[str, tuple[int, int]
         reconstruction=dataclasses.replace(recipe.reconstruction, steps=0),
         ternary=dataclasses.replace(recipe.ternary, column_scale=start.column_scale),
     )
-
-
-def needs_teacher(recipe: Recipe) -> bool:
-    """Whether a recipe runs the model (for its activations, or to distil), instead of streaming weights."""
-    trained = recipe.reconstruction.steps > 0 or recipe.distillation.steps > 0
-    return recipe.compensation or recipe.smoothing is not None or trained
-
-
-def replicated(recipe: Recipe) -> bool:
-    """Whether each of several processes holds the whole student: Muon takes whole matrices, and the teacher of a pool
-    is whole beside it anyway."""
-    return recipe.online.pool > 0 or recipe.distillation.optimizer == "muon"
-
-
-def training_bytes(recipe: Recipe, weights: int) -> int:
-    """What end-to-end distillation of so many weights keeps on one device beside its activations; 0 without it.
-
-    fp32 latent weights, gradients, and one moment (Muon) or two (AdamW); lean, latent weights and one moment in bf16;
-    a byte where trits stand still; nothing where latent weights are offloaded; and the teacher's weights where it
-    trains on states made meanwhile.
-    """
-    config = recipe.distillation
-    if not config.steps:
-        return 0
-    each = 4 * (3 if config.optimizer == "muon" else 4)
-    if config.lean:
-        each = 4
-    if not config.learning_rate:
-        each = 1
-    if offloaded_bytes(recipe, weights):
-        each = 0  # but for a block's
-    return (each + (2 if recipe.online.pool and each <= 4 else 0)) * weights
-
-
-def offloaded_bytes(recipe: Recipe, weights: int) -> int:
-    """What end-to-end distillation keeps in the machine's memory instead: bf16 latent weights and momenta, or 0."""
-    return 4 * weights if recipe.distillation.steps and recipe.streaming.latent_store == "ram" else 0
-
-
-def check_memory(recipe: Recipe, weights: int, device: torch.device) -> None:
-    """Say before hours of calibration that distillation will not fit.
-
-    Raises `QuantizeError` with what it takes, what there is, and what fits.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    offloaded, memory = world * offloaded_bytes(recipe, weights), machine_bytes()
-    if memory is not None and offloaded > memory:
-        raise QuantizeError(
-            f"recipe '{recipe.name}' keeps {bytes_text(offloaded)} of latent weights and momenta in memory "
-            f"(streaming.latent_store), and this machine has {bytes_text(memory)}; take --recipe large"
-        )
-    needed = training_bytes(recipe, weights)
-    if not needed or device.type != "cuda":
-        return
-    cards = 1 if replicated(recipe) else world
-    there = torch.cuda.get_device_properties(device).total_memory
-    if needed > cards * there:
-        lean = f"{4e-9 * weights:.0f} GB"  # of either
-        raise QuantizeError(
-            f"recipe '{recipe.name}' distils {weights / 1e9:.1f} G weights end to end, which takes {needed / 1e9:.0f} "
-            f"GB, and {cards} x {device} has {cards * there / 1e9:.0f} GB; take --recipe large-distilled ({lean}), "
-            f"large-offloaded ({lean} of the machine's memory instead) or large (block by block)"
-        )
 
 
 def _calibration_prompts(location: Location, prompts: str | Path | PromptSet | None) -> PromptSet:

@@ -34,6 +34,7 @@ from tritflow.calibration.trajectories import Trajectories
 from tritflow.config import TernaryConfig
 from tritflow.distillation.blocks import Blocks
 from tritflow.distillation.compensation import compensate_blocks, restore_
+from tritflow.distillation.compilation import compile_blocks_, uncompile_
 from tritflow.distillation.features import tapped, with_features
 from tritflow.distillation.losses import measure_of
 from tritflow.distillation.offload import OffloadedLatents
@@ -46,9 +47,9 @@ from tritflow.distillation.velocity import DistillationResult, distill_
 from tritflow.formats.repacking import LATENTS
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
+from tritflow.pipelines.demands import replicated
 from tritflow.pipelines.dense import streamed_teacher, whole_transformer
 from tritflow.pipelines.online import online_states
-from tritflow.pipelines.quantize_job import replicated
 from tritflow.pipelines.records import RECORDS, Records
 from tritflow.pipelines.start import Start, pack_latent
 from tritflow.pipelines.teacher import record_trajectories
@@ -374,7 +375,7 @@ def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> Dis
     from torch._dynamo.exc import TorchDynamoException
 
     for model in models:
-        model.compile_repeated_blocks(fullgraph=True)
+        compile_blocks_(model)
     try:
         return train()
     except TorchDynamoException as error:
@@ -387,5 +388,4 @@ def _compiled(models: list[Any], train: Callable[[], DistillationResult]) -> Dis
 
 def _uncompile(models: list[Any]) -> None:
     for model in models:
-        for module in model.modules():
-            module._compiled_call_impl = None
+        uncompile_(model)

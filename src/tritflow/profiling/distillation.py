@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tritflow import results
 from tritflow.config import DistillationConfig
+from tritflow.distillation.compilation import compile_blocks_
 from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.parameters import latent_dtype, parameter_groups
 from tritflow.distillation.state import TrainingState
@@ -26,8 +27,12 @@ from tritflow.formats.architecture import FLUX1_DEV
 from tritflow.models import FLUX1
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
+from tritflow.pipelines.loading import DeviceError
+from tritflow.pipelines.memory_plan import CONTEXT
+from tritflow.pipelines.offloading import limit_memory
 from tritflow.pipelines.synthetic import random_student
 from tritflow.profiling.contenders import step_inputs
+from tritflow.profiling.memory import gpu_bytes
 from tritflow.profiling.storage import peak_memory
 
 Progress = Callable[[int, int], None]
@@ -44,6 +49,7 @@ def measure_steps(
     batches: Sequence[int] = (1, 8),
     steps: int = 3,
     latent_store: Literal["device", "ram"] = "device",
+    budget: int | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Time optimiser steps of a whole random student; a run a batch size, for `results.append`.
@@ -58,14 +64,20 @@ def measure_steps(
         batches: pairs a step, one measurement each.
         steps: that are timed, after one that is not.
         latent_store: where latent weights and momenta are kept, as in a recipe's `[streaming]`.
+        budget: bytes of GPU memory, CUDA's own included, to which PyTorch is held: what a smaller card would do.
         progress: called as (measurements done, of how many).
 
     Returns:
         For each batch size: `seconds` (median of the steps) and `peak_bytes` of the GPU (of the process on a CPU), or
-        `fits`: false where memory ran out; `latent_bytes` of latent weights and `moment_bytes` of what their optimiser
-        remembers.
+        `fits`: false where memory ran out; `used_bytes`, what the allocator reserved and the driver counts outside of
+        it (None on a CPU); `latent_bytes` of latent weights and `moment_bytes` of what their optimiser remembers.
+
+    Raises:
+        DeviceError: a budget without a CUDA device.
     """
     on = torch.device(device)
+    if budget is not None and on.type != "cuda":
+        raise DeviceError(f"a budget of GPU memory needs a CUDA device, and this is {on.type}")
     settings = settings or DistillationConfig(optimizer="muon", lean=True)
     student = random_student(
         config,
@@ -77,6 +89,10 @@ def measure_steps(
     if settings.lean:
         student.enable_gradient_checkpointing()
     with ExitStack() as open_:
+        if budget is not None:
+            torch.cuda.empty_cache()
+            limit_memory(min(1.0, (budget - CONTEXT) / torch.cuda.mem_get_info(on)[1]), on)
+            open_.callback(limit_memory, 1.0, on)
         offload = None
         if latent_store == "ram":
             offload = open_.enter_context(OffloadedLatents(student, FLUX1.block_order(config), on))
@@ -86,18 +102,19 @@ def measure_steps(
             "latent_store": latent_store,
             "pixels": pixels,
             "text_tokens": text_tokens,
+            "budget_bytes": budget,
         }
         open_.enter_context(training_attention(on))
         open_.enter_context(training_forward(student))
         if settings.compile_blocks and on.type == "cuda":
-            student.compile_repeated_blocks(fullgraph=True)
+            compile_blocks_(student)
         runs: list[dict[str, Any]] = []
         for batch in batches:
             inputs = _inputs(config, on, batch, pixels, text_tokens)
             try:
                 found: dict[str, Any] = {"fits": True, **_timed(student, state, inputs, settings, steps)}
             except torch.OutOfMemoryError:
-                found = {"fits": False, "seconds": None, "peak_bytes": None}
+                found = {"fits": False, "seconds": None, "peak_bytes": None, "used_bytes": None}
                 state.zero_grad()
                 if offload is not None:
                     offload.settle()
@@ -140,7 +157,9 @@ def _timed(
         return (student(**kwargs)[0].float() - target).square().mean()
 
     step, seconds = Step(loss, state, settings.grad_clip), []
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with peak_memory() as resident:
         for number in range(steps + 1):
@@ -148,10 +167,10 @@ def _timed(
             begin = _now(device)
             step.eager(inputs)
             seconds.append(_now(device) - begin)
-    on_gpu = device.type == "cuda"
     return {
         "seconds": float(f"{statistics.median(seconds[1:]):.4g}"),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else resident(),
+        "used_bytes": sum(gpu_bytes(device)) if on_gpu else None,
     }
 
 

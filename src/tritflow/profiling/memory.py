@@ -86,9 +86,7 @@ def measure(
                     seconds.append(round(time.perf_counter() - begin, 3))
             except torch.OutOfMemoryError as error:
                 failed = f"picture {len(seconds) + 1} did not fit: {str(error).splitlines()[0][:200]}"
-        reserved = torch.cuda.max_memory_reserved(on)
-        free, total = torch.cuda.mem_get_info(on)
-        outside = total - free - torch.cuda.memory_reserved(on)
+        reserved, outside = gpu_bytes(on)
     finally:
         limit_memory(1.0, on)
     return {
@@ -107,6 +105,12 @@ def measure(
         "settings": {"size": size, "num_inference_steps": num_inference_steps, "pictures": pictures},
         "note": note,
     }
+
+
+def gpu_bytes(device: torch.device) -> tuple[int, int]:
+    """The most that PyTorch's allocator reserved since its peak was reset, and what the driver counts outside of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    return torch.cuda.max_memory_reserved(device), total - free - torch.cuda.memory_reserved(device)
 
 
 def table(run: dict[str, Any]) -> str:

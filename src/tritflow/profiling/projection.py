@@ -11,7 +11,7 @@ from typing import Any
 
 from tritflow.config import Recipe
 from tritflow.distillation.reconstruction import HOLDOUT_SAMPLES, streams_alive, windows
-from tritflow.pipelines.quantize_job import needs_teacher, offloaded_bytes, training_bytes
+from tritflow.pipelines.demands import checkpoint_bytes, needs_teacher, offloaded_bytes, training_bytes
 
 DOUBLE, SINGLE = "double", "single"
 KINDS = (DOUBLE, SINGLE)
@@ -31,9 +31,9 @@ def project(
 
     Returns:
         `hours` by stage and in all; `by_peak_hours`: in all, on other cards (`scaled`); `samples` kept after the
-        activation budget; `disk_bytes` of trajectories and roundings; `distillation_bytes`: what end-to-end training
-        needs on the GPU before any activation (0: none), `offloaded_bytes` in the machine's memory; `step_seconds` as
-        given.
+        activation budget; `disk_bytes` of trajectories, roundings and checkpoints; `distillation_bytes`: what
+        end-to-end training needs on the GPU before any activation (0: none), `offloaded_bytes` in the machine's memory;
+        `step_seconds` as given.
     """
     kinds = [DOUBLE] * run["depth"][DOUBLE] + [SINGLE] * run["depth"][SINGLE]
     s, c, r, d = run["seconds"], recipe.calibration, recipe.reconstruction, recipe.distillation
@@ -84,6 +84,7 @@ def project(
     rounded = sum(run["bytes"][f"rounded_{kind}"] for kind in kinds)
     stages = 1 + bool(recipe.compensation) + bool(r.steps) if runs_model else 1
     shared = run["bytes"].get("trajectory", 0)  # the first measurements counted it into every pair
+    disk = pairs * run["bytes"]["pair"] + count * shared + stages * rounded + checkpoint_bytes(recipe, weights)
     total = sum(seconds.values()) / 3600
     return {
         "recipe": recipe.name,
@@ -92,7 +93,7 @@ def project(
         "by_peak_hours": scaled(run["device"], total),
         "samples": samples,
         "pairs": pairs,
-        "disk_bytes": pairs * run["bytes"]["pair"] + count * shared + stages * rounded,
+        "disk_bytes": disk,
         "distillation_bytes": training_bytes(recipe, weights),
         "offloaded_bytes": offloaded_bytes(recipe, weights),
         "step_seconds": step_seconds,
@@ -105,7 +106,9 @@ def measured_step(runs: Iterable[Mapping[str, Any]], run: Mapping[str, Any], rec
     wanted = {"recipe": recipe.name, "batch_size": recipe.distillation.batch_size}
     wanted |= {"latent_store": recipe.streaming.latent_store}
     wanted |= {name: run.get(name) for name in ("model", "device", "pixels", "text_tokens")}
-    found = [r for r in runs if all({"latent_store": "device", **r}.get(n) == value for n, value in wanted.items())]
+    wanted |= {"compile_blocks": recipe.distillation.compile_blocks}
+    flat = ({"latent_store": "device", **r, **r["settings"]} for r in runs if r["fits"])
+    found = [r for r in flat if all(r.get(name) == value for name, value in wanted.items())]
     return found[-1]["seconds"] if found else None
 
 

@@ -256,10 +256,10 @@ def _check(recipe: Recipe) -> None:
             f'recipe {recipe.name}: distillation.lean is for optimizer = "muon", whose matrices step one by one, and '
             "keeps no hidden states for feature_weight"
         )
-    if recipe.streaming.latent_store == "ram" and d.steps and not (d.lean and d.learning_rate and not d.compile_blocks):
+    if recipe.streaming.latent_store == "ram" and d.steps and not (d.lean and d.learning_rate):
         raise ConfigError(
-            f'recipe {recipe.name}: streaming.latent_store = "ram" needs a distillation with lean = true, '
-            "compile_blocks = false and a learning_rate above 0"
+            f'recipe {recipe.name}: streaming.latent_store = "ram" needs a distillation with lean = true '
+            "and a learning_rate above 0"
         )
     if d.feature_weight < 0 or (d.feature_weight and not recipe.online.pool):
         raise ConfigError(

@@ -32,7 +32,7 @@ def _job(model: str, recipe: Recipe, prompts: str | Path | None, device: str | N
 
 def of_quantizing(request: Request, fresh: bool) -> Cost:
     from tritflow.formats.accounting import storage_estimate
-    from tritflow.pipelines.quantize_job import needs_teacher
+    from tritflow.pipelines.demands import needs_teacher
 
     job = job_of(request)
     size = storage_estimate(job.source.shapes(), job.ternary.packing, job.ternary).total

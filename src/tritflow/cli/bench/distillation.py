@@ -16,6 +16,7 @@ _DISTILLATION = """Examples:
   tritflow bench distillation --device cuda --results benchmarks/results     # FLUX.1-dev's size: one card of 80 GB
   tritflow bench distillation --device cuda --pixels 512 --batch-size 1,8,16
   tritflow bench distillation --device cuda --latent-store ram --batch-size 1,4   # 24 GB, and 48 GB of memory
+  tritflow bench distillation --device cuda --recipe large-offloaded --batch-size 4 --budget 15GiB   # as a smaller card
   tritflow bench distillation --like small --pixels 128 --text-tokens 64 --recipe balanced   # on this CPU
 """
 
@@ -37,12 +38,15 @@ def distillation(
     latent_store: Annotated[
         str | None, typer.Option("--latent-store", help="device or ram (default: as the recipe).")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="GPU memory to which PyTorch is held, CUDA's own included, such as 23GiB.")
+    ] = None,
     note: Note = "",
     results: Results = None,
     json: Json = False,
 ) -> None:
     """Seconds and peak memory of an optimiser step of the whole student, with random weights."""
-    from tritflow.config import ConfigError
+    from tritflow.config import ConfigError, parse_bytes
     from tritflow.pipelines.loading import pick_device
     from tritflow.profiling import distillation as bench
     from tritflow.profiling.quantization import config_like
@@ -67,6 +71,7 @@ def distillation(
             batches=batches,
             steps=steps,
             latent_store=chosen.streaming.latent_store,
+            budget=None if budget is None else parse_bytes(budget),
             progress=update,
         )
     for run in runs:
