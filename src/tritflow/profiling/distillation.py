@@ -106,7 +106,7 @@ def measure_steps(
         }
         open_.enter_context(training_attention(on))
         open_.enter_context(training_forward(student))
-        if settings.compile_blocks and on.type == "cuda":
+        if common["settings"]["compile_blocks"]:
             compile_blocks_(student)
         runs: list[dict[str, Any]] = []
         for batch in batches:
@@ -133,7 +133,11 @@ def _common(student: Any, state: TrainingState, settings: DistillationConfig, de
         "weights": sum(p.numel() for p in latents),
         "latent_bytes": sum(p.nbytes for p in latents),
         "moment_bytes": sum(t.nbytes for t in state.tensors()[len(state.parameters) :]),
-        "settings": {name: getattr(settings, name) for name in ("optimizer", "lean", "compile_blocks")},
+        "settings": {
+            "optimizer": settings.optimizer,
+            "lean": settings.lean,
+            "compile_blocks": settings.compile_blocks and state.device.type == "cuda",  # as distillation does
+        },
         "peak_of": "GPU" if state.device.type == "cuda" else "process",
     }
 

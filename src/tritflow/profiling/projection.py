@@ -106,7 +106,7 @@ def measured_step(runs: Iterable[Mapping[str, Any]], run: Mapping[str, Any], rec
     wanted = {"recipe": recipe.name, "batch_size": recipe.distillation.batch_size}
     wanted |= {"latent_store": recipe.streaming.latent_store}
     wanted |= {name: run.get(name) for name in ("model", "device", "pixels", "text_tokens")}
-    wanted |= {"compile_blocks": recipe.distillation.compile_blocks}
+    wanted |= {"compile_blocks": recipe.distillation.compile_blocks and run["peak_of"] == "GPU"}
     flat = ({"latent_store": "device", **r, **r["settings"]} for r in runs if r["fits"])
     found = [r for r in flat if all(r.get(name) == value for name, value in wanted.items())]
     return found[-1]["seconds"] if found else None
