@@ -50,6 +50,15 @@ def test_steps_are_muons_up_to_the_rounding():
     assert (hooked.momenta()[0][1].float() - plain.momenta()[0][1]).abs().max() < 0.1
 
 
+def test_closed_it_leaves_gradients_alone():
+    weight = nn.Parameter(torch.randn(4, 3).bfloat16())
+    before = weight.detach().clone()
+    LeanMuon([weight], torch.tensor(0.5)).close()
+    weight.float().square().sum().backward()
+    assert torch.equal(weight, before)
+    assert weight.grad is not None
+
+
 def test_float32_matrices_and_vectors_are_refused():
     for wrong in (torch.zeros(3, 3), torch.zeros(3, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="bfloat16 matrices"):

@@ -1,3 +1,5 @@
+from contextlib import closing, nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,33 @@ def test_a_forward_that_broke_off_is_forgotten():
     assert offload._next is None
     assert all(p.data_ptr() == offload._homes[id(p)].data_ptr() for p in latents(model))
     assert len(trained(model, state, range(1))) == 1
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_training_that_broke_off_begins_anew(away):
+    """As where the compiler of a machine fails in the first forward pass, or in one that runs for its gradients."""
+    here, again = student(), student()
+    expected = trained(here, TrainingState(parameter_groups(here, CONFIG), CONFIG, CPU), range(2))
+    last = again.get_submodule(FLUX1.block_order(again.config)[-1])
+    with offloaded(again) if away else nullcontext() as offload:
+        for backward in (False, True):
+
+            def broken(*_, backward=backward):
+                assert (torch._C._current_graph_task_id() != -1) != backward, "stop"
+
+            handle = last.register_forward_pre_hook(broken)
+            state = TrainingState(parameter_groups(again, CONFIG), CONFIG, CPU, offload=offload)
+            with closing(state), pytest.raises(AssertionError, match="stop"):
+                trained(again, state, range(1))
+            handle.remove()
+        homes = None if offload is None else dict(offload._momenta)
+        state = TrainingState(parameter_groups(again, CONFIG), CONFIG, CPU, offload=offload)
+        assert trained(again, state, range(2)) == expected
+        assert offload is None or {n: m.data_ptr() for n, m in offload._momenta.items()} == {
+            n: m.data_ptr() for n, m in homes.items()
+        }
+    for p, q in zip(here.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_latent_without_a_gradient_goes_home_as_it_came():

@@ -79,3 +79,16 @@ def test_wrong_requests_are_one_line(extra, words):
     result = CliRunner().invoke(app, ["bench", "distillation", "--like", "small", *extra])
     assert result.exit_code != 0
     assert words in f"{result.output} {result.exception}"
+
+
+def test_a_machine_without_a_compiler_is_one_line(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fail(*args, **kwargs):
+        raise TorchDynamoException("no C compiler\nand much more")
+
+    monkeypatch.setattr(distillation, "measure_steps", fail)
+    result = CliRunner().invoke(app, ["bench", "distillation", "--like", "small"])
+    assert result.exit_code != 0
+    assert "(no C compiler); add --no-compile" in f"{result.output} {result.exception}"
+    assert "much more" not in f"{result.output} {result.exception}"

@@ -50,8 +50,10 @@ class LeanMuon:
         self.buffers = [self._buffer_of(p) for p in self.parameters]
         self.lr, self.seed, self.weight_decay, self.factors = lr, seed, weight_decay, factors or {}
         self._number = 0
-        for place, parameter in enumerate(self.parameters):
+        self._handles = [
             parameter.register_post_accumulate_grad_hook(lambda p, place=place: self._step(p, place))
+            for place, parameter in enumerate(self.parameters)
+        ]
 
     def _buffer_of(self, parameter: Tensor) -> Tensor:
         momentum = torch.zeros_like(parameter, requires_grad=False)
@@ -71,6 +73,13 @@ class LeanMuon:
 
     def step(self) -> None:
         """Every matrix has stepped already."""
+        if self.offload is not None:
+            self.offload.settle()
+
+    def close(self) -> None:
+        """Let the parameters' gradients be; what broke off in the middle of a step is put back where it belongs."""
+        for handle in self._handles:
+            handle.remove()
         if self.offload is not None:
             self.offload.settle()
 

@@ -64,8 +64,11 @@ class OffloadedLatents:
 
     def keep_momentum(self, parameter: Tensor, momentum: Tensor) -> Tensor:
         """Keep the momentum of a latent weight in memory too, whence it comes along in the backward pass; where it is
-        kept.
+        kept. A second one takes the place of the first.
         """
+        if (kept := self._momenta.get(id(parameter))) is not None:
+            self.wait()
+            return kept.copy_(momentum)
         self._momenta[id(parameter)] = self._bus.page_locked(momentum)
         return self._momenta[id(parameter)]
 

@@ -181,6 +181,12 @@ class TrainingState:
         if self._adam is not None:
             self._adam.step()
 
+    def close(self) -> None:
+        """After the last step, or one that broke off: parameters take no more steps of their own."""
+        for muon in self._muon:
+            if isinstance(muon, LeanMuon):
+                muon.close()
+
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether every parameter is finite, in all processes."""

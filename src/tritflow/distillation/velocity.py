@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,74 +97,75 @@ def distill_(
     device = torch.device(device)
     out_dir = Path(out_dir)
     ranks = Ranks.here()
-    state = TrainingState(groups, config, device, {} if states is None else states.state, offload)
-    run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
-    saved = state.load(out_dir, run)
-    if saved is None and (out_dir / "checkpoint.safetensors").exists():
-        raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
-    start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
-    if not config.lean:
-        _settle(trajectories, device)
-    if states is not None and not start:
-        states.fill()
+    extra = {} if states is None else states.state
+    with closing(TrainingState(groups, config, device, extra, offload)) as state:
+        run = {"config": config.to_dict(), "config_hash": config.hash, **(identity or {})}
+        saved = state.load(out_dir, run)
+        if saved is None and (out_dir / "checkpoint.safetensors").exists():
+            raise DistillationError(f"{out_dir} holds a checkpoint of another run; choose another folder or remove it")
+        start, validation = (0, {}) if saved is None else (saved.step, saved.validation)
+        if not config.lean:
+            _settle(trajectories, device)
+        if states is not None and not start:
+            states.fill()
 
-    def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
-        if states is not None:
-            kwargs = states.inputs(inputs)
-            taught = beside(device, lambda: states.velocity(kwargs))
-            predicted = student(**kwargs)
-            velocity = taught()
-            states.advance(inputs, velocity, predicted.detach())
-            return measure(predicted, velocity, kwargs)
-        if PAIRS in inputs:
-            inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
-        kwargs = {n: t for n, t in inputs.items() if n != VELOCITY}
-        return measure(student(**kwargs), inputs[VELOCITY], kwargs)
+        def loss_of(inputs: Mapping[str, Tensor]) -> Tensor:
+            if states is not None:
+                kwargs = states.inputs(inputs)
+                taught = beside(device, lambda: states.velocity(kwargs))
+                predicted = student(**kwargs)
+                velocity = taught()
+                states.advance(inputs, velocity, predicted.detach())
+                return measure(predicted, velocity, kwargs)
+            if PAIRS in inputs:
+                inputs = _inputs(trajectories.pairs(inputs[PAIRS], "train", device))
+            kwargs = {n: t for n, t in inputs.items() if n != VELOCITY}
+            return measure(student(**kwargs), inputs[VELOCITY], kwargs)
 
-    def validate() -> float:
-        return ranks.agree(validation_error(student, trajectories, config.batch_size, device))
+        def validate() -> float:
+            return ranks.agree(validation_error(student, trajectories, config.batch_size, device))
 
-    step = Step(loss_of, state, config.grad_clip)
-    if not start:
-        validation[0] = validate()
-    run_step: Callable[[Mapping[str, Tensor]], Tensor] = step.eager
+        step = Step(loss_of, state, config.grad_clip)
+        if not start:
+            validation[0] = validate()
+        run_step: Callable[[Mapping[str, Tensor]], Tensor] = step.eager
 
-    def batch(number: int) -> dict[str, Tensor]:
-        if states is not None:
-            return states.draws(number)
-        rows = ranks.part(trajectories.order(number, config.batch_size, config.seed))
-        if trajectories.device == device:
-            return {PAIRS: rows}  # gathered by the step itself
-        return _inputs(trajectories.pairs(rows, "train", device))
+        def batch(number: int) -> dict[str, Tensor]:
+            if states is not None:
+                return states.draws(number)
+            rows = ranks.part(trajectories.order(number, config.batch_size, config.seed))
+            if trajectories.device == device:
+                return {PAIRS: rows}  # gathered by the step itself
+            return _inputs(trajectories.pairs(rows, "train", device))
 
-    if cuda_graph and not config.lean and not state.sharded and device.type == "cuda" and start < config.steps:
-        run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
-    judged = trajectories.size("holdout") > 0
-    guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)
-    report_every = max(1, min(20, config.steps // 50))
-    done = start
-    while done < config.steps:
-        state.set_learning_rates(done)
-        state.losses[done] = ranks.mean(run_step(batch(done)))
-        done += 1
-        if done % report_every == 0 or done == config.steps:
-            loss = float(state.losses[done - 1])
-            if not math.isfinite(loss):
-                done = guard.retreat(done, f"the loss is {loss}", validation)
-                continue
-            if on_progress is not None:
-                on_progress(done, config.steps, loss)
-        if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
-            validation[done] = validate()
-            if guard.diverged(validation[done]):
-                done = guard.retreat(done, f"the validation error is {validation[done]:.4g}", validation)
-                continue
-            guard.save(done, validation)
-    made = guard.retreats[-1]["to"] if guard.retreats and guard.retreats[-1]["last"] else config.steps
-    result = DistillationResult(made, state.losses[:made].tolist(), validation, guard.retreats)
-    if ranks.first:
-        write_json(out_dir / "curve.json", _curve(result, run, device))
-    return result
+        if cuda_graph and not config.lean and not state.sharded and device.type == "cuda" and start < config.steps:
+            run_step = step.capture({name: t.to(device) for name, t in batch(start).items()})
+        judged = trajectories.size("holdout") > 0
+        guard = Guard(state, out_dir, run, config, judged=judged, saved=saved)
+        report_every = max(1, min(20, config.steps // 50))
+        done = start
+        while done < config.steps:
+            state.set_learning_rates(done)
+            state.losses[done] = ranks.mean(run_step(batch(done)))
+            done += 1
+            if done % report_every == 0 or done == config.steps:
+                loss = float(state.losses[done - 1])
+                if not math.isfinite(loss):
+                    done = guard.retreat(done, f"the loss is {loss}", validation)
+                    continue
+                if on_progress is not None:
+                    on_progress(done, config.steps, loss)
+            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                validation[done] = validate()
+                if guard.diverged(validation[done]):
+                    done = guard.retreat(done, f"the validation error is {validation[done]:.4g}", validation)
+                    continue
+                guard.save(done, validation)
+        made = guard.retreats[-1]["to"] if guard.retreats and guard.retreats[-1]["last"] else config.steps
+        result = DistillationResult(made, state.losses[:made].tolist(), validation, guard.retreats)
+        if ranks.first:
+            write_json(out_dir / "curve.json", _curve(result, run, device))
+        return result
 
 
 @torch.no_grad()

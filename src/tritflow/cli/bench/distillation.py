@@ -46,6 +46,8 @@ def distillation(
     json: Json = False,
 ) -> None:
     """Seconds and peak memory of an optimiser step of the whole student, with random weights."""
+    from torch._dynamo.exc import TorchDynamoException
+
     from tritflow.config import ConfigError, parse_bytes
     from tritflow.pipelines.loading import pick_device
     from tritflow.profiling import distillation as bench
@@ -60,20 +62,24 @@ def distillation(
     chosen = override(chosen, [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None])
     config, name = config_like(like)
     on = str(pick_device(device))
-    with progress("measuring", shown=not json) as update:
-        runs = bench.measure_steps(
-            config,
-            chosen.distillation,
-            model=name,
-            device=on,
-            pixels=pixels,
-            text_tokens=text_tokens,
-            batches=batches,
-            steps=steps,
-            latent_store=chosen.streaming.latent_store,
-            budget=None if budget is None else parse_bytes(budget),
-            progress=update,
-        )
+    try:
+        with progress("measuring", shown=not json) as update:
+            runs = bench.measure_steps(
+                config,
+                chosen.distillation,
+                model=name,
+                device=on,
+                pixels=pixels,
+                text_tokens=text_tokens,
+                batches=batches,
+                steps=steps,
+                latent_store=chosen.streaming.latent_store,
+                budget=None if budget is None else parse_bytes(budget),
+                progress=update,
+            )
+    except TorchDynamoException as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"the blocks could not be compiled on this machine ({why}); add --no-compile") from None
     for run in runs:
         run |= {"recipe": chosen.name, "note": note}
     store(results, f"distillation-{on.partition(':')[0]}", runs)
