@@ -10,6 +10,7 @@ import torch
 
 from tritflow.calibration.trajectories import Trajectories, TrajectoryWriter
 from tritflow.config import DistillationConfig, TernaryConfig
+from tritflow.distillation.compilation import compile_blocks_
 from tritflow.distillation.offload import OffloadedLatents
 from tritflow.distillation.online import OnlineStates
 from tritflow.distillation.parameters import parameter_groups
@@ -148,7 +149,7 @@ def test_a_lean_run_learns_as_the_other_does(tmp_path: Path, compiled: bool) -> 
         losses = []
         with training_attention(CUDA), training_forward(student):
             if compiled:
-                student.compile_repeated_blocks(fullgraph=True)
+                compile_blocks_(student)
             step = Step(lambda x: (student(**x, return_dict=False)[0].float() - target).square().mean(), state, 1.0)
             for number in range(config.steps):
                 state.set_learning_rates(number)

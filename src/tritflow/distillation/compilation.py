@@ -16,13 +16,15 @@ def compile_blocks_(model: Any, backend: str = "inductor") -> None:
         model: names its blocks' classes in `_repeated_blocks`.
         backend: as for `torch.compile`.
     """
-    for module in model.modules():
-        if type(module).__name__ in model._repeated_blocks:
-            module.forward = torch.compile(module.forward, fullgraph=True, backend=backend)
+    for block in _repeated(model):
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 def uncompile_(model: Any) -> None:
     """Let the blocks of `compile_blocks_` run uncompiled again."""
-    for module in model.modules():
-        if type(module).__name__ in model._repeated_blocks:
-            module.__dict__.pop("forward", None)
+    for block in _repeated(model):
+        vars(block).pop("forward", None)
+
+
+def _repeated(model: Any) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ in model._repeated_blocks]

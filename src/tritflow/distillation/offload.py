@@ -25,13 +25,9 @@ class OffloadedLatents:
         model: its blocks run again in the backward pass (gradient checkpointing), else nothing is saved.
         blocks: names of the blocks, in the order in which they run.
         device: where blocks run.
-
-    Attributes:
-        device: as given.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], device: torch.device | str) -> None:
-        self.device = torch.device(device)
         self._bus = Bus(device)
         self._blocks: list[Sequence[Tensor]] = []
         self._homes: dict[int, Tensor] = {}  # by a latent's id, as what follows
@@ -113,12 +109,11 @@ class OffloadedLatents:
             self._bring(place, backward)
             assert self._next is not None
             (_, load), self._next = self._next, None
-            tensors = iter(self._bus.arrive(load))
-            for latent in latents:
-                latent.data = next(tensors)
-                self._here[id(latent)] = latent
-                if backward and id(latent) in self._momenta:
-                    self._momenta_here[id(latent)] = next(tensors)
+            tensors = self._bus.arrive(load)
+            for latent, tensor in zip(latents, tensors, strict=False):
+                latent.data, self._here[id(latent)] = tensor, latent
+            for latent, tensor in zip(self._with_momentum(place), tensors[len(latents) :], strict=False):
+                self._momenta_here[id(latent)] = tensor
         following = place - 1 if backward else place + 1
         if 0 <= following < len(self._blocks):
             self._bring(following, backward)
@@ -127,12 +122,13 @@ class OffloadedLatents:
         if self._next is not None and self._next[0] == (place, backward):
             return
         self._forget_next()
-        homes = []
-        for latent in self._blocks[place]:
-            homes.append(self._homes[id(latent)])
-            if backward and id(latent) in self._momenta:
-                homes.append(self._momenta[id(latent)])
+        homes = [self._homes[id(latent)] for latent in self._blocks[place]]
+        if backward:
+            homes += [self._momenta[id(latent)] for latent in self._with_momentum(place)]
         self._next = (place, backward), self._bus.bring(homes)
+
+    def _with_momentum(self, place: int) -> list[Tensor]:
+        return [latent for latent in self._blocks[place] if id(latent) in self._momenta]
 
     def _forget_next(self) -> None:
         if self._next is not None:

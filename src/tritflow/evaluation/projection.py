@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tritflow.config import bytes_text
 from tritflow.evaluation.api import EvaluationError
 from tritflow.evaluation.images import MANIFEST, META, ImageSetError, Settings, read_manifest, read_meta
+from tritflow.formats.environment import free_bytes
 
 BYTES_PER_PIXEL = 1.8
 """Of a PNG of a detailed picture at zlib's fastest level; taken where no picture is there to measure."""
@@ -93,13 +93,12 @@ def project(
                 told_by = other.name if other.parent == folder.parent else f"{other.parent.name}/{other.name}"
                 each = each if there else sum(int(e["bytes"]) for e in theirs) / len(theirs)
                 break
-    place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     return Projection(
         model,
         pictures,
         len(there),
         round(missing * each),
-        shutil.disk_usage(place).free,
+        free_bytes(folder),
         None if pace is None else pace * missing,
         told_by,
     )

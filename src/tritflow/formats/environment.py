@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
+from pathlib import Path
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "triton", "peft", "numpy")
 
@@ -21,6 +23,11 @@ def machine_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk where a folder lies, or will lie."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.is_dir())).free
 
 
 def environment() -> dict[str, str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from tritflow.config import Recipe, bytes_text
-from tritflow.formats.environment import machine_bytes
+from tritflow.formats.environment import free_bytes, machine_bytes
 
 
 class QuantizeError(ValueError):
@@ -98,8 +97,7 @@ def check_disk(recipe: Recipe, weights: int, work: Path) -> None:
     """
     there = {f.stat().st_ino: f.stat().st_size for f in (work / "distilled").glob("*") if f.is_file()}
     needed = checkpoint_bytes(recipe, weights) - sum(there.values())
-    folder = next(p for p in (work.absolute(), *work.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(work)
     if needed > free:
         raise QuantizeError(
             f"recipe '{recipe.name}' keeps up to {bytes_text(needed)} of checkpoints under {work}, and "

@@ -78,11 +78,13 @@ def keep_plan(plan: MemoryPlan, device: torch.device) -> None:
             f"the plan needs {gib(plan.peak)} and {device} has {gib(free)} free of {gib(total)}; close other programs, "
             f"or give --max-memory {free / 2**30:.1f}GiB or less"
         )
-    limit_memory(min(1.0, (plan.budget - CONTEXT) / total), device)
+    limit_memory(plan.budget, device)
 
 
-def limit_memory(share: float, device: torch.device) -> None:
-    """Hold PyTorch's allocator to a share of the device's memory; 1 lifts the limit."""
+def limit_memory(budget: int | None, device: torch.device) -> None:
+    """Hold PyTorch's allocator to so many bytes of a CUDA device, less what CUDA takes itself; None lifts the limit."""
+    total = torch.cuda.mem_get_info(device)[1]
+    share = 1.0 if budget is None else min(1.0, max(0.0, (budget - CONTEXT) / total))
     # torch.cuda wants a number here, and "cuda" has none.
     number = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.set_per_process_memory_fraction(share, number)

@@ -28,7 +28,6 @@ from tritflow.models import FLUX1
 from tritflow.models.flux1_training import training_forward
 from tritflow.modules.fake import FakeTernaryLinear
 from tritflow.pipelines.loading import DeviceError
-from tritflow.pipelines.memory_plan import CONTEXT
 from tritflow.pipelines.offloading import limit_memory
 from tritflow.pipelines.synthetic import random_student
 from tritflow.profiling.contenders import step_inputs
@@ -91,8 +90,8 @@ def measure_steps(
     with ExitStack() as open_:
         if budget is not None:
             torch.cuda.empty_cache()
-            limit_memory(min(1.0, (budget - CONTEXT) / torch.cuda.mem_get_info(on)[1]), on)
-            open_.callback(limit_memory, 1.0, on)
+            limit_memory(budget, on)
+            open_.callback(limit_memory, None, on)
         offload = None
         if latent_store == "ram":
             offload = open_.enter_context(OffloadedLatents(student, FLUX1.block_order(config), on))

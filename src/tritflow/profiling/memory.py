@@ -88,7 +88,7 @@ def measure(
                 failed = f"picture {len(seconds) + 1} did not fit: {str(error).splitlines()[0][:200]}"
         reserved, outside = gpu_bytes(on)
     finally:
-        limit_memory(1.0, on)
+        limit_memory(None, on)
     return {
         **results.provenance(str(on)),
         "model": RANDOM if model is None else Path(model).name,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tritflow.evaluation.projection import duration
+from tritflow.formats.environment import free_bytes
 from tritflow.report.formats import interval, signed_interval, size
 from tritflow.reproduction.engine import Cost, Engine, Report, ReproductionError, State
 from tritflow.reproduction.request import Request
@@ -130,9 +130,7 @@ def outlook(request: Request) -> Outlook:
             stale.add(s.name)
         cost = Cost() if state.kind == "done" else s.cost(s.name in stale)
         rows.append(Row(s.name, s.what, state, cost, s.precious and s.name in stale and s.name in known))
-    out = request.out.absolute()
-    place = next(p for p in (out, *out.parents) if p.is_dir())
-    found = Outlook(tuple(rows), shutil.disk_usage(place).free)
+    found = Outlook(tuple(rows), free_bytes(request.out))
     if found.bytes > found.free:
         raise ReproductionError(
             f"about {size(found.bytes)} are needed in {request.out}, and {size(found.free)} are free; "
