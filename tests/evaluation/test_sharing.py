@@ -6,10 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from evaluation_fakes import ToyTask, draw_set
+from evaluation_fakes import SETTINGS, ToyTask, draw_set
 
 from tritflow.evaluation import sharing
 from tritflow.evaluation.images import ImageSet, ImageSetError
+from tritflow.evaluation.projection import project
 from tritflow.evaluation.sharing import drop_parts, finished, score_shared, wait_for
 
 
@@ -44,6 +45,26 @@ def test_the_parts_make_the_whole(images: ImageSet, tmp_path: Path) -> None:
     assert results[1] is None
     assert results[2] is None
     assert not list(tmp_path.glob("*.jsonl.*"))
+
+
+def test_rank_0_joins_while_another_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiting rank has seen that parts are there, and rank 0 removes them before it reads one."""
+    folder = tmp_path / "pictures"
+    draw_set(folder, shard=(1, 2))
+    assert project(folder, "fake", 18, SETTINGS).present == 8
+    read = Path.read_bytes
+
+    def joined_meanwhile(path: Path) -> bytes:
+        monkeypatch.setattr(Path, "read_bytes", read)
+        assert draw_set(folder, shard=(0, 2)) is not None
+        assert not path.exists()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", joined_meanwhile)
+    assert project(folder, "fake", 18, SETTINGS).present == 0
+    images = finished(folder, ToyTask())
+    assert images is not None
+    assert len(images.entries) == 18
 
 
 def test_a_rank_may_know_scorers_that_another_does_not(images: ImageSet, tmp_path: Path) -> None:

@@ -60,12 +60,9 @@ def test_three_processes_make_the_folder_of_one(tmp_path: Path) -> None:
     alone = evaluate(
         task, task.prompts(per_tag=4), student, tmp_path / "one", teacher=teacher, sampling=Sampling(2, 0, 4)
     )
-    started = [
-        forked.start(["-c", RANK, HERE, tmp_path / "three"], {**os.environ, "RANK": str(rank), "WORLD_SIZE": "3"})
-        for rank in range(3)
-    ]
-    assert [p.wait(120) for p in started] == [0, 0, 0]
-    said = [p.stdout.strip() for p in started]
+    ranks = forked.run_ranks(["-c", RANK, HERE, tmp_path / "three"], 3, timeout=120)
+    assert [r.poll() for r in ranks] == [0, 0, 0], "\n".join(r.stderr[-2000:] for r in ranks)
+    said = [r.stdout.strip() for r in ranks]
     assert said == ["True", "False", "False"]
     assert folder_bytes(tmp_path / "three") == folder_bytes(tmp_path / "one")
     assert alone["prompts"]["pictures"] == 24

@@ -79,11 +79,13 @@ class Settings:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a kill is left out."""
+    """The whole lines of a JSON-lines file, none where there is no file; a last line cut off by a kill is left out."""
     found: list[dict[str, Any]] = []
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:  # not asked before: another rank may remove its part between the two
         return found
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in data.splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         try:
