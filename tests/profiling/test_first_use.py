@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from tritflow.formats.errors import DiskFullError
 from tritflow.pipelines import synthetic_pipeline
 from tritflow.profiling import end_to_end, first_use
 from tritflow.results import canonical
@@ -109,8 +111,8 @@ def test_a_failing_stage_is_named(tmp_path, here):
     run = first_use.bench(tmp_path / "nothing", tmp_path, device="cpu", say=lambda _: None)
     assert "no model" in run["stages"]["first process"]["error"]
     assert "no model" in end_to_end.table(run)
-    usage = first_use.shutil.disk_usage(tmp_path)._replace(free=1_000_000_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first_use.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(first_use.DiskFullError, match=r"needs 17 GB.*--workdir"):
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(DiskFullError, match=r"files take 17\.0 GB.*--workdir"):
             first_use.bench(None, tmp_path / "other", device="cpu")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from tiny_config import CONFIG
 
 from tritflow.formats.architecture import flux1_shapes
+from tritflow.formats.errors import DiskFullError
 from tritflow.formats.source import open_source
 from tritflow.profiling import full_size
 
@@ -63,8 +65,8 @@ def test_a_stage_that_failed_is_run_again(stages_of):
 def test_what_cannot_be_is_said_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown stage 'fly'"):
         full_size.bench(tmp_path, stages=["fly"])
-    usage = full_size.shutil.disk_usage(tmp_path)._replace(free=1_000_000_000)
-    monkeypatch.setattr(full_size.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(full_size.DiskFullError, match="the files need 35"):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskFullError, match="the files take 35"):
         full_size.bench(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from tritflow import results
-from tritflow.formats.errors import DiskFullError
 from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.room import check_room
 
 MODULE = "tritflow.profiling.first_use"
 WRITE, FIRST, SECOND = "write", "first process", "second process"
@@ -117,8 +117,8 @@ def bench(
             found[stage] = result
             say(f"{stage}: {result.get('error') or '{:.1f} s'.format(result['seconds'])}")
 
-        if model is None:
-            _check_room(folder)
+        if model is None and not (folder / "random" / "model_index.json").is_file():
+            check_room(folder, _ROOM, "the random model's files")
         common: Task = {
             "model": place,
             "base": None if base is None else str(base),
@@ -175,17 +175,6 @@ def _folder(workdir: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="tritflow-end-to-end-") as folder:
         yield Path(folder)
-
-
-def _check_room(folder: Path) -> None:
-    if (folder / "random" / "model_index.json").is_file():
-        return
-    free = shutil.disk_usage(folder).free
-    if free < _ROOM:
-        raise DiskFullError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the random model needs {_ROOM / 1e9:.0f} GB; give a folder on "
-            "another disk: --workdir"
-        )
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ import torch
 from tritflow import results
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
 from tritflow.formats.atomic import atomic_file
-from tritflow.formats.errors import DiskFullError
 from tritflow.formats.safetensors_file import layout, raw_bytes, write_header
 from tritflow.formats.writer import INDEX, WEIGHTS
 from tritflow.profiling.isolate import Task, run_isolated, serve
+from tritflow.profiling.room import SLACK, check_room
 from tritflow.profiling.storage import peak_memory
 
 MODULE = "tritflow.profiling.full_size"
@@ -200,7 +200,9 @@ def bench(
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     done = {stage: result for stage, result in done.items() if "error" not in result}
     if "write bf16" not in done:
-        _check_room(workdir, config)
+        dense = sum(2 * torch.Size(shape).numel() for shape in flux1_shapes(config).values())
+        # Each ternary folder lies there twice while its parts become shards.
+        check_room(workdir, dense + dense // 2 + SLACK, "the files")
     deadline = time.monotonic() + seconds
 
     def note(task: Task, result: dict[str, Any]) -> None:
@@ -219,18 +221,6 @@ def bench(
         "stages": {stage: done[stage] for stage in STAGES if stage in done},
         "bars_seconds": BARS if config == FLUX1_DEV else {},
     }
-
-
-def _check_room(folder: Path, config: Mapping[str, Any]) -> None:
-    dense = sum(2 * torch.Size(shape).numel() for shape in flux1_shapes(config).values())
-    # Each ternary folder lies there twice while its parts become shards.
-    needed = dense + dense // 2 + 200_000_000
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskFullError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the files need {needed / 1e9:.1f} GB; give a folder on "
-            "another disk: --workdir"
-        )
 
 
 def line(stage: str, result: Mapping[str, Any]) -> str:

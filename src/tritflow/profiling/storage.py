@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import re
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -27,8 +26,9 @@ from tritflow.config import Packing, TernaryConfig
 from tritflow.formats.accounting import account, storage_estimate, ternary_bytes
 from tritflow.formats.architecture import FLUX1_DEV, flux1_shapes
 from tritflow.formats.checkpoint import TransformerWriter, verify_folder
-from tritflow.formats.errors import CheckpointError, DiskFullError
+from tritflow.formats.errors import CheckpointError
 from tritflow.formats.repacking import convert_folder
+from tritflow.profiling.room import SLACK, check_room
 
 BARS: dict[Packing, int] = {"2bit": 3_110_000_000, "base3": 2_550_000_000}
 """At most so many bytes for the transformer folder at FLUX.1-dev's config."""
@@ -130,7 +130,8 @@ def full_size(
         raise CheckpointError(f"{parent} is not a folder; give one with room for the files")
     shapes = flux1_shapes(config)
     sizes = {packing: storage_estimate(shapes, packing).total for packing, _ in _PACKINGS}
-    _check_room(parent, max(2 * sizes["2bit"], sizes["2bit"] + 2 * sizes["base3"]))
+    most = max(2 * sizes["2bit"], sizes["2bit"] + 2 * sizes["base3"])
+    check_room(parent, most + SLACK, "the files of real size")
     bf16 = storage_estimate(shapes).bf16
     note = f"random trits, scales and bf16 tensors of {model}'s shapes (seed {seed}): a proof of size, not of quality"
     rows: list[dict[str, Any]] = [
@@ -239,16 +240,6 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 def _named(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
     return None if progress is None else lambda done, total: progress(stage, done, total)
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    needed += 200_000_000  # headers, checksums and the file system's own
-    if free < needed:
-        raise DiskFullError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the files of real size need {needed / 1e9:.1f} GB; "
-            "give a folder on another disk: --workdir"
-        )
 
 
 @contextlib.contextmanager
